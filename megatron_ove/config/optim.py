@@ -1,0 +1,62 @@
+"""Optimizers (encoder; class centers) and the learning-rate schedule they share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_ove.config.base import StrictModel
+
+
+class ScheduleConfig(StrictModel):
+    """Linear warm-up, then decay to `min_lr_ratio` of the base rate at the last step."""
+
+    kind: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
+    """Shape of the decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up; step s (from 0) runs at (s + 1) / (warmup_steps + 1) of the base rate."""
+    decay_steps: Annotated[int, Field(gt=0)] | None = None
+    """Step at which the decay ends; null = train.num_steps."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Final rate as a share of the base rate."""
+    power: Annotated[float, Field(gt=0)] = 2.0
+    """Exponent of the polynomial decay (1 - progress) ** power."""
+
+
+class ClassCenterOptimConfig(StrictModel):
+    """Row-sparse AdamW of the class centers: only rows active in a step are read and written."""
+
+    lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    """Class-center rate / encoder rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled weight decay of active rows."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad_norm: Annotated[float, Field(ge=0)] = 5.0
+    """Largest L2 norm of a table's gradient, taken over all its ranks; 0 = no clipping."""
+
+
+class OptimConfig(StrictModel):
+    """AdamW of the encoder; no weight decay on norms, biases and the pooling probe."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Base learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled weight decay of weight matrices."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad_norm: Annotated[float, Field(ge=0)] = 5.0
+    """Largest L2 norm of the encoder's gradient over all ranks; 0 = no clipping."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    class_centers: ClassCenterOptimConfig = ClassCenterOptimConfig()
+
+    def _check_warmup_before_decay(self) -> None:
+        schedule = self.schedule
+        if schedule.decay_steps is not None and schedule.warmup_steps >= schedule.decay_steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {schedule.warmup_steps} is not below schedule.decay_steps = "
+                f"{schedule.decay_steps}, so the rate would never decay; shorten the warm-up or decay later"
+            )

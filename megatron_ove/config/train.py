@@ -1,0 +1,141 @@
+"""`TrainConfig`: the whole run, and the checks that cross sections."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_ove.config.base import StrictModel
+from megatron_ove.config.data import DataConfig, ImageSourceConfig
+from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.config.objectives import ObjectiveConfig
+from megatron_ove.config.optim import OptimConfig
+from megatron_ove.config.parallel import ParallelConfig
+
+
+class CheckpointConfig(StrictModel):
+    """When checkpoints are written and how many are kept."""
+
+    interval_steps: Annotated[int, Field(gt=0)] = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Annotated[int, Field(gt=0)] = 3
+    """Newest checkpoints kept; older ones are deleted after a newer one is complete."""
+    save_initial: bool = False
+    """Whether the untrained model is saved as step 0 (and never deleted), e.g. to compare against later."""
+    verify: Literal["full", "sizes"] = "full"
+    """What is checked before loading: full = every file's checksum; sizes = file names and sizes only."""
+
+
+class TrackingConfig(StrictModel):
+    """Where metrics go, besides the progress display and metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Whether TensorBoard event files are written to the run folder."""
+    wandb_project: str | None = None
+    """Weights & Biases project; null = off. Needs the `wandb` extra."""
+
+
+class TrainLoopConfig(StrictModel):
+    """Length, batch, precision and rhythm of the loop."""
+
+    num_steps: Annotated[int, Field(gt=0)]
+    """Optimizer steps of the whole run."""
+    global_batch_size: Annotated[int, Field(gt=0)]
+    """Samples of one step over all replicas and sources."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights and gradients."""
+    log_interval_steps: Annotated[int, Field(gt=0)] = 10
+    """Steps between metric reductions."""
+    stop_after_steps: Annotated[int, Field(gt=0)] | None = None
+    """Save and stop cleanly after this many steps of this launch; null = run to num_steps."""
+
+
+class TrainConfig(StrictModel):
+    """A training run."""
+
+    name: str
+    """Name of the run."""
+    run_dir: str
+    """Folder for checkpoints, metrics and logs."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, data order, augmentation, label slots and negatives."""
+    encoder: EncoderConfig
+    parallel: ParallelConfig = ParallelConfig()
+    objectives: Annotated[dict[str, ObjectiveConfig], Field(min_length=1)]
+    """Objective name -> objective."""
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainLoopConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def _check_tensor_parallel_divides(self) -> None:
+        size = self.parallel.tensor_model_parallel_size
+        for field in ("hidden_size", "num_attention_heads", "ffn_hidden_size"):
+            value = getattr(self.encoder, field)
+            if value % size:
+                raise ValueError(
+                    f"encoder.{field} = {value} is not divisible by parallel.tensor_model_parallel_size = {size}, "
+                    f"so ranks would get unequal shares; change one of the two"
+                )
+
+    def _check_layers_divide_stages(self) -> None:
+        parallel = self.parallel
+        chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+        if self.encoder.num_layers % chunks:
+            raise ValueError(
+                f"encoder.num_layers = {self.encoder.num_layers} is not divisible by the {chunks} model chunks of the "
+                "pipeline, so stages would get unequal numbers of layers; change num_layers or the pipeline sizes"
+            )
+
+    def _check_token_budget_splits(self) -> None:
+        size, budget = self.parallel.tensor_model_parallel_size, self.data.tokens_per_microbatch
+        if self.parallel.sequence_parallel and budget % size:
+            raise ValueError(
+                f"data.tokens_per_microbatch = {budget} is not divisible by parallel.tensor_model_parallel_size = "
+                f"{size}, which sequence_parallel needs; use a multiple of {size}"
+            )
+
+    def _check_objective_sources(self) -> None:
+        for name, objective in self.objectives.items():
+            if objective.source not in self.data.sources:
+                raise ValueError(
+                    f"objectives.{name}.source = '{objective.source}' is not one of data.sources "
+                    f"({', '.join(self.data.sources)}), so it would never see a sample; name one of them"
+                )
+
+    def _check_every_source_is_used(self) -> None:
+        used = {objective.source for objective in self.objectives.values()}
+        unused = [name for name in self.data.sources if name not in used]
+        if unused:
+            raise ValueError(
+                f"data.sources.{unused[0]} feeds no objective, so its samples would be loaded for nothing; "
+                "add an objective with this source or remove the source"
+            )
+
+    def _check_image_size(self) -> None:
+        patch, budget = self.encoder.patch_size, self.data.tokens_per_microbatch
+        for name, source in self.data.sources.items():
+            if isinstance(source, ImageSourceConfig) and source.image_size % patch:
+                raise ValueError(
+                    f"data.sources.{name}.image_size = {source.image_size} is not a multiple of encoder.patch_size = "
+                    f"{patch}, so pixels at the edge would be lost; use {source.image_size // patch * patch or patch}"
+                )
+            tokens = (
+                (source.image_size // patch) ** 2
+                if isinstance(source, ImageSourceConfig)
+                else source.max_patches
+            )
+            if tokens > budget:
+                raise ValueError(
+                    f"one sample of data.sources.{name} can have {tokens} patches, more than "
+                    f"data.tokens_per_microbatch = {budget}; raise the budget or make samples smaller"
+                )
+
+    def _check_head(self) -> None:
+        if not self.encoder.use_head:
+            raise ValueError(
+                "encoder.use_head = false leaves no pooled embedding for the objectives "
+                f"({', '.join(self.objectives)}); set it to true for training"
+            )
