@@ -2,7 +2,7 @@
 
 Unknown keys are refused, types are strict (an int is accepted where a float is meant, nothing else is converted),
 objects are frozen, and the docstring under an attribute is its description. A section's cross-field checks are methods
-named `_check_*` that raise ValueError; all of them run, so that one report holds every mistake.
+named `_check_*` that yield one sentence per mistake; all of them run, so that one report holds every mistake.
 """
 
 from __future__ import annotations
@@ -21,13 +21,10 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="after")
     def _run_checks(self) -> Self:
-        messages = []
+        messages: list[str] = []
         for name in dir(type(self)):
             if name.startswith("_check_"):
-                try:
-                    getattr(self, name)()
-                except ValueError as error:
-                    messages.append(str(error))
+                messages.extend(getattr(self, name)())
         if messages:
             raise ValueError("\n".join(messages))
         return self

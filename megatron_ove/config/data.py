@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -50,10 +51,10 @@ class VideoStrategies(StrictModel):
     collage: Annotated[float, Field(ge=0, le=1)] = 0.125
     """The same frames stacked vertically into one picture: t = 0, h = grid height * frame + row."""
 
-    def _check_sum(self) -> None:
+    def _check_sum(self) -> Iterator[str]:
         total = self.codec + self.frame_sampling + self.collage
         if abs(total - 1.0) > 1e-6:
-            raise ValueError(
+            yield (
                 f"codec + frame_sampling + collage = {total:g}, but they are shares of all clips and must add up to 1; "
                 "change one of the three"
             )

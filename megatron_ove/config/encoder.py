@@ -5,6 +5,7 @@ The defaults are the OneVision-Encoder's constants; the three published sizes ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -48,16 +49,16 @@ class EncoderConfig(StrictModel):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    def _check_heads_divide_hidden(self) -> None:
+    def _check_heads_divide_hidden(self) -> Iterator[str]:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            yield (
                 f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = "
                 f"{self.num_attention_heads}, so heads would have unequal widths; change one of the two"
             )
 
-    def _check_head_dim(self) -> None:
+    def _check_head_dim(self) -> Iterator[str]:
         if self.hidden_size % self.num_attention_heads == 0 and self.head_dim % 32:
-            raise ValueError(
+            yield (
                 f"head dim = hidden_size / num_attention_heads = {self.head_dim} is not divisible by 32, which the "
                 f"4:6:6 split of the rotary dims over time, height and width needs; use heads of 32, 64, 96 or 128"
             )

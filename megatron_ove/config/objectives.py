@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -42,9 +43,9 @@ class PartialFCConfig(StrictModel):
     chunk_size: Annotated[int, Field(gt=0)] = 8192
     """Active rows per block of logits; bounds the memory of the softmax."""
 
-    def _check_arcface_margin(self) -> None:
+    def _check_arcface_margin(self) -> Iterator[str]:
         if self.margin_type == "cosface" and self.margin >= 1:
-            raise ValueError(
+            yield (
                 f"margin = {self.margin} is outside [0, 1) for cosface, where it is subtracted from a cosine; "
                 "use about 0.3, or margin_type: arcface for a margin in radians"
             )

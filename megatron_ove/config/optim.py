@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -53,10 +54,10 @@ class OptimConfig(StrictModel):
     schedule: ScheduleConfig = ScheduleConfig()
     class_centers: ClassCenterOptimConfig = ClassCenterOptimConfig()
 
-    def _check_warmup_before_decay(self) -> None:
+    def _check_warmup_before_decay(self) -> Iterator[str]:
         schedule = self.schedule
         if schedule.decay_steps is not None and schedule.warmup_steps >= schedule.decay_steps:
-            raise ValueError(
+            yield (
                 f"schedule.warmup_steps = {schedule.warmup_steps} is not below schedule.decay_steps = "
                 f"{schedule.decay_steps}, so the rate would never decay; shorten the warm-up or decay later"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -27,16 +28,16 @@ class ParallelConfig(StrictModel):
     timeout_s: Annotated[int, Field(gt=0)] = 1800
     """Seconds a collective may wait for a missing rank before the run fails."""
 
-    def _check_sequence_parallel(self) -> None:
+    def _check_sequence_parallel(self) -> Iterator[str]:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError(
+            yield (
                 "sequence_parallel = true with tensor_model_parallel_size = 1 has nothing to split the sequence over; "
                 "set sequence_parallel: false or use at least 2 tensor-parallel ranks"
             )
 
-    def _check_virtual_pipeline(self) -> None:
+    def _check_virtual_pipeline(self) -> Iterator[str]:
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
-            raise ValueError(
+            yield (
                 f"virtual_pipeline_model_parallel_size = {self.virtual_pipeline_model_parallel_size} needs "
                 "pipeline_model_parallel_size >= 2, because chunks are interleaved over pipeline ranks; set it to null"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -70,72 +71,68 @@ class TrainConfig(StrictModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    def _check_tensor_parallel_divides(self) -> None:
+    def _check_tensor_parallel_divides(self) -> Iterator[str]:
         size = self.parallel.tensor_model_parallel_size
         for field in ("hidden_size", "num_attention_heads", "ffn_hidden_size"):
             value = getattr(self.encoder, field)
             if value % size:
-                raise ValueError(
+                yield (
                     f"encoder.{field} = {value} is not divisible by parallel.tensor_model_parallel_size = {size}, "
                     f"so ranks would get unequal shares; change one of the two"
                 )
 
-    def _check_layers_divide_stages(self) -> None:
+    def _check_layers_divide_stages(self) -> Iterator[str]:
         parallel = self.parallel
         chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
         if self.encoder.num_layers % chunks:
-            raise ValueError(
+            yield (
                 f"encoder.num_layers = {self.encoder.num_layers} is not divisible by the {chunks} model chunks of the "
                 "pipeline, so stages would get unequal numbers of layers; change num_layers or the pipeline sizes"
             )
 
-    def _check_token_budget_splits(self) -> None:
+    def _check_token_budget_splits(self) -> Iterator[str]:
         size, budget = self.parallel.tensor_model_parallel_size, self.data.tokens_per_microbatch
         if self.parallel.sequence_parallel and budget % size:
-            raise ValueError(
+            yield (
                 f"data.tokens_per_microbatch = {budget} is not divisible by parallel.tensor_model_parallel_size = "
                 f"{size}, which sequence_parallel needs; use a multiple of {size}"
             )
 
-    def _check_objective_sources(self) -> None:
+    def _check_objective_sources(self) -> Iterator[str]:
         for name, objective in self.objectives.items():
             if objective.source not in self.data.sources:
-                raise ValueError(
+                yield (
                     f"objectives.{name}.source = '{objective.source}' is not one of data.sources "
                     f"({', '.join(self.data.sources)}), so it would never see a sample; name one of them"
                 )
 
-    def _check_every_source_is_used(self) -> None:
+    def _check_every_source_is_used(self) -> Iterator[str]:
         used = {objective.source for objective in self.objectives.values()}
         unused = [name for name in self.data.sources if name not in used]
         if unused:
-            raise ValueError(
+            yield (
                 f"data.sources.{unused[0]} feeds no objective, so its samples would be loaded for nothing; "
                 "add an objective with this source or remove the source"
             )
 
-    def _check_image_size(self) -> None:
+    def _check_image_size(self) -> Iterator[str]:
         patch, budget = self.encoder.patch_size, self.data.tokens_per_microbatch
         for name, source in self.data.sources.items():
             if isinstance(source, ImageSourceConfig) and source.image_size % patch:
-                raise ValueError(
+                yield (
                     f"data.sources.{name}.image_size = {source.image_size} is not a multiple of encoder.patch_size = "
                     f"{patch}, so pixels at the edge would be lost; use {source.image_size // patch * patch or patch}"
                 )
-            tokens = (
-                (source.image_size // patch) ** 2
-                if isinstance(source, ImageSourceConfig)
-                else source.max_patches
-            )
+            tokens = (source.image_size // patch) ** 2 if isinstance(source, ImageSourceConfig) else source.max_patches
             if tokens > budget:
-                raise ValueError(
+                yield (
                     f"one sample of data.sources.{name} can have {tokens} patches, more than "
                     f"data.tokens_per_microbatch = {budget}; raise the budget or make samples smaller"
                 )
 
-    def _check_head(self) -> None:
+    def _check_head(self) -> Iterator[str]:
         if not self.encoder.use_head:
-            raise ValueError(
+            yield (
                 "encoder.use_head = false leaves no pooled embedding for the objectives "
                 f"({', '.join(self.objectives)}); set it to true for training"
             )

@@ -1,0 +1,155 @@
+"""Turns pydantic's errors into sentences: where, what is wrong with the value, what is allowed, did you mean.
+
+Surprising: pydantic puts the tag of a union into an error's location (data.sources.pages.ocr.max_patches); such parts
+are dropped, because the user never wrote them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+_TYPE_NAMES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "dict_type": "a section (a mapping of keys to values)",
+    "model_type": "a section (a mapping of keys to values)",
+    "model_attributes_type": "a section (a mapping of keys to values)",
+    "tuple_type": "a list",
+}
+
+
+def describe_errors(error: ValidationError, data: dict[str, Any], model: type[BaseModel]) -> list[str]:
+    """Returns one sentence per mistake in `data`, which was checked against `model`."""
+    lines: list[str] = []
+    for details in error.errors():
+        lines.extend(_describe(details, data, model))
+    return list(dict.fromkeys(lines))
+
+
+def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yields every key a configuration may hold, as "a.b: annotation = default"; <name> stands for a free name."""
+    for name, field in model.model_fields.items():
+        children = list(_models_in(field.annotation))
+        path = f"{prefix}{name}"
+        if not children:
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            yield f"{path}: {_type_name(field.annotation)} = {default}"
+        for child, tag, is_map in children:
+            yield from field_paths(child, f"{path}{'.<name>' if is_map else ''}{f'[{tag}]' if tag else ''}.")
+
+
+def _describe(details: ErrorDetails, data: dict[str, Any], model: type[BaseModel]) -> list[str]:
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    path = _real_path(details["loc"], data)
+    name = ".".join(path)
+    if kind == "extra_forbidden":
+        return [f"unknown key '{name}'{_suggestion(path, data, model)}"]
+    if kind == "missing":
+        return [f"missing key '{name}': it has no default; add it"]
+    if kind == "value_error":
+        prefix = f"{name}: " if name else ""
+        return [prefix + line for line in str(context["error"]).splitlines()]
+    if kind in ("literal_error", "union_tag_invalid"):
+        tag = ".kind" if kind == "union_tag_invalid" else ""
+        shown = context.get("tag") if tag else value
+        allowed = (context.get("expected") or context.get("expected_tags", "")).replace("'", "")
+        return [f"{name}{tag} = {shown!r} is not one of the known values; use {allowed}"]
+    if kind == "union_tag_not_found":
+        return [f"missing key '{name}.kind': it says which kind of section this is; add it"]
+    if kind in _TYPE_NAMES:
+        return [f"{name} = {value!r} is {_kind_of(value)}, but {_TYPE_NAMES[kind]} is needed; correct the value"]
+    message = details["msg"].replace("Input should", "it should", 1)
+    return [f"{name} = {value!r} is not allowed: {message[0].lower()}{message[1:]}"]
+
+
+def _real_path(location: Sequence[int | str], data: Any) -> list[str]:
+    """Drops union tags: parts that are neither a key of the data nor the last part."""
+    path: list[str] = []
+    for depth, part in enumerate(location):
+        if isinstance(data, dict):
+            if part in data:
+                data = data[part]
+            elif depth < len(location) - 1:
+                continue
+        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        path.append(str(part))
+    return path
+
+
+def _suggestion(path: Sequence[str], data: dict[str, Any], model: type[BaseModel]) -> str:
+    known = _keys_beside(path, data, model)
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known here: {', '.join(sorted(known))}" if known else "; remove it"
+
+
+def _keys_beside(path: Sequence[str], data: Any, model: type[BaseModel]) -> list[str]:
+    """Returns the keys that the section holding the last part of `path` knows."""
+    section: type[BaseModel] | None = model
+    choices: list[tuple[type[BaseModel], str | None, bool]] = []  # of a map: its next part is a free name
+    for part in path[:-1]:
+        data = data.get(part) if isinstance(data, dict) else None
+        if choices:
+            section, choices = _choose(choices, data), []
+        elif section and part in section.model_fields:
+            found = list(_models_in(section.model_fields[part].annotation))
+            if found and found[0][2]:
+                choices = found
+            else:
+                section = _choose(found, data)
+        else:
+            section = None
+    return list(section.model_fields) if section and not choices else []
+
+
+def _choose(choices: Sequence[tuple[type[BaseModel], str | None, bool]], data: Any) -> type[BaseModel] | None:
+    tag = data.get("kind") if isinstance(data, dict) else None
+    first = choices[0][0] if choices else None
+    return next((model for model, its_tag, _ in choices if its_tag == tag), first)
+
+
+def _models_in(annotation: Any) -> Iterator[tuple[type[BaseModel], str | None, bool]]:
+    """Yields (section class, union tag, is it the value of a map) for each section an annotation can hold."""
+    origin = typing.get_origin(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, _tag(annotation), False
+    elif origin is dict:
+        for child, tag, _ in _models_in(typing.get_args(annotation)[1]):
+            yield child, tag, True
+    elif origin in (typing.Union, types.UnionType, typing.Annotated):
+        for part in typing.get_args(annotation):
+            yield from _models_in(part)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    values = typing.get_args(field.annotation) if field else ()
+    return values[0] if len(values) == 1 else None
+
+
+def _kind_of(value: Any) -> str:
+    names = {str: "a text", bool: "a boolean", int: "a whole number", float: "a number", dict: "a section"}
+    return "empty" if value is None else names.get(type(value), "a list")
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(part) for part in typing.get_args(annotation))
+    if annotation is type(None):
+        return "None"
+    return annotation.__name__ if origin is None else str(annotation).replace("typing.", "")

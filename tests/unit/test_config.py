@@ -1,0 +1,217 @@
+"""Configuration: precedence, YAML traps, and the text of every error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_ove.config.error_report import field_paths
+from megatron_ove.config.loader import config_from_dict, dump_config, load_config
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.config.yaml_file import parse_yaml
+from megatron_ove.errors import ConfigError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "config_fields.txt"
+
+
+def valid_config() -> dict[str, Any]:
+    return {
+        "name": "test",
+        "run_dir": "runs/test",
+        "encoder": {"hidden_size": 64, "num_layers": 4, "num_attention_heads": 2, "ffn_hidden_size": 128},
+        "objectives": {"clusters": {"kind": "partial_fc", "source": "images", "num_classes": 100}},
+        "data": {"sources": {"images": {"kind": "image", "path": "data/images"}}},
+        "train": {"num_steps": 10, "global_batch_size": 8},
+    }
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    data = valid_config()
+    node: Any = data
+    *parents, last = path.split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+    node[last] = value
+    return data
+
+
+def write(folder: Path, name: str, data: Any) -> Path:
+    path = folder / name
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+def test_defaults_extends_file_and_set_win_in_this_order(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", {"optim": {"lr": 0.5, "weight_decay": 0.5}, "seed": 1})
+    write(tmp_path, "later.yaml", {"optim": {"weight_decay": 0.25, "beta1": 0.25}})
+    path = write(tmp_path, "run.yaml", {**valid_config(), "extends": ["base.yaml", "later.yaml"], "seed": 3})
+    config = load_config(path, ["optim.beta1=0.125", "data.sources.images.image_size=28"])
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.beta1) == (0.5, 0.25, 0.125)
+    assert config.optim.beta2 == 0.999
+    assert config.seed == 3
+    assert config.data.sources["images"].image_size == 28
+
+
+def test_dump_reloads_to_an_equal_config(tmp_path: Path) -> None:
+    config = config_from_dict(valid_config(), "test")
+    assert load_config(write(tmp_path, "dumped.yaml", dump_config(config))) == config
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.001", ".001", "+1e-3", "1.0e-3"])
+def test_scientific_notation_is_a_number(text: str) -> None:
+    assert parse_yaml(f"lr: {text}", "test")["lr"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("text", ["1e", "e3", "v1e-3", "1.2.3", "-", "2026-01-01x"])
+def test_texts_stay_texts(text: str) -> None:
+    assert isinstance(parse_yaml(f"{{a: '{text}'}}", "test")["a"], str)
+    assert parse_yaml(f"a: {text}x", "test")["a"] == f"{text}x"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optim.learning_rate", 1, "unknown key 'optim.learning_rate'; known here: beta1, beta2, class_centers"),
+        ("optim.weight_decy", 1, "unknown key 'optim.weight_decy'; did you mean 'weight_decay'?"),
+        ("objectives.clusters.margn", 0.1, "unknown key 'objectives.clusters.margn'; did you mean 'margin'?"),
+        ("data.sources.images.image_sise", 28, "did you mean 'image_size'?"),
+        ("optim.lr", "fast", "optim.lr = 'fast' is a text, but a number is needed; correct the value"),
+        ("train.num_steps", 1.5, "train.num_steps = 1.5 is a number, but a whole number is needed; correct the value"),
+        ("train.num_steps", 0, "train.num_steps = 0 is not allowed: it should be greater than 0"),
+        ("parallel.sequence_parallel", "yes please", "is a text, but true or false is needed"),
+        ("train.precision", "fp16", "train.precision = 'fp16' is not one of the known values; use fp32 or bf16"),
+        ("data.sources.images.kind", "picture", "data.sources.images.kind = 'picture' is not one of the known values"),
+        ("encoder.hidden_size", 65, "encoder: hidden_size = 65 is not divisible by num_attention_heads = 2"),
+        ("encoder.hidden_size", 96, "head dim = hidden_size / num_attention_heads = 48 is not divisible by 32"),
+        (
+            "parallel.tensor_model_parallel_size",
+            4,
+            "encoder.num_attention_heads = 2 is not divisible by parallel.tensor_model_parallel_size = 4",
+        ),
+        (
+            "parallel.pipeline_model_parallel_size",
+            3,
+            "encoder.num_layers = 4 is not divisible by the 3 model chunks of the pipeline",
+        ),
+        ("parallel.sequence_parallel", True, "sequence_parallel = true with tensor_model_parallel_size = 1"),
+        (
+            "parallel.virtual_pipeline_model_parallel_size",
+            2,
+            "virtual_pipeline_model_parallel_size = 2 needs pipeline_model_parallel_size >= 2",
+        ),
+        (
+            "objectives.clusters.source",
+            "pages",
+            "objectives.clusters.source = 'pages' is not one of data.sources (images)",
+        ),
+        ("objectives.clusters.margin", 1.2, "margin = 1.2 is outside [0, 1) for cosface"),
+        ("data.sources.images.image_size", 225, "is not a multiple of encoder.patch_size = 14"),
+        ("data.tokens_per_microbatch", 100, "can have 256 patches, more than data.tokens_per_microbatch = 100"),
+        ("data.sources.more", {"kind": "ocr", "path": "x"}, "data.sources.more feeds no objective"),
+        (
+            "data.sources.clips",
+            {"kind": "video", "path": "x", "strategies": {"codec": 0.5, "frame_sampling": 0.5, "collage": 0.5}},
+            "codec + frame_sampling + collage = 1.5, but they are shares of all clips and must add up to 1",
+        ),
+        (
+            "encoder.use_head",
+            False,
+            "encoder.use_head = false leaves no pooled embedding for the objectives (clusters)",
+        ),
+        (
+            "optim.schedule",
+            {"warmup_steps": 9, "decay_steps": 5},
+            "schedule.warmup_steps = 9 is not below schedule.decay_steps = 5",
+        ),
+    ],
+)
+def test_wrong_value_gets_its_sentence(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(changed(path, value), "run.yaml")
+    assert message in str(caught.value)
+
+
+def test_missing_keys_and_all_errors_are_reported_at_once() -> None:
+    data = changed("optim.lrr", 1)
+    del data["train"]["num_steps"]
+    data["encoder"]["hidden_size"] = "wide"
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(data, "run.yaml")
+    assert str(caught.value).splitlines() == [
+        "run.yaml has 3 errors:",
+        "  - encoder.hidden_size = 'wide' is a text, but a whole number is needed; correct the value",
+        "  - unknown key 'optim.lrr'; did you mean 'lr'?",
+        "  - missing key 'train.num_steps': it has no default; add it",
+    ]
+
+
+def test_several_cross_checks_are_reported_at_once() -> None:
+    data = changed("parallel.tensor_model_parallel_size", 3)
+    data["objectives"]["clusters"]["source"] = "pages"
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(data, "run.yaml")
+    text = str(caught.value)
+    assert "hidden_size = 64" in text and "num_attention_heads = 2" in text and "'pages' is not one of" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "key 'a' is given twice, on lines 1 and 3"),
+        ("a: [1\nb: 2\n", "this is not valid YAML"),
+        ("- a\n- b\n", "holds a list at its top level"),
+        ("extends: base.yaml\n", "extends = 'base.yaml' is not a list of file names"),
+    ],
+)
+def test_wrong_yaml_gets_its_sentence(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "bad.yaml", text))
+    assert message in str(caught.value) and "bad.yaml" in str(caught.value)
+
+
+def test_missing_file_and_circular_extends(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    write(tmp_path, "a.yaml", {"extends": ["b.yaml"]})
+    path = write(tmp_path, "b.yaml", {"extends": ["a.yaml"]})
+    with pytest.raises(ConfigError, match="'extends' goes in a circle"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr", "is not of the form path=value"),
+        ("seed.x=1", "'seed' is the value 0, not a section"),
+        ("optim..lr=1", "is not of the form path=value"),
+        ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'lr'?"),
+    ],
+)
+def test_wrong_override_gets_its_sentence(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path, "run.yaml", {**valid_config(), "seed": 0})
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert message in str(caught.value)
+
+
+def test_reading_a_config_does_not_import_torch() -> None:
+    code = "import sys, megatron_ove.config.loader; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_field_is_listed_in_the_golden_file() -> None:
+    """A new option is a visible line in review: add it to the golden file in the same commit."""
+    assert GOLDEN.read_text().splitlines() == list(field_paths(TrainConfig))
+
+
+def test_shipped_recipes_are_valid() -> None:
+    examples = Path(__file__).parents[2] / "examples"
+    recipes = list(examples.glob("*/config*.yaml"))
+    assert recipes, "no recipe found"
+    for path in recipes:
+        assert load_config(path).name
