@@ -1,0 +1,61 @@
+# The one door. `make demo` and `make test` do all set-up themselves, in .venv; nothing global is touched.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+# Python 3.11 or 3.12: PYTHON=... if given, else the first that runs.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# make demo FAST=1 IMAGES=dir PAGES=dir VIDEOS=dir
+DEMO_ARGS := $(if $(FAST),--fast) $(if $(IMAGES),--images "$(IMAGES)") $(if $(PAGES),--pages "$(PAGES)") \
+	$(if $(VIDEOS),--videos "$(VIDEOS)")
+
+.PHONY: help setup demo test lint format type test-gpu clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## install everything into .venv (done by the other targets too)
+
+$(STAMP): setup.py
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and was not found; install one or run make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing torch 2.13.0 (1 of 2)"
+	@$(PIP) torch==2.13.0
+	@echo "Installing megatron_ove and what it needs (2 of 2)"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## the whole path on real input: preprocess, train, resume, export, report
+	@$(BIN)/python examples/quickstart/demo.py $(DEMO_ARGS)
+
+test: $(STAMP) ## all CPU tests
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(STAMP) ## kernels on a CUDA machine
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(STAMP) ## formatting, lint, layers, types, spelling, shell scripts, Dockerfile
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+	$(BIN)/codespell
+	$(BIN)/shellcheck .ci/run
+	$(BIN)/hadolint Dockerfile
+
+format: $(STAMP) ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+type: $(STAMP) ## static types
+	$(BIN)/basedpyright
+
+clean: ## remove runs and caches, keep .venv
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache build

@@ -1,0 +1,1 @@
+"""Saving and loading sharded state dicts; knows no model class."""

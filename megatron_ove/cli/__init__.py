@@ -1,0 +1,1 @@
+"""megatron-ove: one thin file per subcommand."""

@@ -1,0 +1,1 @@
+"""Between megatron-core checkpoints and HuggingFace folders."""

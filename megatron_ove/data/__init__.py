@@ -1,0 +1,1 @@
+"""Shard sets, the stateless sample order, DALI pipelines, delivery of microbatches."""

@@ -1,0 +1,1 @@
+"""What a trained encoder can do: retrieval figures on shard sets."""

@@ -1,0 +1,1 @@
+"""Parameters and maths that objectives use; they know nothing of Batch."""

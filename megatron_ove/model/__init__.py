@@ -1,0 +1,1 @@
+"""The OneVision-Encoder on megatron-core layers, over bags of patches."""

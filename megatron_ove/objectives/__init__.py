@@ -1,0 +1,1 @@
+"""Objective = head + loss + the batch fields it needs. Start at base.py."""

@@ -1,0 +1,1 @@
+"""Optimizers and the schedule; they see named parameters and tensors only."""

