@@ -57,9 +57,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Returns the batch with every tensor on `device` (asynchronous copy from pinned memory)."""
         move = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         labels = {name: value.to(device, non_blocking=True) for name, value in self.labels.items()}
         return replace(self, **move, labels=labels)
