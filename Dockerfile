@@ -16,12 +16,9 @@ COPY tools ./tools
 COPY examples ./examples
 
 # The base's own torch and numpy are kept: Transformer Engine is built against exactly those.
-RUN keep=() \
-    && if python3 -c 'import torch' 2>/dev/null; then \
-         python3 -m pip list --format=freeze | grep -iE '^(torch|numpy)==' > /tmp/keep.txt; \
-         keep=(-c /tmp/keep.txt); \
-       fi \
-    && PIP_BREAK_SYSTEM_PACKAGES=1 PIP_CONSTRAINT='' python3 -m pip install --no-cache-dir "${keep[@]}" -e . \
+RUN { python3 -m pip list --format=freeze | grep -iE '^(torch|numpy)==' || true; } > /tmp/keep.txt \
+    && PIP_BREAK_SYSTEM_PACKAGES=1 PIP_CONSTRAINT='' \
+       python3 -m pip install --no-cache-dir --constraint /tmp/keep.txt -e . \
     && rm -f /tmp/keep.txt \
     && megatron-ove --help > /dev/null
 
