@@ -62,7 +62,6 @@ setup(
     description="Trains OCR-aware vision encoders, from a laptop CPU to a SLURM cluster, with one code path.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_namespace_packages(include=["megatron_ove", "megatron_ove.*"]),
     package_data={"megatron_ove": ["**/*.txt", "**/*.json", "**/*.html", "**/*.css", "**/*.js", "**/*.md"]},
