@@ -1,1 +1,0 @@
-"""Shard sets, the stateless sample order, DALI pipelines, delivery of microbatches."""
