@@ -1,1 +1,4 @@
-"""Everything that knows about ranks: topology, groups, collectives, the CPU backend."""
+"""Everything that knows about ranks: topology, collectives, stateless randomness, and the CPU backend.
+
+Groups are arguments everywhere; only `topology` knows megatron-core's `parallel_state`.
+"""

@@ -1,0 +1,144 @@
+"""Collectives with a gradient. The group is always an argument; a group of one rank costs nothing.
+
+Each function says what its backward does, because that is where sharded code goes wrong. Rows = dim 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_row_counts(num_rows: int, group: dist.ProcessGroup, device: torch.device | None = None) -> list[int]:
+    """Returns every rank's `num_rows`, in rank order; waits for the answer on the host."""
+    if group.size() == 1:
+        return [num_rows]
+    mine = torch.tensor([num_rows], dtype=torch.int64, device=device)
+    counts = torch.empty(group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, mine, group=group)
+    return counts.tolist()
+
+
+def all_gather_rows(x: Tensor, group: dist.ProcessGroup, row_counts: Sequence[int] | None = None) -> Tensor:
+    """Concatenates every rank's rows, in rank order.
+
+    Backward: each rank receives the sum over ranks of the gradients of its own rows (a reduce-scatter), so the ranks'
+    losses are taken to add up.
+
+    Args:
+        x: [n_rank, ...], sharded over `group` along dim 0; n_rank may differ and be 0.
+        group: the ranks to gather over.
+        row_counts: n of every rank, if known; else it is exchanged, which waits on the host.
+
+    Returns:
+        [sum of n_rank, ...], replicated over `group`.
+    """
+    if group.size() == 1:
+        return x
+    counts = list(row_counts) if row_counts is not None else gather_row_counts(x.shape[0], group, x.device)
+    if len(counts) != group.size() or counts[group.rank()] != x.shape[0]:
+        raise ValueError(
+            f"all_gather_rows: row_counts {counts} do not fit rank {group.rank()} of {group.size()} with "
+            f"{x.shape[0]} rows"
+        )
+    return _AllGatherRows.apply(x, group, counts)
+
+
+def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup, row_counts: Sequence[int]) -> Tensor:
+    """Sums `x` over ranks and keeps this rank's rows. Backward: all-gather of the row gradients.
+
+    Args:
+        x: [sum of row_counts, ...], one addend per rank.
+        group: the ranks to sum over.
+        row_counts: rows that each rank keeps, in rank order.
+
+    Returns:
+        [row_counts[rank], ...], sharded over `group`.
+    """
+    return x if group.size() == 1 else _ReduceScatterRows.apply(x, group, list(row_counts))
+
+
+def sum_over_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sums `x` over ranks. Backward: identity, right when every rank goes on with the same value to the same loss."""
+    return x if group.size() == 1 else _SumForward.apply(x, group)
+
+
+def sum_gradient_over_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Returns `x`. Backward: sums the gradient over ranks, right when a replicated `x` feeds each rank's own part."""
+    return x if group.size() == 1 else _SumBackward.apply(x, group)
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup, counts: Sequence[int]) -> Tensor:
+    """Uneven rows travel padded to the longest rank, since the collectives want equal shapes."""
+    longest = max(counts)
+    padded = _pad_rows(x, longest)
+    gathered = torch.empty(longest * len(counts), *x.shape[1:], dtype=x.dtype, device=x.device)
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    if min(counts) == longest:
+        return gathered
+    return torch.cat([block[:count] for block, count in zip(gathered.split(longest), counts, strict=True)])
+
+
+def _scatter(x: Tensor, group: dist.ProcessGroup, counts: Sequence[int]) -> Tensor:
+    longest = max(counts)
+    padded = torch.cat([_pad_rows(block, longest) for block in x.split(list(counts))])
+    kept = torch.empty(longest, *x.shape[1:], dtype=x.dtype, device=x.device)
+    dist.reduce_scatter_tensor(kept, padded, group=group)
+    return kept[: counts[group.rank()]]
+
+
+def _pad_rows(x: Tensor, num_rows: int) -> Tensor:
+    if x.shape[0] == num_rows:
+        return x.contiguous()
+    return torch.cat([x, x.new_zeros(num_rows - x.shape[0], *x.shape[1:])])
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, counts: list[int]) -> Tensor:
+        ctx.group, ctx.counts = group, counts
+        return _gather(x, group, counts) if max(counts) else x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return (_scatter(gradient, ctx.group, ctx.counts) if max(ctx.counts) else gradient), None, None
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, counts: list[int]) -> Tensor:
+        ctx.group, ctx.counts = group, counts
+        return _scatter(x, group, counts) if max(counts) else x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return (_gather(gradient, ctx.group, ctx.counts) if max(ctx.counts) else gradient), None, None
+
+
+class _SumForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _SumBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

@@ -1,0 +1,141 @@
+"""Runs a function in N gloo processes from an ordinary test.
+
+Workers are forked from a server that has imported torch and megatron-core once, so that starting four of them takes
+tenths of a second. Arguments and results travel by pickle, tensors by value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_MCORE = ("distributed", "pipeline_parallel", "transformer.transformer_block", "optimizer", "dist_checkpointing")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy", *(f"megatron.core.{name}" for name in _MCORE)])
+
+
+class WorkerError(AssertionError):
+    """A rank failed, died or did not answer in time; the message holds its traceback."""
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+    """Calls `fn(rank, world_size, *args)` on every rank of a gloo world.
+
+    Args:
+        fn: a top-level function; torch.distributed (gloo) is initialised when it is called, with one thread per rank.
+        world_size: number of processes.
+        args: picklable arguments, the same for every rank.
+        timeout_s: seconds after which every process is killed and the test fails.
+
+    Returns:
+        What each rank returned, in rank order; tensors on the CPU.
+
+    Raises:
+        WorkerError: with the traceback of the first rank that failed.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the server starts; its children inherit it
+    environment = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="ove-rendezvous-") as folder:
+        port, payload = _free_port(), pickle.dumps(args)
+        workers, pipes = [], []
+        for rank in range(world_size):
+            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            target = (fn, rank, world_size, payload, sender, environment, f"{folder}/store", port, timeout_s)
+            worker = _CONTEXT.Process(target=_worker, args=target, name=f"rank{rank}")
+            worker.start()
+            sender.close()
+            workers.append(worker)
+            pipes.append(receiver)
+        try:
+            return _collect(pipes, workers, time.monotonic() + timeout_s, timeout_s)
+        finally:
+            for worker in workers:
+                _end(worker)
+
+
+def _collect(pipes: list[Connection], workers: list[Any], deadline: float, timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            silent = [rank for rank in range(len(pipes)) if rank not in results]
+            raise WorkerError(f"ranks {silent} did not finish within {timeout_s} s; all processes were killed")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                succeeded, content = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                workers[rank].join(5)
+                raise WorkerError(f"rank {rank} died with exit code {workers[rank].exitcode}") from None
+            if not succeeded:
+                raise WorkerError(f"rank {rank} failed:\n{content}")
+            results[rank] = content
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _worker(
+    fn: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    payload: bytes,
+    sender: Connection,
+    environment: dict[str, str],
+    store_path: str,
+    port: int,
+    timeout_s: float,
+) -> None:
+    os.setsid()  # so that processes this rank starts can be killed with it
+    os.environ.update(environment)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        store = dist.FileStore(store_path, world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        )
+        message = pickle.dumps((True, fn(rank, world_size, *pickle.loads(payload))))
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while a peer still talks to it
+    except BaseException:
+        message = pickle.dumps((False, traceback.format_exc()))
+    sender.send_bytes(message)
+    sender.close()
+    os._exit(0)  # skips gloo's slow teardown; everything this rank had to say is sent
+
+
+def _end(worker: Any) -> None:
+    worker.join(0.5)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.join(5)
+    worker.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def repository_root() -> Path:
+    """The checkout this test runs in."""
+    return Path(__file__).resolve().parents[2]

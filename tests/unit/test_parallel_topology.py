@@ -1,0 +1,88 @@
+"""World sizes, devices and environments that do not fit: the sentence the user gets."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_ove.config.parallel import ParallelConfig
+from megatron_ove.errors import ConfigError
+from megatron_ove.parallel import cpu_backend
+from megatron_ove.parallel.topology import check_world_size, destroy_topology, initialize_topology
+
+
+@pytest.mark.parametrize(("world_size", "counts"), [(3, "4"), (7, "4 or 8"), (1, "4")])
+def test_world_size_must_be_divisible(world_size: int, counts: str) -> None:
+    config = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with pytest.raises(ConfigError) as error:
+        check_world_size(config, world_size)
+    assert str(error.value) == (
+        f"world size {world_size} is not divisible by tensor_model_parallel_size x pipeline_model_parallel_size = "
+        f"2 x 2 = 4, so some processes would belong to no model replica; start {counts} processes or change the sizes"
+    )
+
+
+def test_divisible_world_size_is_accepted() -> None:
+    check_world_size(ParallelConfig(tensor_model_parallel_size=2), 6)
+
+
+def test_incomplete_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match="has RANK, WORLD_SIZE but not MASTER_ADDR, MASTER_PORT, so the processes"):
+        initialize_topology(ParallelConfig(), seed=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a CUDA device")
+def test_cuda_asked_for_and_absent() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.device = cuda but torch sees no CUDA device; set"):
+        initialize_topology(ParallelConfig(device="cuda"), seed=0)
+
+
+def test_cpu_backend_refuses_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="cannot be installed while a CUDA device is visible, because it redirects"):
+        cpu_backend.install()
+
+
+def test_cpu_backend_refuses_an_unchecked_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cpu_backend.megatron.core, "__version__", "0.17.0")
+    with pytest.raises(ConfigError, match=re.escape("was checked with megatron-core 0.16.1 and this is 0.17.0")):
+        cpu_backend.install()
+
+
+_ONE_PROCESS = """
+import torch
+from megatron_ove.config.parallel import ParallelConfig
+from megatron_ove.parallel.topology import destroy_topology, initialize_topology
+for _ in range(2):  # a second start in the same process works
+    topology = initialize_topology(ParallelConfig(device="cpu"), seed=0)
+    assert topology.device.type == "cpu" and topology.world_size == 1
+    assert topology.is_first_chunk(None) and topology.is_last_chunk(None)
+    assert torch.zeros(1, device="cuda").device.type == "cpu"
+    destroy_topology()
+    assert not torch.distributed.is_initialized()
+try:
+    torch.zeros(1, device="cuda")
+except (AssertionError, RuntimeError):
+    print("undone")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is for machines without a CUDA device")
+def test_one_process_needs_no_launcher_and_leaves_nothing() -> None:
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", _ONE_PROCESS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "undone", done.stderr
+
+
+def test_destroy_without_start() -> None:
+    destroy_topology()
