@@ -8,7 +8,13 @@ from __future__ import annotations
 
 
 class MegatronOveError(Exception):
-    """Base of every error that is explained to the user instead of being shown as a traceback."""
+    """Base of every error that is explained to the user instead of being shown as a traceback.
+
+    Attributes:
+        on_every_rank: whether all ranks raise it together, so that rank 0 alone needs to print it.
+    """
+
+    on_every_rank: bool = False
 
 
 class ConfigError(MegatronOveError, ValueError):
@@ -21,3 +27,7 @@ class DataError(MegatronOveError, ValueError):
 
 class CheckpointError(MegatronOveError, RuntimeError):
     """A checkpoint that cannot be written, read, or does not fit the model."""
+
+
+class TrainingError(MegatronOveError, RuntimeError):
+    """A run that cannot go on, e.g. because its loss stays infinite."""

@@ -1,0 +1,101 @@
+"""Does a checkpoint fit the present configuration? Answered from the stored configuration, before a tensor is read.
+
+Three kinds of difference: another architecture (an error), another storage format of the optimizer (an error), and
+settings that are allowed to change but end the equality with an uninterrupted run (a warning).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ove.errors import CheckpointError
+
+# Fields of `encoder` that decide names, shapes or meaning of the weights.
+_ARCHITECTURE_FIELDS = (
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "patch_size",
+    "layer_norm_epsilon",
+    "rope_theta",
+    "rope_temporal_size",
+    "use_head",
+)
+
+# Paths whose value decides which samples a step sees or what is drawn for them.
+_EXACTNESS_PATHS = ("seed", "train.global_batch_size", "train.precision", "data.tokens_per_microbatch", "data.sources")
+
+
+def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint whose weights or optimizer state cannot be loaded into the configured model.
+
+    Args:
+        path: the checkpoint, for the message.
+        saved: the configuration stored in it, as plain values.
+        current: the present configuration, as plain values.
+
+    Raises:
+        CheckpointError: naming every differing field with both values.
+    """
+    differences = [
+        f"encoder.{field} is {saved['encoder'].get(field)} there and {current['encoder'].get(field)} here"
+        for field in _ARCHITECTURE_FIELDS
+        if saved["encoder"].get(field) != current["encoder"].get(field)
+    ]
+    differences += _objective_differences(saved["objectives"], current["objectives"])
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint {path} holds another model: {'; '.join(differences)}; set the fields as they are in the "
+            "checkpoint, or use another run_dir to train a new model"
+        )
+    for section, field in (("parallel", "use_distributed_optimizer"), ("train", "precision")):
+        before, now = saved[section][field], current[section][field]
+        if before != now:
+            raise CheckpointError(
+                f"the checkpoint {path} was saved with {section}.{field} = {before} and this run has {now}, but the "
+                f"optimizer's state is stored differently for the two; set {section}.{field}: {str(before).lower()}"
+            )
+
+
+def _objective_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted(saved.keys() | current.keys()):
+        if name not in saved:
+            yield f"objectives.{name} is not in the checkpoint"
+        elif name not in current:
+            yield f"objectives.{name} is in the checkpoint but not here"
+        elif saved[name].get("num_classes") != current[name].get("num_classes"):
+            yield (
+                f"objectives.{name}.num_classes is {saved[name].get('num_classes')} there and "
+                f"{current[name].get('num_classes')} here"
+            )
+
+
+def exactness_warnings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Returns one sentence for every setting that makes the resumed run differ from an uninterrupted one."""
+    warnings = []
+    for path in _EXACTNESS_PATHS:
+        before, now = _lookup(saved, path), _lookup(current, path)
+        for field, old, new in _leaf_differences(path, before, now):
+            warnings.append(
+                f"{field} was {old} when the checkpoint was saved and is {new} now, so from here on the run sees other "
+                "samples or draws than an uninterrupted one; set it back if you need the same result"
+            )
+    return warnings
+
+
+def _lookup(tree: Mapping[str, Any], path: str) -> Any:
+    value: Any = tree
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _leaf_differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _leaf_differences(f"{path}.{key}", before.get(key, "absent"), now.get(key, "absent"))
+    elif before != now:
+        yield path, before, now

@@ -1,0 +1,273 @@
+"""`CheckpointManager`: atomic, verified, self-pruning checkpoints of a sharded state dict.
+
+A save goes into `step_XXXXXXXX.tmp`; the manifest with every file's checksum is written last, and rank 0 then renames
+the folder. So a folder without `.tmp` is complete, whatever happened. Older checkpoints are deleted only afterwards.
+A failure on one rank becomes the same `CheckpointError` on all of them: nobody waits for a rank that gave up.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_ove.checkpoint.in_process_writer import InProcessSaveStrategy
+from megatron_ove.checkpoint.manifest import (
+    MANIFEST_NAME,
+    PARTIAL_SUFFIX,
+    checkpoint_name,
+    checksum_problem,
+    data_files,
+    file_crc32,
+    list_checkpoints,
+    read_manifest,
+    structural_problem,
+    sync_folder,
+    write_manifest,
+)
+from megatron_ove.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Beyond the tensors: zip headers per tensor, the index, the common part.
+_OVERHEAD_BYTES = 4 << 20
+_OVERHEAD_BYTES_PER_TENSOR = 4096
+
+
+class CheckpointManager:
+    """Saves, finds, verifies and loads the checkpoints of one run; every method is collective over all ranks."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int,
+        verify: Literal["full", "sizes"],
+        data_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """
+        Args:
+            directory: folder that holds the checkpoint folders; on a file system that all ranks see.
+            keep: newest checkpoints kept; step 0 does not count and is never deleted.
+            verify: what `latest` checks: every checksum, or file names and sizes only.
+            data_group: ranks with equal parameters, which share the writing; None = every rank of the run.
+        """
+        self.directory = Path(directory)
+        self.last_save_s = 0.0
+        self._keep = keep
+        self._verify = verify
+        self._is_writer = dist.get_rank() == 0
+        self._strategy = FullyParallelSaveStrategyWrapper(InProcessSaveStrategy(), data_group)
+
+    def save(self, step: int, state: ShardedStateDict, *, manifest_extra: Mapping[str, Any] | None = None) -> Path:
+        """Writes `state` as the checkpoint of `step` and deletes older ones.
+
+        Args:
+            step: optimizer steps done.
+            state: sharded state dict; its plain values must be equal on all ranks.
+            manifest_extra: JSON values for the manifest.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: on all ranks, when it could not be written; earlier checkpoints are as they were.
+        """
+        started = time.monotonic()
+        final = self.directory / checkpoint_name(step)
+        partial = final.with_name(final.name + PARTIAL_SUFFIX)
+        try:
+            self._on_writer(lambda: _make_empty_folder(partial))
+            sharded, common = save_preprocess(state)
+            self._require_space(step, sharded)
+            self._on_writer(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)))
+            self._together(lambda: self._strategy.save(sharded, str(partial)))
+            self._on_writer(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(partial)))
+            checksums = self._share_files(data_files(partial), lambda name: _describe_file(partial / name))
+            self._on_writer(lambda: write_manifest(partial, step=step, files=checksums, extra=manifest_extra or {}))
+            self._on_writer(lambda: _publish(partial, final))
+        except CheckpointError as error:
+            if self._is_writer:
+                shutil.rmtree(partial, ignore_errors=True)
+            dist.barrier()
+            raise _agreed(
+                f"cannot save the checkpoint of step {step} to {self.directory}: {error}; earlier checkpoints are "
+                "untouched, so start the same command again when this is repaired"
+            ) from error
+        self._on_writer(self._prune)
+        self.last_save_s = time.monotonic() - started
+        return final
+
+    def latest(self) -> Path | None:
+        """Returns the newest usable checkpoint, logging one sentence for every newer one that is skipped.
+
+        Returns:
+            Its folder; None when nothing was ever completed.
+
+        Raises:
+            CheckpointError: there are finished checkpoints and none can be used. Starting from step 0 would then
+                silently throw a run away.
+        """
+        candidates: list[tuple[Path, str | None]] = self._from_writer(
+            lambda: [(path, structural_problem(path)) for _, path in list_checkpoints(self.directory)]
+        )
+        broken = []
+        for path, problem in candidates:
+            problem = problem or (self._checksum_problem(path) if self._verify == "full" else None)
+            if problem is None:
+                return path
+            if self._is_writer:
+                logger.warning("Skipping checkpoint %s: %s; looking for an older one.", path, problem)
+            if not path.name.endswith(PARTIAL_SUFFIX):
+                broken.append(f"{path.name}: {problem}")
+        if broken:
+            raise _agreed(
+                f"none of the {len(broken)} checkpoints in {self.directory} can be used ({'; '.join(broken)}), and "
+                "starting again from step 0 would lose the run; repair the folder, or move it away to start anew"
+            )
+        return None
+
+    def load(self, path: Path, state: ShardedStateDict) -> StateDict:
+        """Fills `state` from a checkpoint; the layout of the run that wrote it does not matter.
+
+        Raises:
+            CheckpointError: on all ranks, when a tensor is missing or has another shape.
+        """
+        try:
+            return self._together(lambda: dist_checkpointing.load(state, str(path)))
+        except CheckpointError as error:
+            raise _agreed(
+                f"cannot load the checkpoint {path}: {error}; use the configuration it was saved with, or another "
+                "run_dir to start anew"
+            ) from error
+
+    def _require_space(self, step: int, sharded: ShardedStateDict) -> None:
+        tensors = [
+            item
+            for item in nested_values(sharded)
+            if isinstance(item, ShardedTensor) and is_main_replica(item.replica_id)
+        ]
+        local = sum(item.data.numel() * item.data.element_size() for item in tensors if item.data is not None)
+        per_rank = _gather((local, len(tensors)))
+        needed = sum(size + _OVERHEAD_BYTES_PER_TENSOR * count for size, count in per_rank) + _OVERHEAD_BYTES
+        free = self._from_writer(lambda: shutil.disk_usage(self.directory).free)
+        if free < needed:
+            raise CheckpointError(
+                f"it needs about {needed / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left; free some "
+                "space or lower checkpoint.keep"
+            )
+
+    def _checksum_problem(self, path: Path) -> str | None:
+        files = self._from_writer(lambda: read_manifest(path)["files"])
+        problems = self._share_files(list(files), lambda name: checksum_problem(path, name, files[name]))
+        return next((problem for _, problem in sorted(problems.items()) if problem), None)
+
+    def _share_files(self, names: list[str], action: Callable[[str], T]) -> dict[str, T]:
+        """Runs `action` once for every file, spread over the ranks; returns all results on all ranks."""
+        names = _gather(names)[0]
+        mine = names[dist.get_rank() :: dist.get_world_size()]
+        parts = _gather(self._together(lambda: {name: action(name) for name in mine}))
+        return {name: result for part in parts for name, result in part.items()}
+
+    def _prune(self) -> None:
+        folders = list_checkpoints(self.directory)
+        finished = [path for step, path in folders if step > 0 and not path.name.endswith(PARTIAL_SUFFIX)]
+        unfinished = [path for _, path in folders if path.name.endswith(PARTIAL_SUFFIX)]
+        for path in finished[self._keep :] + unfinished:
+            # Without its manifest a folder that is only half deleted cannot be taken for a checkpoint.
+            (path / MANIFEST_NAME).unlink(missing_ok=True)
+            shutil.rmtree(path)
+
+    def _on_writer(self, action: Callable[[], object]) -> None:
+        self._together(lambda: action() if self._is_writer else None)
+
+    def _from_writer(self, action: Callable[[], T]) -> T:
+        result = self._together(lambda: action() if self._is_writer else None)
+        return _gather(result)[0]
+
+    def _together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on this rank; if it failed on any rank, raises the same CheckpointError on all."""
+        result: Any = None
+        problem = None
+        try:
+            result = action()
+        except (OSError, CheckpointError, CheckpointingException, CheckpointException, KeyError, RuntimeError) as error:
+            logger.debug("A checkpoint operation failed", exc_info=True)
+            problem = _clause(error)
+        problems = [item for item in _gather(problem) if item]
+        if problems:
+            raise CheckpointError(problems[0])
+        return result
+
+
+def _agreed(message: str) -> CheckpointError:
+    error = CheckpointError(message)
+    error.on_every_rank = True
+    return error
+
+
+def _clause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        return _clause(next(iter(error.failures.values()))[0])
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; free some space or lower checkpoint.keep"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error} ({error.filename})" if error.filename else str(error.strerror or error)
+    # torch's zip writer hides the cause of a failed write behind an internal assertion.
+    text = str(error.args[0]) if error.args else type(error).__name__
+    if "PytorchStreamWriter failed writing file" in text or "unexpected pos" in text:
+        return "the disk refused a write, most likely because it is full; free some space or lower checkpoint.keep"
+    return text.splitlines()[0]
+
+
+def _gather(value: T) -> list[T]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _describe_file(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, file_crc32(path)
+
+
+def _make_empty_folder(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    if final.exists():  # e.g. a damaged one that `latest` skipped
+        (final / MANIFEST_NAME).unlink(missing_ok=True)
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def read_common_state(path: str | Path) -> dict[str, Any]:
+    """Returns the plain values of a checkpoint (step, config, ...) without loading a tensor; not collective."""
+    file = Path(path) / "common.pt"
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot read {file} ({_clause(error)}), so {path} is not a checkpoint of this program or is damaged; "
+            "name a folder like runs/NAME/checkpoints/step_00000100"
+        ) from error
