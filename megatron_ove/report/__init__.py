@@ -1,1 +1,1 @@
-"""Pictures and the run's HTML page."""
+"""Pictures and the run's HTML page: one self-contained file, no external resource."""

@@ -1,0 +1,95 @@
+"""Draws the general blocks of `sections.py` as HTML; every text is escaped, every picture becomes a data URI."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from megatron_ove.errors import DataError
+from megatron_ove.report.pictures import data_uri, picture_size
+from megatron_ove.report.sections import (
+    GalleryBlock,
+    Picture,
+    PictureBlock,
+    Section,
+    TableBlock,
+    WordBlock,
+    WordColumn,
+)
+
+
+def draw_section(section: Section, folder: Path) -> str:
+    """Returns a section as HTML; `folder` holds the pictures.
+
+    Raises:
+        DataError: a picture is missing.
+    """
+    parts = [f"<h2>{escape(section.title)}</h2>"]
+    parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.text.split("\n\n") if paragraph]
+    for block in section.blocks:
+        match block:
+            case PictureBlock():
+                items = "".join(_picture(item, folder) for item in block.items)
+                parts.append(f'<div class="pictures {block.size}">{items}</div>')
+            case GalleryBlock():
+                parts.append(_gallery(block, folder))
+            case WordBlock():
+                columns = "".join(_word_column(column) for column in block.columns)
+                parts.append(f'<div class="columns">{columns}</div>')
+            case TableBlock():
+                parts.append(draw_table(block.header, block.rows, block.note))
+    return f"<section>{''.join(parts)}</section>"
+
+
+def draw_table(header: list[str], rows: list[list[str]], note: str = "") -> str:
+    """Returns a table whose first column names the row; wide ones scroll sideways on a phone."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    caption = f'<p class="quiet">{escape(note)}</p>' if note else ""
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>{caption}'
+
+
+def _picture(item: Picture, folder: Path) -> str:
+    path = folder / item.file
+    if not path.is_file():
+        raise DataError(
+            f"the report names the picture {path}, which does not exist; run the program that made the report again"
+        )
+    width, height = picture_size(path)
+    mark = {None: "", True: " right", False: " wrong"}[item.right]
+    image = f'<img src="{data_uri(path)}" width="{width}" height="{height}" alt="{escape(item.alt)}">'
+    caption = f"<figcaption>{_mark(item.right)}{escape(item.caption)}</figcaption>" if item.caption or mark else ""
+    return f'<figure class="picture{mark}">{image}{caption}</figure>'
+
+
+def _gallery(block: GalleryBlock, folder: Path) -> str:
+    rows = []
+    for row in block.rows:
+        found = "".join(_picture(item, folder) for item in row.found)
+        label = f'<p class="row-label">{escape(row.label)}</p>'
+        query = f'<div class="query">{_picture(row.query, folder)}</div>'
+        rows.append(
+            f'<div class="gallery-row">{label}<div class="strip">{query}<div class="found">{found}</div></div></div>'
+        )
+    return f'<div class="gallery">{"".join(rows)}</div>'
+
+
+def _word_column(column: WordColumn) -> str:
+    words = "".join(
+        f'<li class="{"right" if word.right else "wrong"}">{_mark(word.right)}'
+        f'<span lang="und">{escape(word.text)}</span><span class="quiet">{escape(word.note)}</span></li>'
+        for word in column.words
+    )
+    return f'<div><h3>{escape(column.title)}</h3><ol class="words">{words}</ol></div>'
+
+
+def _mark(right: bool | None) -> str:
+    """Right and wrong are told by a sign as well as by colour, for print and for the colour-blind."""
+    if right is None:
+        return ""
+    sign, text = ("✓", "right") if right else ("✗", "wrong")
+    return f'<span class="mark" role="img" aria-label="{text}">{sign}</span> '

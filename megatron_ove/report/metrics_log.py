@@ -1,0 +1,90 @@
+"""Reads `metrics.jsonl`: one JSON object a logged step.
+
+A run that was cut and continued may have logged a step twice and may end in half a line: the later line of a step wins,
+an unfinished last line is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ove.errors import DataError
+
+LOSS_PREFIX = "loss/"
+
+
+@dataclass(frozen=True)
+class LossChange:
+    """Mean loss over the first and last `window` logged steps of an objective."""
+
+    first_loss: float
+    last_loss: float
+    window: int
+
+    @property
+    def fall(self) -> float:
+        """Share of the first loss that is gone; negative when the loss rose."""
+        return 1.0 - self.last_loss / self.first_loss
+
+
+@dataclass(frozen=True)
+class MetricsLog:
+    """Rows of a run, sorted by step, each step once."""
+
+    rows: Sequence[Mapping[str, float]]
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the objectives with a loss, in the order they were first logged."""
+        names = dict.fromkeys(key for row in self.rows for key in row if key.startswith(LOSS_PREFIX))
+        return [name.removeprefix(LOSS_PREFIX) for name in names]
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Returns (steps, values) of a metric; steps without it, or where it is not finite, are left out."""
+        points = [(row["step"], row[name]) for row in self.rows if name in row and row[name] is not None]
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        return [float(step) for step, _ in points], [float(value) for _, value in points]
+
+    def loss_change(self, objective: str, window: int = 20) -> LossChange:
+        """Returns the mean loss at both ends of the run; the window shrinks to half of a short run.
+
+        Raises:
+            DataError: when the objective logged no finite loss.
+        """
+        _, values = self.series(LOSS_PREFIX + objective)
+        if not values:
+            raise DataError(f"no finite loss of objective '{objective}' was logged, so there is nothing to compare")
+        size = max(1, min(window, len(values) // 2))
+        return LossChange(sum(values[:size]) / size, sum(values[-size:]) / size, size)
+
+
+def read_metrics(path: str | Path) -> MetricsLog:
+    """Reads a metrics file.
+
+    Raises:
+        DataError: when the file is missing, holds no step, or a line other than the last is not JSON.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(
+            f"{file} does not exist, so there is nothing to report; give the folder of a run that has trained"
+        )
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    by_step: dict[int, dict[str, float]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break  # the run was cut while writing it
+            raise DataError(
+                f"{file} line {number} is not JSON ({error}); the file was edited or damaged, restore it"
+            ) from error
+        by_step[int(row["step"])] = row
+    if not by_step:
+        raise DataError(f"{file} holds no finished step, so there is nothing to report; train at least one step")
+    return MetricsLog([by_step[step] for step in sorted(by_step)])

@@ -1,0 +1,88 @@
+"""Pictures for the page: drawings on arrays, and files turned into data URIs."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+_MIME_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
+TAGGED, UNTAGGED = (20, 120, 90), (150, 150, 150)
+
+
+def data_uri(path: Path) -> str:
+    """Returns the file at `path` as a data URI, so that the page needs no other file."""
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f"data:{_MIME_TYPES[path.suffix.lower()]};base64,{content}"
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Returns (width, height) in pixels without decoding."""
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def save_jpeg(picture: np.ndarray, path: Path, *, longest_side: int | None = None, quality: int = 85) -> Path:
+    """Writes [height, width, 3] uint8 RGB as JPEG, scaled down to `longest_side` if given; returns `path`."""
+    image = Image.fromarray(picture)
+    if longest_side and max(image.size) > longest_side:
+        image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, "JPEG", quality=quality)
+    return path
+
+
+def draw_boxes(page: np.ndarray, boxes: Sequence[np.ndarray], is_tagged: Sequence[bool]) -> np.ndarray:
+    """Outlines text lines on a page.
+
+    Args:
+        page: [height, width, 3] uint8 RGB.
+        boxes: corner points [4, 2] (x, y) in pixels, one array per line.
+        is_tagged: per line, whether it gave at least one tag (strong colour) or none (grey).
+
+    Returns:
+        A copy with the boxes drawn, tinted inside.
+    """
+    base = Image.fromarray(page).convert("RGBA")
+    layer = Image.new("RGBA", base.size, (0, 0, 0, 0))
+    draw = ImageDraw.Draw(layer)
+    width = max(2, round(max(base.size) / 450))
+    for box, tagged in zip(boxes, is_tagged, strict=True):
+        color = TAGGED if tagged else UNTAGGED
+        points = [(float(x), float(y)) for x, y in box]
+        draw.polygon(points, fill=(*color, 26))
+        draw.line([*points, points[0]], fill=(*color, 255), width=width, joint="curve")
+    return np.asarray(Image.alpha_composite(base, layer).convert("RGB"))
+
+
+def light_patches(frame: np.ndarray, rows_and_columns: np.ndarray, patch_size: int) -> np.ndarray:
+    """Shows which patches of a frame are selected: they keep their colours, the rest turns pale and grey.
+
+    Args:
+        frame: [height, width, 3] uint8 RGB.
+        rows_and_columns: [n, 2] int, (h, w) of the selected patches.
+        patch_size: side of a patch in pixels.
+
+    Returns:
+        [height, width, 3] uint8.
+    """
+    grey = frame.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    result = (grey * 0.3 + 255 * 0.62).astype(np.uint8)
+    for row, column in rows_and_columns:
+        part = np.s_[row * patch_size : (row + 1) * patch_size, column * patch_size : (column + 1) * patch_size]
+        result[part] = frame[part]
+    return result
+
+
+def tile(frames: Sequence[np.ndarray], columns: int, gap: int = 3) -> np.ndarray:
+    """Lays pictures [height, width, 3] uint8 of one size out row by row on white."""
+    height, width = frames[0].shape[:2]
+    rows = -(-len(frames) // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for index, frame in enumerate(frames):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = frame
+    return sheet

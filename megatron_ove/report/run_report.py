@@ -1,0 +1,143 @@
+"""The page of a run, drawn from its folder alone.
+
+Always there: loss per objective, learning rate, throughput, gradient norm, data wait (metrics.jsonl), rejects
+(rejects.jsonl), the resolved configuration. Added when present: headings, pictures and rankings of
+`report/extras.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from megatron_ove import __version__
+from megatron_ove.rejects import count_rejects
+from megatron_ove.report.blocks import draw_section, draw_table
+from megatron_ove.report.curves import Marker, format_number, line_chart
+from megatron_ove.report.metrics_log import LOSS_PREFIX, MetricsLog, read_metrics
+from megatron_ove.report.sections import EXTRAS_FILE, ReportExtras, read_extras
+
+_COLORS = [f"var(--series-{number})" for number in range(1, 6)]
+# metric, title, unit, start the axis at zero
+_COMMON_CURVES = [
+    ("lr", "Learning rate", "", True),
+    ("samples_per_s", "Throughput", "samples / s", True),
+    ("tokens_per_s", "Throughput", "patches / s", True),
+    ("grad_norm", "Gradient norm of the encoder", "before clipping", True),
+    ("data_wait_share", "Waiting for data", "share of step time", True),
+    ("padding_share", "Padding", "share of patches", True),
+]
+
+
+def write_run_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
+    """Writes the page of a run.
+
+    Args:
+        run_dir: folder with metrics.jsonl; config.resolved.yaml, rejects.jsonl, report/extras.json are used if there.
+        output: the HTML file; default `<run_dir>/report.html`.
+
+    Returns:
+        Absolute path of the page.
+
+    Raises:
+        DataError: no usable metrics.jsonl, or extras that name a missing picture.
+    """
+    folder = Path(run_dir)
+    log, extras = read_metrics(folder / "metrics.jsonl"), read_extras(folder)
+    title = extras.title or f"Run {folder.resolve().name}"
+    parts = [_header(title, extras), _curves(log, extras)]
+    parts += [draw_section(section, (folder / EXTRAS_FILE).parent) for section in extras.sections]
+    parts += [_rejects(folder), _configuration(folder)]
+    style = resources.files("megatron_ove.report").joinpath("style.css").read_text(encoding="utf-8")
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"{chr(10).join(part for part in parts if part)}\n"
+        f"<footer>megatron_ove {escape(__version__)}</footer>\n</body>\n</html>\n"
+    )
+    target = Path(output) if output else folder / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    return target.resolve()
+
+
+def _header(title: str, extras: ReportExtras) -> str:
+    introduction = f"<p>{escape(extras.introduction)}</p>" if extras.introduction else ""
+    highlights = "".join(
+        f"<div><dt>{escape(what)}</dt><dd>{escape(figure)}</dd></div>" for figure, what in extras.highlights
+    )
+    listing = f'<dl class="highlights">{highlights}</dl>' if highlights else ""
+    return f"<header><h1>{escape(title)}</h1>{introduction}{listing}</header>"
+
+
+def _curves(log: MetricsLog, extras: ReportExtras) -> str:
+    markers = [Marker(marker.step, marker.label) for marker in extras.markers]
+    charts = [
+        line_chart(
+            *log.series(LOSS_PREFIX + name), title=f"Loss: {name}", markers=markers, color=_COLORS[i % len(_COLORS)]
+        )
+        for i, name in enumerate(log.objectives)
+    ]
+    for metric, title, unit, from_zero in _COMMON_CURVES:
+        steps, values = log.series(metric)
+        if values:
+            smooth = metric != "lr"
+            charts.append(
+                line_chart(steps, values, title=title, unit=unit, smooth=smooth, from_zero=from_zero, markers=markers)
+            )
+    charts += _head_norm_charts(log, markers)
+    return (
+        f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div>{_loss_table(log)}'
+        '<p class="quiet">Thin: every logged step. Bold: running mean.</p></section>'
+    )
+
+
+def _head_norm_charts(log: MetricsLog, markers: Sequence[Marker]) -> list[str]:
+    return [
+        line_chart(
+            *log.series(f"grad_norm/{name}"),
+            title=f"Gradient norm of the class centers: {name}",
+            from_zero=True,
+            markers=markers,
+            color=_COLORS[i % len(_COLORS)],
+        )
+        for i, name in enumerate(log.objectives)
+        if log.series(f"grad_norm/{name}")[1]
+    ]
+
+
+def _loss_table(log: MetricsLog) -> str:
+    rows, window = [], 0
+    for name in log.objectives:
+        change = log.loss_change(name)
+        window = change.window
+        rows.append([name, f"{change.first_loss:.3f}", f"{change.last_loss:.3f}", f"{-100 * change.fall:+.1f} %"])
+    if not rows:
+        return ""
+    header = ["loss", f"first {window} logged steps", f"last {window}", "change"]
+    return draw_table(header, rows)
+
+
+def _rejects(folder: Path) -> str:
+    path = folder / "rejects.jsonl"
+    if not path.exists():
+        return ""
+    counts = count_rejects(path)
+    if counts:
+        rows = [[stage, format_number(count)] for stage, count in sorted(counts.items())]
+        body = draw_table(["step", "records left out"], rows, f"File and reason of each: {path.resolve()}")
+    else:
+        body = "<p>Nothing was left out: every input file could be used.</p>"
+    return f"<section><h2>Rejects</h2>{body}</section>"
+
+
+def _configuration(folder: Path) -> str:
+    path = folder / "config.resolved.yaml"
+    if not path.is_file():
+        return ""
+    text = escape(path.read_text(encoding="utf-8"))
+    summary = "<summary>Every value of the run, defaults included</summary>"
+    return f"<section><h2>Configuration</h2><details>{summary}<pre>{text}</pre></details></section>"
