@@ -153,7 +153,7 @@ def test_report_errors_are_sentences(tmp_path: Path) -> None:
         write_run_report(folder)
     (folder / "report/extras.json").write_text('{"sections": 3}')
     with pytest.raises(
-        DataError, match=r"does not hold report extras \(sections: .*\); delete it to draw the report without them"
+        DataError, match=r"does not hold report extras \(sections: .*\); delete it to draw"
     ):
         write_run_report(folder)
 

@@ -45,7 +45,11 @@ def test_average_precision() -> None:
 def test_query_without_relevant_items_is_nan_and_left_out_of_means() -> None:
     nothing = torch.zeros(2, 4, dtype=torch.bool)
     nothing[1, 1] = True
-    for measure in (recall_at_k(SCORES, nothing, 1), reciprocal_rank(SCORES, nothing), average_precision(SCORES, nothing)):
+    for measure in (
+        recall_at_k(SCORES, nothing, 1),
+        reciprocal_rank(SCORES, nothing),
+        average_precision(SCORES, nothing),
+    ):
         assert math.isnan(measure[0])
         assert mean_over_queries(measure) == 1.0
     assert math.isnan(mean_over_queries(torch.tensor([torch.nan])))

@@ -1,0 +1,57 @@
+"""`megatron-ove evaluate`: retrieval figures of an exported encoder on a shard set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_ove.errors import ConfigError
+
+_DESCRIPTION = """Embeds every sample of a shard set with an exported encoder and prints retrieval figures: labels
+shared with the nearest other samples; with --checkpoint, the sample's labels among the nearest class centers; with
+--group-pattern, other samples of the same group."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the sub-command."""
+    parser = subparsers.add_parser(
+        "evaluate", help="retrieval figures of an exported encoder on a shard set", description=_DESCRIPTION
+    )
+    parser.add_argument("--model", required=True, help="exported HuggingFace folder")
+    parser.add_argument("--shards", required=True, help="folder of a shard set")
+    parser.add_argument("--checkpoint", help="checkpoint folder whose class centers rank the labels")
+    parser.add_argument("--objective", help="objective of the checkpoint whose class centers are meant")
+    parser.add_argument("--group-pattern", help="regular expression; its first group, found in a key, names the group")
+    parser.add_argument("--k", type=int, default=10, help="cut-off of rankings (default 10)")
+    parser.add_argument("--image-size", type=int, default=224, help="side of images in pixels (default 224)")
+    parser.add_argument("--max-patches", type=int, default=1024, help="most patches of a page or clip (default 1024)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--output", help="also write the figures to this JSON file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the figures; returns the exit status."""
+    from megatron_ove.convert.class_centers import load_class_centers
+    from megatron_ove.data.shard_index import ShardSet
+    from megatron_ove.evaluation.embedding import SampleSettings, embed_shard_set
+    from megatron_ove.evaluation.evaluate_shards import evaluate_embeddings, format_figures
+    from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model
+
+    if arguments.k < 1:
+        raise ConfigError(f"--k {arguments.k} looks at no result; give at least 1")
+    if bool(arguments.checkpoint) != bool(arguments.objective):
+        raise ConfigError("--checkpoint and --objective name a table of class centers together; give both or neither")
+    shards = ShardSet.open(arguments.shards)
+    model = load_exported_model(arguments.model).to(arguments.device)
+    patch_size = int(model.config.patch_size)
+    settings = SampleSettings(patch_size=patch_size, image_size=arguments.image_size, max_patches=arguments.max_patches)
+    embedded = embed_shard_set(huggingface_encoder(model, patch_size), shards, settings, device=arguments.device)
+    centers = load_class_centers(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
+    figures = evaluate_embeddings(embedded, k=arguments.k, class_centers=centers, group_pattern=arguments.group_pattern)
+    sys.stdout.write(f"{len(shards)} samples of {arguments.shards}\n{format_figures(figures)}\n")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0

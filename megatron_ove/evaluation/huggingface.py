@@ -1,0 +1,66 @@
+"""Exported (HuggingFace) encoders as encoders of batches."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ove.batch import Batch
+from megatron_ove.errors import ConfigError
+from megatron_ove.evaluation.embedding import EncoderCallable
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_exported_model(folder: str | Path) -> Any:
+    """Loads an exported encoder with its own modelling code, in fp32, ready for evaluation.
+
+    Raises:
+        ConfigError: the folder holds no exported model.
+    """
+    from transformers import AutoModel
+
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} is not an exported model, because it holds no config.json; make one with "
+            "megatron-ove convert export"
+        )
+    return AutoModel.from_pretrained(str(folder), trust_remote_code=True).float().eval()
+
+
+def huggingface_encoder(model: Any, patch_size: int) -> EncoderCallable:
+    """Makes an exported model (or any with its calling form) an encoder of batches.
+
+    A sample's patches are laid side by side into a picture one patch high; `patch_positions` tells the model where each
+    belongs, so one form serves images, pages and clips.
+
+    Args:
+        model: takes pixel_values [1, 3, p, n * p] and patch_positions [1, n, 3]; returns an object with pooler_output.
+        patch_size: side of a patch in pixels.
+    """
+
+    @torch.inference_mode()
+    def encode(batch: Batch) -> Tensor:
+        assert batch.patches is not None
+        bounds = batch.cu_seqlens.tolist()
+        pooled = []
+        for start, stop in pairwise(bounds):
+            patches = normalize_pixels(batch.patches[start:stop].view(-1, 3, patch_size, patch_size))  # [n, 3, p, p]
+            strip = patches.permute(1, 2, 0, 3).reshape(1, 3, patch_size, -1)  # [1, 3, p, n * p]
+            output = model(pixel_values=strip, patch_positions=batch.positions[None, start:stop].long())
+            pooled.append(output.pooler_output)
+        return torch.cat(pooled)
+
+    return encode
+
+
+def normalize_pixels(pixels: Tensor) -> Tensor:
+    """uint8 [..., 3, height, width] -> fp32 with CLIP's mean and standard deviation, as encoders are trained."""
+    mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
+    return (pixels.float() / 255.0 - mean) / std
