@@ -1,0 +1,171 @@
+"""DALI decoding of pictures on CPU or GPU: whole, or a window of each, resized and mirrored as told per sample.
+
+DALI draws nothing itself: windows, sizes and mirroring are inputs, so that a step depends on the run's seed only. The
+same code serves both devices; on a GPU the decoder is the hybrid one ("mixed") and pictures stay there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.types as types
+import torch
+from nvidia.dali import Pipeline
+from torch import Tensor
+
+from megatron_ove.errors import DataError
+
+_MAX_PICTURES = 64
+"""Pictures decoded in one go."""
+_MAX_PIXELS = 1 << 26
+"""Pixels decoded in one go (192 MiB), unless a single picture has more."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What to make of each picture.
+
+    Attributes:
+        corner: [n, 2] int32, (y, x) of the window's upper left pixel.
+        extent: [n, 2] int32, (height, width) of the window in pixels.
+        size: [n, 2] int32, (height, width) after resizing.
+        mirror: [n] int32, 1 = mirrored from left to right.
+    """
+
+    corner: np.ndarray
+    extent: np.ndarray
+    size: np.ndarray
+    mirror: np.ndarray
+
+
+class PictureDecoder:
+    """A DALI pipeline fed with encoded pictures. Not for use by several threads at once."""
+
+    def __init__(self, *, device: torch.device, num_threads: int, resizes: bool) -> None:
+        """Prepares decoding; the pipeline is built at the first picture, in the thread that decodes.
+
+        Args:
+            device: where pictures are decoded and returned.
+            num_threads: CPU threads.
+            resizes: whether pictures are cut, resized and mirrored (`Windows` are given) or only decoded.
+        """
+        self._device = device
+        self._num_threads = num_threads
+        self._resizes = resizes
+        self._pipeline: Pipeline | None = None
+
+    def decode(
+        self,
+        pixels: np.ndarray,
+        read: Callable[[int], bytes],
+        describe: Callable[[int], str],
+        windows: Windows | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Decodes n pictures, a few at a time.
+
+        Args:
+            pixels: [n] pixels of each encoded picture; bounds memory.
+            read: returns the encoded bytes of picture i.
+            describe: returns what messages call picture i.
+            windows: what to make of each picture; None = decode only.
+
+        Yields:
+            (i, [height, width, 3] uint8 RGB on the device). The pixels are overwritten when the iterator advances.
+
+        Raises:
+            DataError: a picture cannot be read or decoded; names it.
+        """
+        for start, stop in _chunks(pixels):
+            encoded = [np.frombuffer(read(i), np.uint8) for i in range(start, stop)]
+            try:
+                pictures = self._run(encoded, windows, start)
+            except RuntimeError as error:
+                self._explain(encoded, windows, start, describe, error)
+                raise
+            for offset in range(stop - start):
+                yield start + offset, torch.from_dlpack(pictures[offset])
+
+    def _run(self, encoded: list[np.ndarray], windows: Windows | None, start: int) -> Any:
+        if self._pipeline is None:
+            self._pipeline = _build_pipeline(self._device, self._num_threads, self._resizes)
+        self._pipeline.feed_input("encoded", encoded)
+        if windows is not None:
+            chosen = slice(start, start + len(encoded))
+            self._pipeline.feed_input("corner", list(windows.corner[chosen].astype(np.int32)))
+            self._pipeline.feed_input("extent", list(windows.extent[chosen].astype(np.int32)))
+            self._pipeline.feed_input("size", list(windows.size[chosen].astype(np.float32)))
+            self._pipeline.feed_input("mirror", [np.array(m, np.int32) for m in windows.mirror[chosen]])
+        (pictures,) = self._pipeline.run()
+        return pictures
+
+    def _explain(
+        self,
+        encoded: list[np.ndarray],
+        windows: Windows | None,
+        start: int,
+        describe: Callable[[int], str],
+        error: RuntimeError,
+    ) -> None:
+        """DALI does not say which picture failed: decodes one by one to name it. Returns if none fails alone."""
+        for offset, picture in enumerate(encoded):
+            self._pipeline = None  # a pipeline cannot be used after an error
+            try:
+                self._run([picture], windows, start + offset)
+            except RuntimeError:
+                self._pipeline = None
+                raise DataError(
+                    f"{describe(start + offset)} cannot be decoded, although it could when its shard was written, so "
+                    "the shard is damaged; check it with tools/shards/validate_shards.py --deep and copy it again"
+                ) from error
+
+
+def _chunks(pixels: np.ndarray) -> Iterator[tuple[int, int]]:
+    start, total = 0, 0
+    for i, count in enumerate(pixels.tolist()):
+        if i > start and (i - start == _MAX_PICTURES or total + count > _MAX_PIXELS):
+            yield start, i
+            start, total = i, 0
+        total += count
+    if len(pixels) > start:
+        yield start, len(pixels)
+
+
+def _build_pipeline(device: torch.device, num_threads: int, resizes: bool) -> Pipeline:
+    on_gpu = device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=_MAX_PICTURES,
+        num_threads=num_threads,
+        device_id=device.index or 0 if on_gpu else None,
+        prefetch_queue_depth=1,
+        exec_async=False,  # whole steps are prefetched by the loader; a second queue would only hold memory
+        exec_pipelined=False,
+    )
+    decoder = "mixed" if on_gpu else "cpu"
+    with pipeline:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        if resizes:
+            corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
+            extent = fn.external_source(name="extent", dtype=types.INT32, ndim=1)
+            size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
+            mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+            picture = fn.decoders.image_slice(
+                encoded,
+                corner,
+                extent,
+                axes=[0, 1],
+                normalized_anchor=False,
+                normalized_shape=False,
+                device=decoder,
+                output_type=types.RGB,
+            )
+            picture = fn.resize(picture, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+            picture = fn.flip(picture, horizontal=mirror)
+        else:
+            picture = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
+        pipeline.set_outputs(picture)
+    pipeline.build()
+    return pipeline

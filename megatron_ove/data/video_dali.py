@@ -1,0 +1,102 @@
+"""Clips: stored patches or stored frames, by a strategy that is drawn per sample.
+
+No video is decoded in training: a clip is stored as JPEGs of its selected patches (mosaics) and of every frame of its
+temporal grid, all at grid size, so nothing is resized and pixels are exactly those of a plain decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from megatron_ove.config.data import VideoSourceConfig
+from megatron_ove.data.patchify import grid_positions, write_patches
+from megatron_ove.data.picture_decoder import PictureDecoder
+from megatron_ove.data.sampler import draw_uniform
+from megatron_ove.data.shard_format import MOSAIC_MEMBER, POSITIONS_MEMBER, frame_member, mosaic_size
+from megatron_ove.data.shard_writer import read_positions
+from megatron_ove.data.source import DataSource
+from megatron_ove.errors import DataError
+
+CODEC, FRAME_SAMPLING, COLLAGE = range(3)
+_DRAW_STRATEGY = 0
+_DRAW_FIRST_FRAME = 1
+"""Draws 1 .. num_frames are the frames."""
+
+
+class VideoSource(DataSource):
+    """Cluster-labelled clips on a temporal grid (usually 64 frames)."""
+
+    def __init__(self, name: str, config: VideoSourceConfig, **common: Any) -> None:
+        """Prepares a source; `common` are the arguments of `DataSource` other than name and weight."""
+        super().__init__(name, config.weight, **common)
+        info = self.shards.info
+        self._config = config
+        self._grid_height, self._grid_width = info.grid_height, info.grid_width
+        self._bin = info.frames // config.num_frames
+        self._decoder = PictureDecoder(device=self.device, num_threads=self.num_threads, resizes=False)
+
+    def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        selected = np.minimum(self.shards.num_patches[rows], self._config.max_patches).astype(np.int64)
+        whole_frames = self._config.num_frames * self._grid_height * self._grid_width
+        return np.where(self.strategies(seeds) == CODEC, selected, whole_frames)
+
+    def strategies(self, seeds: np.ndarray) -> np.ndarray:
+        """Returns the strategy, [n] int64 (CODEC, FRAME_SAMPLING or COLLAGE), of samples with `seeds`, [n] int64."""
+        shares = self._config.strategies
+        draws = draw_uniform(seeds, _DRAW_STRATEGY)
+        return np.searchsorted([shares.codec, shares.codec + shares.frame_sampling], draws, side="right")
+
+    def frames(self, seed: int) -> np.ndarray:
+        """Returns the frames, [num_frames] int64 ascending, that a sample shows: a random one of each equal bin."""
+        count = self._config.num_frames
+        draws = np.concatenate([draw_uniform(np.array([seed]), _DRAW_FIRST_FRAME + i) for i in range(count)])
+        return np.arange(count) * self._bin + (draws * self._bin).astype(np.int64)
+
+    def positions(self, row: int, seed: int) -> np.ndarray:
+        strategy = int(self.strategies(np.array([seed]))[0])
+        if strategy == CODEC:
+            return self._selected_positions(row)[: self._config.max_patches]
+        height, width = self._grid_height, self._grid_width
+        if strategy == FRAME_SAMPLING:
+            return np.concatenate([grid_positions(height, width, frame=int(frame)) for frame in self.frames(seed)])
+        return grid_positions(height * self._config.num_frames, width)
+
+    def decode_into(self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor]) -> None:
+        pictures: list[tuple[int, str, Tensor]] = []  # (row, member, where its patches go)
+        per_frame = self._grid_height * self._grid_width
+        for row, seed, strategy, target in zip(rows, seeds, self.strategies(seeds), targets, strict=True):
+            if strategy == CODEC:
+                pictures.append((int(row), MOSAIC_MEMBER, target))
+                continue
+            for i, frame in enumerate(self.frames(int(seed))):
+                part = target[i * per_frame : (i + 1) * per_frame]
+                pictures.append((int(row), frame_member(int(frame)), part))
+        decoded = self._decoder.decode(
+            np.array([self._pixels(row, member) for row, member, _ in pictures], dtype=np.int64),
+            lambda i: self.shards.read(pictures[i][0], pictures[i][1]),
+            lambda i: f"{pictures[i][1]} of {self.shards.describe(pictures[i][0])}",
+        )
+        for i, picture in decoded:
+            write_patches(picture, pictures[i][2], self.patch_size)
+
+    def _pixels(self, row: int, member: str) -> int:
+        if member == MOSAIC_MEMBER:
+            height, width = mosaic_size(int(self.shards.num_patches[row]), self.patch_size)
+            return height * width
+        return int(self.shards.height[row]) * int(self.shards.width[row])
+
+    def _selected_positions(self, row: int) -> np.ndarray:
+        try:
+            positions = read_positions(self.shards.read(row, POSITIONS_MEMBER), self.shards.info)
+        except DataError as error:
+            raise DataError(f"{self.shards.describe(row)}: {error}; copy or write its shard again") from error
+        if len(positions) != self.shards.num_patches[row]:
+            raise DataError(
+                f"{self.shards.describe(row)} has {len(positions)} selected patches, but its index says "
+                f"{self.shards.num_patches[row]}; index and shards are from different runs: copy both again"
+            )
+        return positions
