@@ -1,1 +1,1 @@
-"""The OneVision-Encoder on megatron-core layers, over bags of patches."""
+"""The vision encoder on megatron-core: packed patches in, token features and one pooled embedding per sample out."""

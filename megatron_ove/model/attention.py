@@ -1,0 +1,152 @@
+"""Attention within the samples of a pack: each token sees the tokens of its own sample, in both directions.
+
+`PatchSegments` is made once per forward and says where samples lie; layers get it as megatron-core's packed-sequence
+parameters. Neighbouring samples of equal length go through one batched attention call. Padding is cut into short
+segments of its own, so it costs little and never touches a real token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_ove.model.rotary import rotate
+
+# Tokens of one padding segment: small, because attention cost grows with its square.
+PADDING_SEGMENT = 128
+
+
+@dataclass(frozen=True)
+class SegmentRun:
+    """`count` neighbouring segments of `length` tokens each, starting at token `start`."""
+
+    start: int
+    count: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.length
+
+
+@dataclass
+class PatchSegments(PackedSeqParams):
+    """Where the segments of a pack lie, and the rotary tables of its tokens.
+
+    Attributes:
+        cos, sin: [P, 1, d], of the rotary angles, in the model's dtype.
+        sample_runs: runs over the samples, one row of the pooled output per segment, in order.
+        padding_runs: runs over the padding tokens.
+    """
+
+    cos: Tensor = None  # type: ignore[assignment]  # a dataclass that inherits defaults must go on with defaults
+    sin: Tensor = None  # type: ignore[assignment]
+    sample_runs: list[SegmentRun] = field(default_factory=list)
+    padding_runs: list[SegmentRun] = field(default_factory=list)
+
+
+def build_segments(cu_seqlens: Tensor, angles: Tensor, dtype: torch.dtype) -> PatchSegments:
+    """Plans the attention of one microbatch.
+
+    Args:
+        cu_seqlens: [b + 1] int32, sample boundaries; tokens from `cu_seqlens[-1]` on are padding.
+        angles: [P, d] fp32, rotary angles of every token, padding included.
+        dtype: of queries and keys.
+
+    Raises:
+        ValueError: a sample without tokens, or samples that reach beyond the tokens.
+    """
+    bounds, num_tokens = cu_seqlens.tolist(), angles.shape[0]
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
+    if min(lengths, default=1) < 1 or bounds[-1] > num_tokens:
+        raise ValueError(f"cu_seqlens {bounds} does not describe non-empty samples within {num_tokens} tokens")
+    num_padding = num_tokens - bounds[-1]
+    padding_lengths = [PADDING_SEGMENT] * (num_padding // PADDING_SEGMENT)
+    padding_lengths += [num_padding % PADDING_SEGMENT] * (num_padding % PADDING_SEGMENT > 0)
+    covering = torch.tensor([0, *lengths, *padding_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    covering = covering.to(cu_seqlens.device)
+    longest = max(lengths + padding_lengths, default=0)
+    return PatchSegments(
+        qkv_format="thd",
+        cu_seqlens_q=covering,
+        cu_seqlens_kv=covering,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        cos=angles.cos().to(dtype).unsqueeze(1),
+        sin=angles.sin().to(dtype).unsqueeze(1),
+        sample_runs=find_runs(lengths, start=0),
+        padding_runs=find_runs(padding_lengths, start=bounds[-1]),
+    )
+
+
+def find_runs(lengths: list[int], *, start: int) -> list[SegmentRun]:
+    """Groups neighbouring equal lengths; segments lie one after another from token `start` on."""
+    runs: list[SegmentRun] = []
+    for length in lengths:
+        if runs and runs[-1].length == length:
+            runs[-1] = SegmentRun(runs[-1].start, runs[-1].count + 1, length)
+        else:
+            runs.append(SegmentRun(start, 1, length))
+        start += length
+    return runs
+
+
+class PackedAttention(MegatronModule):
+    """megatron-core's `core_attention` over torch's scaled_dot_product_attention, for packed tokens."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.no_mask:
+            raise ValueError(f"PackedAttention sees whole samples; it has no mask type {attn_mask_type}")
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PatchSegments,
+    ) -> Tensor:
+        """Rotates queries and keys, then attends within segments.
+
+        Args:
+            query, key, value: [P, n/tp, d], heads sharded over the tensor group.
+            packed_seq_params: the segments of the pack.
+
+        Returns:
+            [P, n/tp * d].
+        """
+        segments = packed_seq_params
+        query, key = (rotate(x, segments.cos, segments.sin) for x in (query, key))
+        outputs = []
+        for run in [*segments.sample_runs, *segments.padding_runs]:
+            q, k, v = (split_run(x, run) for x in (query, key, value))  # [count, n, length, d]
+            attended = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
+            outputs.append(attended.transpose(1, 2).reshape(run.count * run.length, -1))
+        return torch.cat(outputs)
+
+
+def split_run(x: Tensor, run: SegmentRun) -> Tensor:
+    """Returns the run's tokens of [P, n, d] as [count, n, length, d]."""
+    return x[run.start : run.stop].unflatten(0, (run.count, run.length)).transpose(1, 2)

@@ -1,0 +1,192 @@
+"""The vision encoder, or the part of it that one pipeline stage holds.
+
+First stage: patch embedding and the norm before the layers. Every stage: its share of megatron-core's TransformerBlock.
+Last stage: the final norm and the attention-pooling head. Positions go to every stage, because rotary angles are made
+where they are used; patches are needed on the first only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_ove.batch import Batch
+from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.model.attention import PatchSegments, build_segments
+from megatron_ove.model.initialization import initialize_parameters
+from megatron_ove.model.layer_specs import SequenceParallelLayerNorm, build_block_submodules, resolve_layer_spec
+from megatron_ove.model.patch_embed import PatchEmbed
+from megatron_ove.model.pooling import AttentionPoolingHead
+from megatron_ove.model.rotary import inverse_frequencies, rotary_angles
+from megatron_ove.model.transformer_config import LayerSpecKind, build_transformer_config
+from megatron_ove.outputs import VisionFeatures
+from megatron_ove.parallel.topology import ParallelTopology
+
+
+class VisionEncoder(MegatronModule):
+    """One model chunk of the encoder.
+
+    Attributes:
+        pre_process: whether this chunk embeds patches.
+        post_process: whether this chunk ends in features.
+        vp_stage: index of this chunk among the chunks of its rank; None without a virtual pipeline.
+        layer_offset: layers of the whole model that come before this chunk.
+    """
+
+    # Read by megatron-core's pipeline schedules and gradient finalisation.
+    model_type = ModelType.encoder_or_decoder
+    share_embeddings_and_output_weights = False
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        topology: ParallelTopology,
+        transformer_config: TransformerConfig,
+        *,
+        layer_spec: LayerSpecKind,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(config=transformer_config)
+        self.encoder_config, self.vp_stage = config, vp_stage
+        self.pre_process, self.post_process = topology.is_first_chunk(vp_stage), topology.is_last_chunk(vp_stage)
+        self.pg_collection, self.tp_group = topology.process_groups, topology.tensor_group
+        self.layer_offset = get_transformer_layer_offset(transformer_config, vp_stage, topology.pipeline_rank)
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
+        self._frequencies = tuple(axis.to(topology.device) for axis in frequencies)
+        placement = {"device": topology.device, "dtype": transformer_config.params_dtype}
+        if self.pre_process:
+            self.patch_embed = PatchEmbed(config.patch_size, config.hidden_size, **placement)
+            # Under sequence parallelism each rank embeds its own share of the patches.
+            self.patch_embed.weight.sequence_parallel = transformer_config.sequence_parallel
+            self.layernorm_pre = SequenceParallelLayerNorm(
+                transformer_config, config.hidden_size, eps=config.layer_norm_epsilon
+            )
+        num_layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage, pp_rank=topology.pipeline_rank)
+        self.decoder = TransformerBlock(  # "decoder" is where megatron-core's schedules look for layers
+            config=transformer_config,
+            spec=build_block_submodules(layer_spec, num_layers),
+            post_layer_norm=config.use_head,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=topology.process_groups,
+            vp_stage=vp_stage,
+        )
+        self.head = AttentionPoolingHead(config, **placement) if self.post_process and config.use_head else None
+        for parameter in self.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Takes what the previous stage sent: [P(/tp under sequence parallelism), 1, h]."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, batch: Batch) -> Tensor | VisionFeatures:
+        """Encodes one microbatch.
+
+        Args:
+            batch: `patches` may be None off the first chunk; labels are not looked at.
+
+        Returns:
+            `VisionFeatures` on the last chunk, with `pooled` [b, 0] if the encoder has no head; hidden states
+            [P, 1, h], or [P/tp, 1, h] under sequence parallelism, elsewhere.
+        """
+        angles = rotary_angles(batch.positions, self._frequencies)  # [P, d]
+        segments = build_segments(batch.cu_seqlens, angles, self.config.params_dtype)
+        hidden = self._embed(batch) if self.pre_process else None
+        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=segments)  # [P(/tp), 1, h]
+        return self._features(hidden, batch, segments) if self.post_process else hidden
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """Returns [P, 1, h], or this rank's [P/tp, 1, h] under sequence parallelism."""
+        patches = batch.patches
+        if patches is None:
+            raise ValueError("the first model chunk got a batch without patches")
+        if self.config.sequence_parallel:
+            size, rank = self.tp_group.size(), self.tp_group.rank()
+            if patches.shape[0] % size:
+                raise ValueError(f"{patches.shape[0]} patches cannot be split evenly over {size} tensor-parallel ranks")
+            patches = patches.chunk(size)[rank]
+        return self.layernorm_pre(self.patch_embed(patches)).unsqueeze(1)
+
+    def _features(self, hidden: Tensor, batch: Batch, segments: PatchSegments) -> VisionFeatures:
+        tokens = hidden
+        if self.config.sequence_parallel:
+            # Whatever follows is replicated, so every rank already has the whole gradient: its backward only slices.
+            tokens = gather_from_sequence_parallel_region(hidden, False, group=self.tp_group)  # [P, 1, h]
+        if self.head is None:
+            pooled = tokens.new_zeros(batch.num_samples, 0)
+        else:
+            pooled = self.head(tokens.squeeze(1), segments.sample_runs)  # [b, h]
+        return VisionFeatures(tokens=tokens, pooled=pooled, cu_seqlens=batch.cu_seqlens)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Returns the state for megatron-core's distributed checkpoints; readable under any layout and layer spec.
+
+        Transformer Engine's extra state (FP8 scaling history) is left out unless FP8 is on, so that checkpoints of
+        local layers and of Transformer Engine layers have the same keys.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.config.fp8:
+            return state
+        return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def build_encoder(
+    config: EncoderConfig,
+    topology: ParallelTopology,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    vp_stage: int | None = None,
+    transformer_config: TransformerConfig | None = None,
+) -> VisionEncoder:
+    """Builds and initialises one model chunk of the encoder on the topology's device.
+
+    Args:
+        config: the encoder.
+        topology: where this process stands.
+        dtype: of parameters and activations.
+        seed: of the initial weights; equal seeds give equal weights under every layout.
+        vp_stage: which chunk, with a virtual pipeline.
+        transformer_config: megatron-core's configuration to share with other chunks; None builds one.
+
+    Raises:
+        ConfigError: the configuration cannot be built here.
+    """
+    layer_spec = resolve_layer_spec(config, topology.device)
+    if transformer_config is None:
+        transformer_config = build_transformer_config(config, topology, dtype=dtype, layer_spec=layer_spec)
+    encoder = VisionEncoder(config, topology, transformer_config, layer_spec=layer_spec, vp_stage=vp_stage)
+    initialize_parameters(
+        encoder.named_parameters(),
+        seed=seed,
+        initializer_range=config.initializer_range,
+        layer_offset=encoder.layer_offset,
+        tensor_rank=topology.tensor_rank,
+        tensor_size=topology.tensor_size,
+    )
+    return encoder
+
+
+def build_encoder_chunks(
+    config: EncoderConfig, topology: ParallelTopology, *, dtype: torch.dtype, seed: int
+) -> list[VisionEncoder]:
+    """Builds every model chunk of this rank, one without a virtual pipeline, all sharing one TransformerConfig."""
+    if topology.virtual_pipeline_size is None:
+        return [build_encoder(config, topology, dtype=dtype, seed=seed)]
+    layer_spec = resolve_layer_spec(config, topology.device)
+    shared = build_transformer_config(config, topology, dtype=dtype, layer_spec=layer_spec)
+    return [
+        build_encoder(config, topology, dtype=dtype, seed=seed, vp_stage=stage, transformer_config=shared)
+        for stage in range(topology.virtual_pipeline_size)
+    ]

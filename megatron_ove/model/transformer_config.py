@@ -1,0 +1,132 @@
+"""From our two dozen settings to megatron-core's TransformerConfig.
+
+Everything that changes the mathematics is fixed here: exact-erf GELU, no dropout, biases everywhere, no approximate
+fusions. `encoder.mcore_overrides` may set the rest, by name, checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.errors import ConfigError
+from megatron_ove.parallel.topology import ParallelTopology
+
+LayerSpecKind = Literal["local", "transformer_engine"]
+
+_FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise"}
+
+
+def build_transformer_config(
+    encoder: EncoderConfig, topology: ParallelTopology, *, dtype: torch.dtype, layer_spec: LayerSpecKind
+) -> TransformerConfig:
+    """Builds megatron-core's configuration of the encoder.
+
+    Args:
+        encoder: the encoder's settings.
+        topology: sizes of the parallel grid, and the device.
+        dtype: of parameters, activations and pipeline messages; torch.float32 or torch.bfloat16.
+        layer_spec: the layer implementation that will be built with it.
+
+    Raises:
+        ConfigError: FP8 without Transformer Engine, or an override that megatron-core does not have or refuses.
+    """
+    if encoder.fp8 != "off" and layer_spec != "transformer_engine":
+        raise ConfigError(
+            f"encoder.fp8 = {encoder.fp8} needs Transformer Engine layers, and this run uses local layers, which would "
+            "ignore it in silence; install the gpu extra on a CUDA machine, or set encoder.fp8: off"
+        )
+    fields = {**_sizes(encoder), **_numerics(encoder, dtype), **_parallelism(topology, dtype), **_memory(encoder)}
+    _check_overrides(encoder.mcore_overrides, fields)
+    try:
+        return TransformerConfig(**{**fields, **encoder.mcore_overrides})
+    except (ValueError, AssertionError, TypeError) as error:
+        given = ", ".join(f"{name} = {value!r}" for name, value in encoder.mcore_overrides.items()) or "none"
+        raise ConfigError(
+            f"megatron-core refuses the encoder configuration (encoder.mcore_overrides: {given}): {error}; "
+            "change or remove the setting it names"
+        ) from error
+
+
+def _sizes(encoder: EncoderConfig) -> dict[str, Any]:
+    return {
+        "num_layers": encoder.num_layers,
+        "hidden_size": encoder.hidden_size,
+        "num_attention_heads": encoder.num_attention_heads,
+        "ffn_hidden_size": encoder.ffn_hidden_size,
+    }
+
+
+def _numerics(encoder: EncoderConfig, dtype: torch.dtype) -> dict[str, Any]:
+    fp8 = {} if encoder.fp8 == "off" else {"fp8": "hybrid", "fp8_recipe": _FP8_RECIPES[encoder.fp8]}
+    return {
+        "activation_func": F.gelu,  # exact erf; megatron-core's fused bias-GELU is the tanh form
+        "add_bias_linear": True,
+        "add_qkv_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "normalization": "LayerNorm",
+        "layernorm_epsilon": encoder.layer_norm_epsilon,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "init_method": _leave_uninitialised,
+        "output_layer_init_method": _leave_uninitialised,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        **fp8,
+    }
+
+
+def _leave_uninitialised(weight: Tensor) -> Tensor:
+    """The encoder sets every parameter itself, by global name; see `initialization`."""
+    return weight
+
+
+def _parallelism(topology: ParallelTopology, dtype: torch.dtype) -> dict[str, Any]:
+    # Interleaved chunks with batched sends mix up the messages between two gloo ranks, silently; so never batch them.
+    is_interleaved = topology.virtual_pipeline_size is not None
+    return {
+        "tensor_model_parallel_size": topology.tensor_size,
+        "pipeline_model_parallel_size": topology.pipeline_size,
+        "virtual_pipeline_model_parallel_size": topology.virtual_pipeline_size,
+        "sequence_parallel": topology.sequence_parallel,
+        "pipeline_dtype": dtype,
+        "overlap_p2p_comm": is_interleaved,
+        "batch_p2p_comm": not is_interleaved,
+        "use_cpu_initialization": topology.device.type == "cpu",
+    }
+
+
+def _memory(encoder: EncoderConfig) -> dict[str, Any]:
+    if encoder.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if encoder.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def _check_overrides(overrides: dict[str, Any], ours: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
+    for name in overrides:
+        if name in ours:
+            raise ConfigError(
+                f"encoder.mcore_overrides.{name} is decided by this project's own settings, and two places for one "
+                "value would contradict each other; use the setting of the encoder or parallel section instead"
+            )
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            raise ConfigError(
+                f"encoder.mcore_overrides.{name} is not a field of megatron-core's TransformerConfig, so it would "
+                f"have no effect; {hint}"
+            )
