@@ -48,6 +48,8 @@ class TrainLoopConfig(StrictModel):
     """bf16 keeps fp32 master weights and gradients."""
     log_interval_steps: Annotated[int, Field(gt=0)] = 10
     """Steps between metric reductions."""
+    max_refused_steps: Annotated[int, Field(gt=0)] = 3
+    """Steps in a row that may be refused for a non-finite loss or gradient before the run stops with an error."""
     stop_after_steps: Annotated[int, Field(gt=0)] | None = None
     """Save and stop cleanly after this many steps of this launch; null = run to num_steps."""
 

@@ -1,0 +1,89 @@
+"""`megatron-ove train CONFIG`: trains, or continues the run that is in the configuration's run_dir."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the sub-command."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train, or continue a run",
+        description="Trains, or continues from the newest checkpoint in the run folder. Stop with Ctrl-C, SIGTERM, "
+        "SIGUSR1 or a file named 'stop' in the run folder; the same command continues.",
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override a setting, e.g. --set train.num_steps=100; may be repeated",
+    )
+    parser.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="start N processes on this machine (default 1)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains; returns the exit status."""
+    from megatron_ove.config.loader import dump_config, load_config
+    from megatron_ove.errors import MegatronOveError
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except MegatronOveError as error:
+        error.on_every_rank = True
+        raise
+    if arguments.nproc > 1 and "RANK" not in os.environ:
+        _start_processes(arguments)
+    if is_main:
+        text = dump_config(config)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        _prepare_run_dir(Path(config.run_dir), text)
+
+    from megatron_ove.parallel.topology import destroy_topology, initialize_topology
+    from megatron_ove.training.trainer import Trainer
+
+    topology = initialize_topology(config.parallel, seed=config.seed)
+    Trainer(config, topology).run()
+    destroy_topology()
+    return 0
+
+
+def _prepare_run_dir(run_dir: Path, config_text: str) -> None:
+    """Makes the run folder, saves the resolved configuration and starts console.log."""
+    from megatron_ove.errors import ConfigError
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.resolved.yaml").write_text(config_text, encoding="utf-8")
+        handler = logging.FileHandler(run_dir / "console.log", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir = {run_dir} cannot be written ({error.strerror}), so the run could keep nothing; "
+            "choose a folder where you may write"
+        ) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+
+
+def _start_processes(arguments: argparse.Namespace) -> None:
+    """Replaces this process by torchrun with the same command on `--nproc` processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.nproc}"]
+    command += ["-m", "megatron_ove", "train", arguments.config]
+    for override in arguments.overrides:
+        command += ["--set", override]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.execv(sys.executable, command)

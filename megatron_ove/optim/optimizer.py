@@ -1,0 +1,129 @@
+"""`EncoderOptimizer`: megatron-core's optimizer in two halves, so that a bad step can be refused in between.
+
+megatron-core's own `step()` computes the norm and updates in one go, and in fp32 and bf16 it checks nothing: one NaN
+destroys all weights. Here `gradient_norm()` comes first and changes nothing that lasts; `step()` clips and updates.
+The norm is the same on every rank and for every layout: replicated gradients count once, sharded ones add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_ove.config.optim import OptimConfig
+from megatron_ove.optim.param_groups import config_overrides, set_group_hyperparameters
+
+# Layout-independent storage: a checkpoint can be loaded with any tensor, pipeline and data parallel size.
+SHARDING_METADATA: dict[str, Any] = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+class EncoderOptimizer:
+    """AdamW over the encoder: fp32 master weights under bf16, state sharded over data ranks if configured."""
+
+    def __init__(self, optimizer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel], config: OptimConfig):
+        """
+        Args:
+            optimizer: as built by `build_encoder_optimizer`.
+            chunks: the wrapped model chunks of this rank.
+            config: hyperparameters.
+        """
+        self._optimizer = optimizer
+        self._chunks = list(chunks)
+        self._config = config
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        """Clears the gradient buffers before a step."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Returns the L2 norm of the whole encoder's gradient; collective. Call after the gradients are reduced.
+
+        May be infinite or NaN; then `step` must not be called.
+        """
+        self._optimizer.prepare_grads()
+        return float(self._optimizer.get_grad_norm())
+
+    @torch.no_grad()
+    def step(self, *, gradient_norm: float, lr: float) -> None:
+        """Clips to `clip_grad_norm` by the given norm and updates the weights.
+
+        Args:
+            gradient_norm: what `gradient_norm()` returned, finite.
+            lr: rate of this step.
+        """
+        set_group_hyperparameters(self._optimizer.param_groups, self._config, lr=lr)
+        if self._config.clip_grad_norm > 0:
+            params = [param for group in self._optimizer.param_groups for param in group["params"]]
+            if params:
+                clip_grad_by_total_norm_fp32(params, self._config.clip_grad_norm, gradient_norm)
+        self._optimizer.step_with_ready_grads()
+
+    def reload_model_params(self) -> None:
+        """Takes the model's present weights as the new master weights (after loading a checkpoint without them)."""
+        self._optimizer.reload_model_params()
+
+    def sharded_state_dict(self, model_state: ShardedStateDict, *, is_loading: bool) -> ShardedStateDict:
+        """Returns moments, master weights and step count as shards that any layout can load; collective."""
+        return self._optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING_METADATA)
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Takes over what `sharded_state_dict` described and a checkpoint filled in."""
+        self._optimizer.load_state_dict(state)
+
+
+def build_encoder_optimizer(
+    chunks: Sequence[DistributedDataParallel],
+    config: OptimConfig,
+    *,
+    dtype: torch.dtype,
+    use_distributed_optimizer: bool,
+    process_groups: ProcessGroupCollection,
+) -> EncoderOptimizer:
+    """Builds AdamW for the wrapped model chunks of this rank; collective over all ranks.
+
+    Args:
+        chunks: model chunks inside megatron-core's DistributedDataParallel.
+        config: hyperparameters.
+        dtype: of the model's weights, float32 or bfloat16.
+        use_distributed_optimizer: whether state is sharded over the data ranks.
+        process_groups: megatron-core's groups.
+    """
+    mcore_config = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.epsilon,
+        clip_grad=config.clip_grad_norm,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(
+        mcore_config,
+        list(chunks),
+        config_overrides=config_overrides(),
+        use_gloo_process_groups=False,
+        pg_collection=process_groups,
+    )
+    return EncoderOptimizer(optimizer, chunks, config)

@@ -1,0 +1,49 @@
+"""Which parameters decay, and the one place where group hyperparameters are set.
+
+megatron-core puts `wd_mult` and `lr_mult` into parameter groups and leaves it to the caller to multiply with them: an
+optimizer that is only built and stepped decays *every* parameter. Its default rule (one-dimensional, or "*.bias") also
+misses the pooling probe, which is [1, 1, h]. So the rule is ours, and `set_group_hyperparameters` runs before every
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import Tensor
+
+from megatron_ove.config.optim import OptimConfig
+
+
+def has_weight_decay(name: str, param: Tensor) -> bool:
+    """Returns whether a parameter decays: weight matrices do; norms, biases and the pooling probe do not.
+
+    Source: OneVision-Encoder decays everything; we follow the usual ViT recipe (Touvron et al. 2021, DeiT, 3).
+    """
+    return param.ndim > 1 and not name.endswith((".bias", "probe"))
+
+
+def config_overrides() -> dict[ParamKey, ParamGroupOverride]:
+    """Returns the rule in the form that megatron-core's `get_megatron_optimizer` takes."""
+    predicate = ParamWithNamePredicate(name="no_weight_decay", fn=lambda param, name: not has_weight_decay(name, param))
+    return {ParamKey(with_name_predicate=predicate): ParamGroupOverride(wd_mult=0.0)}  # type: ignore[typeddict-item]
+
+
+def set_group_hyperparameters(groups: Iterable[dict[str, Any]], config: OptimConfig, *, lr: float) -> None:
+    """Sets rate, decay, betas and epsilon of every group from the configuration.
+
+    Setting all of them, each step, also means that a resumed run obeys its configuration and not the checkpoint's.
+
+    Args:
+        groups: parameter groups of a torch optimizer with megatron-core's `wd_mult` and `lr_mult`.
+        config: the encoder's optimizer settings.
+        lr: rate of this step.
+    """
+    for group in groups:
+        group["lr"] = lr * group["lr_mult"]
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        group["betas"] = (config.beta1, config.beta2)
+        group["eps"] = config.epsilon

@@ -1,0 +1,59 @@
+"""`PretrainModel`: what megatron-core's schedules drive. The encoder, and on the last stage the objectives.
+
+Class tables are not parameters of it: `ObjectiveSet` is a plain object, so neither DistributedDataParallel nor
+Float16Module sees them, and their rows are updated by their own optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_ove.batch import Batch
+from megatron_ove.model.encoder import VisionEncoder
+from megatron_ove.objectives.objective_set import ObjectiveSet
+from megatron_ove.outputs import StepOutput, VisionFeatures
+
+
+class PretrainModel(MegatronModule):
+    """One model chunk with what follows it in training."""
+
+    # Read by megatron-core's schedules and when gradients are finalized.
+    model_type = ModelType.encoder_or_decoder
+    share_embeddings_and_output_weights = False
+
+    def __init__(self, encoder: VisionEncoder, objectives: ObjectiveSet | None) -> None:
+        """
+        Args:
+            encoder: this chunk of the encoder.
+            objectives: on the last chunk of the last stage; None elsewhere.
+        """
+        super().__init__(encoder.config)
+        self.vp_stage = encoder.vp_stage
+        self.encoder = encoder
+        self.objectives = objectives
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Takes what the stage before sent; called by the schedule."""
+        self.encoder.set_input_tensor(input_tensor)
+
+    def forward(self, batch: Batch, scales: Mapping[str, float]) -> Tensor | StepOutput:
+        """Runs this chunk on one microbatch.
+
+        Args:
+            batch: the microbatch, identical on the tensor-parallel ranks.
+            scales: objective name -> factor of its loss sum (see `loss_scales`); used on the last chunk.
+
+        Returns:
+            [P, 1, h] hidden states ([P / tp, 1, h] under sequence parallelism) for the next chunk; a `StepOutput`
+            from the last one.
+        """
+        output = self.encoder(batch)
+        if self.objectives is None:
+            return output
+        if not isinstance(output, VisionFeatures):
+            raise TypeError(f"the last chunk of the encoder returned {type(output).__name__}, not VisionFeatures")
+        return self.objectives.forward(output, batch, scales)

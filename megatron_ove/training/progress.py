@@ -1,0 +1,77 @@
+"""What a person sees while a run goes: a live line on a terminal, one plain line per report elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+
+class ProgressDisplay:
+    """Shows steps, loss per objective, throughput, share of time spent waiting for data, and gradient norm."""
+
+    def __init__(self, *, num_steps: int, start_step: int, console: Console | None = None) -> None:
+        """
+        Args:
+            num_steps: length of the run.
+            start_step: steps done before this launch.
+            console: where to draw; standard error by default.
+        """
+        console = console or Console(file=sys.stderr)
+        self._num_steps = num_steps
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("train", total=num_steps, completed=start_step, figures="first step ...")
+            self._bar.start()
+
+    def step_done(self, step: int) -> None:
+        """Moves the bar; `step` is the number of steps done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, row: Mapping[str, float]) -> None:
+        """Shows a row of figures. On a terminal the line goes to the log file only."""
+        figures = describe_row(row)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=int(row["step"]), figures=figures)
+        level = logging.DEBUG if self._bar is not None else logging.INFO
+        logger.log(level, "step %d/%d  %s", int(row["step"]), self._num_steps, figures)
+
+    def close(self) -> None:
+        """Leaves the bar as it is and gives the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def describe_row(row: Mapping[str, float]) -> str:
+    """Returns one line with the figures of a report that are there."""
+    parts = []
+    if "loss" in row:
+        losses = [f"{name.removeprefix('loss/')} {row[name]:.3f}" for name in row if name.startswith("loss/")]
+        parts.append(f"loss {row['loss']:.4f}" + (f" ({', '.join(losses)})" if losses else ""))
+    formats = (
+        ("grad_norm", "grad norm {:.3g}"),
+        ("lr", "lr {:.2e}"),
+        ("samples_per_s", "{:.1f} samples/s"),
+        ("tokens_per_s", "{:.0f} tokens/s"),
+    )
+    parts += [text.format(row[name]) for name, text in formats if name in row]
+    if "data_wait_share" in row:
+        parts.append(f"data wait {100 * row['data_wait_share']:.0f} %")
+    if row.get("refused_steps"):
+        parts.append(f"refused steps {int(row['refused_steps'])}")
+    return "  ".join(parts)

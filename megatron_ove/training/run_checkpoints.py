@@ -1,0 +1,131 @@
+"""What a checkpoint of a run holds, and how a run is put back from one.
+
+Key prefixes in the files: `model.` encoder, `optimizer.` its moments and master weights, `objectives.<name>.` class
+centers with theirs, `rng` generators per rank. Plain values: step, config, train_state, sampler, schedule, layout.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_ove.checkpoint.compatibility import check_fits, exactness_warnings
+from megatron_ove.checkpoint.manager import CheckpointManager, read_common_state
+from megatron_ove.checkpoint.rng_state import restore_rng_state, sharded_rng_state
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.objectives.objective_set import ObjectiveSet
+from megatron_ove.optim.optimizer import SHARDING_METADATA, EncoderOptimizer
+from megatron_ove.parallel.topology import ParallelTopology
+from megatron_ove.training.build_model import encoder_of
+from megatron_ove.training.train_state import TrainState, fingerprint, sampler_state
+
+logger = logging.getLogger(__name__)
+
+
+class RunCheckpoints:
+    """Saves a run and restores it; every method is collective over all ranks."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        topology: ParallelTopology,
+        chunks: Sequence[DistributedDataParallel],
+        objectives: ObjectiveSet | None,
+        optimizer: EncoderOptimizer,
+    ) -> None:
+        self._config = config
+        self._topology = topology
+        self._chunks = chunks
+        self._objectives = objectives
+        self._optimizer = optimizer
+        self._plain_config = config.model_dump(mode="json")
+        self._manager = CheckpointManager(
+            Path(config.run_dir) / "checkpoints",
+            keep=config.checkpoint.keep,
+            verify=config.checkpoint.verify,
+            data_group=topology.data_group,
+        )
+
+    @property
+    def last_save_s(self) -> float:
+        """Seconds that the last save took."""
+        return self._manager.last_save_s
+
+    def save(self, state: TrainState, *, lr: float) -> Path:
+        """Writes a checkpoint; returns its folder.
+
+        Raises:
+            CheckpointError: it could not be written; earlier ones are untouched.
+        """
+        content = self._sharded_state(state.step, is_loading=False)
+        content |= {
+            "step": state.step,
+            "config": self._plain_config,
+            "train_state": state.state_dict(),
+            "sampler": sampler_state(self._config, state.step),
+            "schedule": {"next_lr": lr},
+            "layout": self._layout(),
+        }
+        content["rng"] = sharded_rng_state(rank=self._topology.global_rank, world_size=self._topology.world_size)
+        extra = {"config_sha256": fingerprint(self._plain_config), "world_size": self._topology.world_size}
+        return self._manager.save(state.step, content, manifest_extra=extra)
+
+    def restore(self, state: TrainState) -> Path | None:
+        """Puts the run back to its newest usable checkpoint.
+
+        Args:
+            state: counters, filled in.
+
+        Returns:
+            The checkpoint; None when there is none and the run starts at step 0.
+
+        Raises:
+            CheckpointError: it holds another model, or cannot be read.
+        """
+        path = self._manager.latest()
+        if path is None:
+            return None
+        common = read_common_state(path)
+        check_fits(path, common["config"], self._plain_config)
+        if self._topology.global_rank == 0:
+            for sentence in exactness_warnings(common["config"], self._plain_config):
+                logger.warning("%s", sentence)
+        template = self._sharded_state(common["step"], is_loading=True)
+        same_layout = common["layout"] == self._layout()
+        if same_layout:
+            template["rng"] = sharded_rng_state(rank=self._topology.global_rank, world_size=self._topology.world_size)
+        elif self._topology.global_rank == 0:
+            logger.info("The layout was %s and is %s now; generators start anew.", common["layout"], self._layout())
+        loaded = self._manager.load(path, template)
+        for index, chunk in enumerate(self._chunks):
+            encoder_of(chunk).load_state_dict(loaded["model"][f"chunk{index}"])
+        if "optimizer" in loaded:
+            self._optimizer.load_state_dict(loaded["optimizer"])
+        else:
+            self._optimizer.reload_model_params()
+        if self._objectives is not None:
+            self._objectives.load_state(loaded["objectives"])
+        if same_layout:
+            restore_rng_state(loaded["rng"])
+        state.load_state_dict(common["train_state"])
+        return path
+
+    def _sharded_state(self, step: int, *, is_loading: bool) -> dict[str, Any]:
+        model = {
+            f"chunk{index}": encoder_of(chunk).sharded_state_dict(prefix="model.", metadata=SHARDING_METADATA)
+            for index, chunk in enumerate(self._chunks)
+        }
+        state: dict[str, Any] = {"model": model}
+        if step > 0:  # before the first step the optimizer has no moments, and its master weights are the weights
+            state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading=is_loading)
+        if self._objectives is not None:
+            state["objectives"] = self._objectives.sharded_state_dict("objectives.")
+        return state
+
+    def _layout(self) -> dict[str, int]:
+        topology = self._topology
+        return {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size}

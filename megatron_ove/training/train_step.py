@@ -1,0 +1,230 @@
+"""One optimizer step: what happens, in order, on every rank.
+
+1. the loader hands over this replica's microbatches;
+2. the objectives choose the step's active class rows and count their samples over all replicas (N_k);
+3. megatron-core's schedule runs forward and backward over microbatches and pipeline stages, and reduces gradients;
+4. norms are computed, and all ranks agree whether everything is finite;
+5. only then the encoder and the class centers are updated. A refused step changes nothing that lasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ove.batch import Batch
+from megatron_ove.objectives.objective_set import ObjectiveSet
+from megatron_ove.optim.optimizer import EncoderOptimizer
+from megatron_ove.outputs import StepOutput
+from megatron_ove.parallel.topology import ParallelTopology
+from megatron_ove.training.metrics import MetricAccumulator
+
+_MAX_KEYS_IN_MESSAGE = 8
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step; the same on every rank except `metrics`.
+
+    Attributes:
+        accepted: whether weights were updated.
+        stop_requested: whether any rank wants to stop.
+        refusal: on rank 0 of a refused step, what was not finite.
+        metrics: this rank's share of the step's sums; empty after a refusal.
+    """
+
+    accepted: bool
+    stop_requested: bool
+    refusal: str = ""
+    metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
+
+
+def loss_scales(
+    weights: Mapping[str, float], item_counts: Mapping[str, int], *, num_microbatches: int, data_size: int
+) -> dict[str, float]:
+    """Returns the factor of each objective's loss sum in a microbatch.
+
+    The step's loss is sum_k w_k * (sum of objective k's sample losses over all replicas and microbatches) / N_k.
+    megatron-core divides every microbatch's loss by `num_microbatches` and averages gradients over `data_size`
+    replicas; the factor undoes both, so that loss and gradient depend on neither.
+
+    Args:
+        weights: objective -> w_k.
+        item_counts: objective -> N_k, over all replicas and microbatches; 0 when the step has no sample for it.
+        num_microbatches: microbatches of one replica.
+        data_size: replicas.
+    """
+    factor = num_microbatches * data_size
+    return {name: w * factor / item_counts[name] if item_counts[name] else 0.0 for name, w in weights.items()}
+
+
+class TrainStep:
+    """Runs steps; holds the parts that every step uses."""
+
+    def __init__(
+        self,
+        topology: ParallelTopology,
+        chunks: Sequence[DistributedDataParallel],
+        objectives: ObjectiveSet | None,
+        optimizer: EncoderOptimizer,
+        *,
+        tokens_per_microbatch: int,
+    ) -> None:
+        """
+        Args:
+            topology: this rank's place.
+            chunks: wrapped model chunks of this rank.
+            objectives: on the last pipeline stage; None elsewhere.
+            optimizer: of the encoder.
+            tokens_per_microbatch: P, the fixed number of patches of a microbatch.
+        """
+        self._topology = topology
+        self._chunks = list(chunks)
+        self._objectives = objectives
+        self._optimizer = optimizer
+        self._tokens = tokens_per_microbatch
+        # Tensor-parallel ranks hold the same losses; one of them reports.
+        self._reports = topology.is_last_stage and topology.tensor_rank == 0
+
+    def __call__(
+        self, step: int, batches: Sequence[Batch], *, encoder_lr: float, class_lr: float, wants_stop: bool
+    ) -> StepResult:
+        """Runs step `step` (counted from 0) on this replica's microbatches.
+
+        Args:
+            step: steps done before.
+            batches: this replica's microbatches, equally many on every replica.
+            encoder_lr: rate of the encoder.
+            class_lr: rate of the class centers.
+            wants_stop: whether this rank wants the run to stop.
+
+        Returns:
+            A `StepResult`.
+        """
+        scales = self._begin(step, batches)
+        self._optimizer.zero_grad()
+        outputs = self._forward_backward(batches, scales)
+        encoder_norm = self._optimizer.gradient_norm()
+        head_norms = self._objectives.row_gradient_norms() if self._objectives else {}
+        problem = _describe_non_finite(outputs, batches, self._objectives, encoder_norm, head_norms)
+        refused, stop_requested = self._agree(bool(problem), wants_stop)
+        if refused:
+            if self._objectives:
+                self._objectives.discard_update()
+            return StepResult(False, stop_requested, refusal=self._collect_problems(problem))
+        self._optimizer.step(gradient_norm=encoder_norm, lr=encoder_lr)
+        if self._objectives:
+            self._objectives.apply_update(class_lr)
+        return StepResult(True, stop_requested, metrics=self._measure(outputs, batches, encoder_norm, head_norms))
+
+    def _begin(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+        if self._objectives is None:
+            return {}
+        self._objectives.begin_step(step, batches)
+        local = {name: sum(self._objectives.num_items(name, batch) for batch in batches) for name in self._objectives}
+        counts = torch.tensor(list(local.values()), dtype=torch.int64, device=self._topology.device)
+        dist.all_reduce(counts, group=self._topology.data_group)
+        return loss_scales(
+            self._objectives.weights,
+            dict(zip(local, counts.tolist(), strict=True)),
+            num_microbatches=len(batches),
+            data_size=self._topology.data_size,
+        )
+
+    def _forward_backward(self, batches: Sequence[Batch], scales: Mapping[str, float]) -> list[StepOutput]:
+        """Returns the outputs of this rank's microbatches on the last stage, [] elsewhere."""
+
+        def forward_step(iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Any, Any]:
+            return model(next(iterator), scales), _loss_of
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in self._chunks],
+            model=self._chunks,
+            num_microbatches=len(batches),
+            seq_length=self._tokens,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+
+    def _agree(self, refused: bool, wants_stop: bool) -> tuple[bool, bool]:
+        flags = torch.tensor([refused, wants_stop], dtype=torch.int32, device=self._topology.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        any_refused, any_stop = flags.tolist()
+        return bool(any_refused), bool(any_stop)
+
+    def _collect_problems(self, problem: str) -> str:
+        problems: list[str] = [""] * self._topology.world_size
+        dist.all_gather_object(problems, problem if self._topology.tensor_rank == 0 else "")
+        return "; ".join(dict.fromkeys(text for text in problems if text))
+
+    def _measure(
+        self,
+        outputs: Sequence[StepOutput],
+        batches: Sequence[Batch],
+        encoder_norm: float,
+        head_norms: Mapping[str, Tensor],
+    ) -> MetricAccumulator:
+        metrics = MetricAccumulator()
+        if not self._reports:
+            return metrics
+        replicas = len(batches) * self._topology.data_size
+        for output in outputs:
+            for name, (total, count) in output.metrics.items():
+                objective, _, metric = name.partition("/")
+                metrics.add(f"{metric}/{objective}", total, count)
+            # Summed over all microbatches and replicas this is the step's loss; counted once, below.
+            metrics.add("loss", output.loss / replicas, 0.0)
+        for batch in batches:
+            metrics.add("tokens", batch.cu_seqlens[-1], batch.num_patches)
+        if self._topology.data_rank == 0:
+            metrics.add("loss", 0.0, 1.0)
+            metrics.add("grad_norm", encoder_norm)
+            for name, norm in head_norms.items():
+                metrics.add(f"grad_norm/{name}", norm)
+        return metrics
+
+
+def _loss_of(output: StepOutput) -> tuple[Tensor, StepOutput]:
+    # A clone, because the schedule divides the loss it is given in place; what is kept must not hold the graph.
+    return output.loss.clone(), replace(output, loss=output.loss.detach())
+
+
+def _describe_non_finite(
+    outputs: Sequence[StepOutput],
+    batches: Sequence[Batch],
+    objectives: ObjectiveSet | None,
+    encoder_norm: float,
+    head_norms: Mapping[str, Tensor],
+) -> str:
+    """Says what on this rank is not finite, with source and sample keys; "" when all is well."""
+    figures = [output.loss.float() for output in outputs] + [norm.float().reshape(()) for norm in head_norms.values()]
+    # Looked at together: an accepted step reads back from the device once.
+    if math.isfinite(encoder_norm) and (not figures or bool(torch.isfinite(torch.stack(figures)).all())):
+        return ""
+    problems = []
+    for output, batch in zip(outputs, batches, strict=True):
+        for name, (total, _) in output.metrics.items():
+            if name.endswith("/loss") and objectives is not None and not torch.isfinite(total):
+                problems.append(_name_samples(name.removesuffix("/loss"), float(total), objectives, batch))
+    for name, norm in head_norms.items():
+        if not torch.isfinite(norm):
+            problems.append(f"the gradient norm of the class centers of '{name}' is {float(norm)}")
+    if not problems:
+        problems.append(f"the gradient norm of the encoder is {encoder_norm}")
+    return "; ".join(problems)
+
+
+def _name_samples(name: str, loss: float, objectives: ObjectiveSet, batch: Batch) -> str:
+    source = objectives.source_of(name)
+    keys = [batch.sample_keys[row] for row in batch.rows_of(source).tolist()]
+    shown = ", ".join(keys[:_MAX_KEYS_IN_MESSAGE]) + (" ..." if len(keys) > _MAX_KEYS_IN_MESSAGE else "")
+    return f"the loss of objective '{name}' is {loss} in a microbatch with these samples of source '{source}': {shown}"
