@@ -18,6 +18,7 @@ from megatron_ove.errors import DataError
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 178_956_970  # Pillow's own warning limit: a quarter of 2 GiB at 3 bytes a pixel
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+_EXIF_ORIENTATION = 0x0112
 _WHITE = (255, 255, 255)
 
 
@@ -56,7 +57,7 @@ def decode_picture(content: bytes, *, name: str) -> np.ndarray:
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        if content.startswith(_SIGNATURES) or content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        if content.startswith(_SIGNATURES) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP"):
             raise DataError(_truncated(name, len(content), "its header is cut off")) from error
         raise DataError(
             f"{name} is not a picture: its content begins with {content[:12]!r}, which no picture format does, "
@@ -90,6 +91,27 @@ def _to_rgb(picture: Image.Image) -> np.ndarray:
         canvas.paste(with_alpha, mask=with_alpha.getchannel("A"))
         return np.asarray(canvas)
     return np.asarray(picture.convert("RGB"))
+
+
+class JpegPreparer:
+    """Path of any picture -> the bytes of an RGB or grey JPEG that fits a shard.
+
+    A JPEG that already is one, upright and small enough, is passed on byte by byte, so it loses nothing.
+    """
+
+    def __init__(self, *, longest_side: int, quality: int) -> None:
+        """`longest_side` in pixels; larger pictures are scaled down."""
+        self._longest_side, self._quality = longest_side, quality
+
+    def __call__(self, path: Path) -> bytes:
+        """Raises `DataError` when the file is no usable picture."""
+        picture = load_picture(path)  # also proves that the file decodes to its end
+        with Image.open(path) as original:
+            is_plain = original.format == "JPEG" and original.mode in ("RGB", "L")
+            is_upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
+        if is_plain and is_upright and max(picture.shape[:2]) <= self._longest_side:
+            return path.read_bytes()
+        return encode_jpeg(fit_longest_side(picture, self._longest_side), quality=self._quality)
 
 
 def encode_jpeg(picture: np.ndarray, *, quality: int = 92, full_chroma: bool = False) -> bytes:

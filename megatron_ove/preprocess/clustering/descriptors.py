@@ -1,8 +1,8 @@
 """A picture as one vector whose cosine says how alike two pictures are.
 
 `ColourAndGradientDescriber` needs no trained weights: colours and edge layout, enough to group pictures of the same
-scene. It is the laptop default. `FolderModelDescriber` runs a vision model from a local HuggingFace folder and is what a
-production concept bank is made with. A clip's descriptor is its frames' descriptors one after the other.
+scene. It is the laptop default. `FolderModelDescriber` runs a vision model from a local HuggingFace folder; a
+production concept bank is made with one. A clip's descriptor is its frames' descriptors one after the other.
 """
 
 from __future__ import annotations

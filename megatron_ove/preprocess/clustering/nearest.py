@@ -30,8 +30,8 @@ def nearest_centers(
     """
     if descriptors.shape[1] != centers.shape[1]:
         raise DataError(
-            f"descriptors have {descriptors.shape[1]} values but the centers have {centers.shape[1]}, so they were made "
-            "with different describers; describe the samples as the centers' samples were described"
+            f"descriptors have {descriptors.shape[1]} values but the centers have {centers.shape[1]}, so they were "
+            "made with different describers; describe the samples as the centers' samples were described"
         )
     faiss.omp_set_num_threads(threads)
     index = faiss.IndexFlatIP(centers.shape[1])

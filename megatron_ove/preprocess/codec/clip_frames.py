@@ -125,7 +125,7 @@ def _decode(
     count = 0
     with av.open(str(file)) as container:
         stream = _video_stream(container, file)
-        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = 1  # clips are spread over processes
         aspect = float(stream.codec_context.sample_aspect_ratio or 1)
         codec = stream.codec_context.name
         try:

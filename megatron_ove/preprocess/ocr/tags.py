@@ -1,8 +1,8 @@
 """A page's lines -> exactly 100 tag ids, most visible words first.
 
 A word weighs as much as its share of its line's box area, times the line's score; the heaviest occurrence counts.
-Source: OneVision-Encoder stores the first 100 in reading order and repeats them if there are fewer; ranking by area keeps
-headlines, and -1 instead of repetition keeps the loss free of duplicates (`fill="cyclic"` restores the repetition).
+Source: OneVision-Encoder stores the first 100 in reading order and repeats them if there are fewer. Ranking by area
+keeps headlines, and -1 keeps the loss free of duplicates; `fill="cyclic"` restores the repetition.
 """
 
 from __future__ import annotations

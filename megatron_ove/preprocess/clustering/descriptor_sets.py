@@ -1,0 +1,133 @@
+"""Descriptors and labels of many samples as .npz files between the clustering steps, and the tasks that make them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.clustering.descriptors import build_describer, describe_clip
+from megatron_ove.preprocess.codec.clip_store import load_clip
+from megatron_ove.preprocess.pictures import load_picture
+from megatron_ove.preprocess.record_files import write_whole
+
+
+class PictureDescriber:
+    """Path of a picture -> [d] float32."""
+
+    def __init__(self, model_folder: Path | None) -> None:
+        """See `descriptors.build_describer`."""
+        self._describer = build_describer(model_folder)
+
+    def __call__(self, path: Path) -> np.ndarray:
+        """Raises `DataError` when the file is no usable picture."""
+        return self._describer.describe(load_picture(path))
+
+
+class StoredClipDescriber:
+    """Path of a stored clip -> (key, original file, [frames * d] float32)."""
+
+    def __init__(self, model_folder: Path | None, num_frames: int) -> None:
+        """See `descriptors.describe_clip`."""
+        self._describer, self._num_frames = build_describer(model_folder), num_frames
+
+    def __call__(self, path: Path) -> tuple[str, str, np.ndarray]:
+        """Raises `DataError` when the file is no stored clip."""
+        clip = load_clip(path)
+        vector = describe_clip(clip.decoded_frames(), self._describer, num_frames=self._num_frames)
+        return clip.info["key"], clip.info["file"], vector
+
+
+@dataclass(frozen=True)
+class DescriptorSet:
+    """Descriptors of samples.
+
+    Attributes:
+        keys: [n] unique names.
+        files: [n] where each sample came from.
+        descriptors: [n, d] float32 of length 1.
+        describer: what made them.
+    """
+
+    keys: np.ndarray
+    files: np.ndarray
+    descriptors: np.ndarray
+    describer: str
+
+    def save(self, path: str | Path) -> None:
+        _save_arrays(path, keys=self.keys, files=self.files, descriptors=self.descriptors, describer=self.describer)
+
+    @classmethod
+    def load(cls, path: str | Path) -> DescriptorSet:
+        """Raises `DataError` when the file is no descriptor set."""
+        stored = _load_arrays(path, ("keys", "files", "descriptors", "describer"), "1_describe_pictures.py")
+        return cls(stored["keys"], stored["files"], stored["descriptors"], str(stored["describer"]))
+
+
+@dataclass(frozen=True)
+class Centers:
+    """Cluster centers: [k, d] float32 of length 1, and the describer they belong to."""
+
+    centers: np.ndarray
+    describer: str
+    seed: int
+    num_samples: int
+
+    def save(self, path: str | Path) -> None:
+        _save_arrays(path, centers=self.centers, describer=self.describer, seed=self.seed, num_samples=self.num_samples)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Centers:
+        """Raises `DataError` when the file holds no centers."""
+        stored = _load_arrays(path, ("centers", "describer", "seed", "num_samples"), "2_cluster_descriptors.py")
+        return cls(stored["centers"], str(stored["describer"]), int(stored["seed"]), int(stored["num_samples"]))
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Nearest centers of samples: labels [n, 10] int32 (-1 = none), similarities [n, 10] float16, of num_classes."""
+
+    keys: np.ndarray
+    files: np.ndarray
+    labels: np.ndarray
+    similarities: np.ndarray
+    num_classes: int
+
+    def save(self, path: str | Path) -> None:
+        _save_arrays(
+            path,
+            keys=self.keys,
+            files=self.files,
+            labels=self.labels,
+            similarities=self.similarities,
+            num_classes=self.num_classes,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> LabelSet:
+        """Raises `DataError` when the file holds no labels."""
+        stored = _load_arrays(
+            path, ("keys", "files", "labels", "similarities", "num_classes"), "2_cluster_descriptors.py"
+        )
+        return cls(
+            stored["keys"], stored["files"], stored["labels"], stored["similarities"], int(stored["num_classes"])
+        )
+
+
+def _save_arrays(path: str | Path, **arrays: object) -> None:
+    stream = io.BytesIO()
+    np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})
+    write_whole(Path(path), stream.getvalue())
+
+
+def _load_arrays(path: str | Path, names: tuple[str, ...], made_by: str) -> dict[str, np.ndarray]:
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist; make it with tools/clustering/{made_by}")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"{path} is not a result of tools/clustering/{made_by} ({error}); make it again") from error

@@ -1,0 +1,130 @@
+"""One function over many files, in several processes, with progress, and with rejects instead of crashes.
+
+A task is made once per process (it may load a model) and called once per file. What it raises as `DataError` becomes
+the file's reject reason; any other exception is a defect of ours, but one file in a hundred million must not stop a run,
+so it is rejected too, with its type, and logged with its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_ove.errors import DataError
+from megatron_ove.rejects import RejectsFile
+
+_log = logging.getLogger(__name__)
+_PLAIN_INTERVAL_S = 5.0
+_MAX_CHUNK = 16
+
+Task = Callable[[Any], Any]
+_Item = TypeVar("_Item")
+
+
+class _Process:
+    """The task of this worker process; process pools have no other place to keep one."""
+
+    task: Task | None = None
+
+
+def run_over_files(
+    make_task: Callable[[], Task],
+    files: Sequence[Path],
+    *,
+    title: str,
+    workers: int,
+    rejects: RejectsFile,
+) -> Iterator[tuple[Path, Any]]:
+    """Calls the task on every file and yields the results in the order of `files`.
+
+    Args:
+        make_task: makes the task; called once in every process, so it must be picklable.
+        files: what to work on.
+        title: shown beside the progress.
+        workers: processes; 1 works in this one.
+        rejects: gets the files that the task refuses.
+
+    Yields:
+        (file, result) of the files that were not rejected.
+
+    Raises:
+        DataError: a worker process died.
+    """
+    workers = max(1, min(workers, len(files)))
+    for file, (result, reason) in zip(
+        files, show_progress(_outcomes(make_task, files, workers), title=title, total=len(files)), strict=True
+    ):
+        if reason is None:
+            yield file, result
+        else:
+            rejects.add(file, reason)
+
+
+def _outcomes(make_task: Callable[[], Task], files: Sequence[Path], workers: int) -> Iterator[tuple[Any, str | None]]:
+    if workers == 1:
+        task = make_task() if files else None
+        for file in files:
+            yield _outcome(task, file)  # type: ignore[arg-type]
+        return
+    chunk = max(1, min(_MAX_CHUNK, len(files) // (4 * workers)))
+    # Fresh interpreters: forking a process that already runs ONNX or OpenMP threads can deadlock.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(make_task,)) as pool:
+        try:
+            yield from pool.map(_call_worker, files, chunksize=chunk)
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a worker process died, most likely for lack of memory; {workers} were running: try fewer --workers "
+                "and start again, finished files are kept"
+            ) from error
+
+
+def _start_worker(make_task: Callable[[], Task]) -> None:
+    cv2.setNumThreads(1)
+    _Process.task = make_task()
+
+
+def _call_worker(file: Path) -> tuple[Any, str | None]:
+    assert _Process.task is not None
+    return _outcome(_Process.task, file)
+
+
+def _outcome(task: Task, file: Path) -> tuple[Any, str | None]:
+    try:
+        return task(file), None
+    except DataError as error:
+        return None, str(error)
+    except Exception as error:  # see the module header
+        _log.warning("unexpected error on %s", file, exc_info=True)
+        return None, f"unexpected {type(error).__name__} while processing {file}: {error}"
+
+
+def show_progress(items: Iterable[_Item], *, title: str, total: int | None = None) -> Iterator[_Item]:
+    """Yields `items` and shows how far they are: a bar on a terminal, a line every few seconds elsewhere."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    console = Console()
+    start = time.monotonic()
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            yield from progress.track(items, total=total, description=title)
+        return
+    count, next_line = 0, start + _PLAIN_INTERVAL_S
+    for item in items:
+        yield item
+        count += 1
+        if time.monotonic() >= next_line:
+            console.print(f"{title}: {count} of {total}", highlight=False)
+            next_line = time.monotonic() + _PLAIN_INTERVAL_S
+    console.print(f"{title}: {count} of {total} in {time.monotonic() - start:.1f} s", highlight=False)

@@ -1,0 +1,64 @@
+"""One page file -> one record of its lines; what the workers of tools/ocr/1_recognize_pages.py run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ove.preprocess.ocr.engines import build_engine
+from megatron_ove.preprocess.ocr.lines import TextLine
+from megatron_ove.preprocess.pictures import load_picture
+
+
+class PageRecognizer:
+    """Loads a page and reads its lines, top to bottom."""
+
+    def __init__(self, engine: str, options: Mapping[str, Any]) -> None:
+        """Builds the engine; see `engines.build_engine`."""
+        self._engine = build_engine(engine, options)
+
+    def __call__(self, path: Path) -> dict[str, Any]:
+        """Returns {"width", "height", "engine", "lines"}; raises `DataError` when the file is no usable picture."""
+        picture = load_picture(path)
+        lines = self._engine.recognize(picture)
+        return {
+            "width": picture.shape[1],
+            "height": picture.shape[0],
+            "engine": self._engine.info.as_record(),
+            "lines": [line.as_record() for line in lines],
+        }
+
+
+@dataclass(frozen=True)
+class PageRecord:
+    """A recognized page as stored between the OCR steps.
+
+    Attributes:
+        key: unique name of the page.
+        file: the picture.
+        width: of the picture, in pixels, rotation applied.
+        height: of the picture, in pixels.
+        engine: what recognized it.
+        lines: all recognized lines, unfiltered.
+    """
+
+    key: str
+    file: str
+    width: int
+    height: int
+    engine: Mapping[str, Any]
+    lines: tuple[TextLine, ...]
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> PageRecord:
+        """Rebuilds a page from a line of lines.jsonl."""
+        return cls(
+            key=record["key"],
+            file=record["file"],
+            width=record["width"],
+            height=record["height"],
+            engine=record["engine"],
+            lines=tuple(TextLine.from_record(line) for line in record["lines"]),
+        )

@@ -1,0 +1,111 @@
+"""Files between the steps of a pipeline: JSON lines that survive a kill, whole-file writes, and re-judged rejects."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_ove.errors import DataError
+from megatron_ove.rejects import RejectsFile
+
+
+def read_records(path: str | Path, *, made_by: str) -> list[dict[str, Any]]:
+    """Reads a JSON-lines file; a last line that a kill cut off is left out.
+
+    Args:
+        path: the file.
+        made_by: the script that makes such files, for the error sentence.
+
+    Raises:
+        DataError: no such file, or a broken line that is not the last.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; make it with {made_by}")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(
+                f"line {number} of {file} is not JSON ({error}); make the file again with {made_by}"
+            ) from error
+    return records
+
+
+class RecordFile:
+    """A JSON-lines file that is continued: records of unchanged inputs are kept, others are made anew."""
+
+    def __init__(self, path: str | Path, keep: Iterable[Mapping[str, Any]]) -> None:
+        """Starts the file with the records to keep, in one rename, and appends to it."""
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, "".join(_line(record) for record in keep).encode())
+        self._stream = self.path.open("a", encoding="utf-8")
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Appends one record; it is on disk when this returns."""
+        self._stream.write(_line(record))
+        self._stream.flush()
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that it is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def file_state(path: Path) -> list[int]:
+    """Returns [size in bytes, modification time in ns]: equal states mean that a file need not be done again."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def open_rejects(path: str | Path, *, stage: str, files: Collection[str | Path]) -> RejectsFile:
+    """Opens a rejects file for a stage that judges `files` (again): their earlier lines of this stage are taken out."""
+    target = Path(path)
+    if target.exists():
+        judged = {str(file) for file in files}
+        lines = target.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if not _is_judged_again(line, stage, judged)]
+        if len(kept) < len(lines):
+            write_whole(target, "".join(line + "\n" for line in kept).encode())
+    return RejectsFile(target, stage=stage)
+
+
+def _is_judged_again(line: str, stage: str, files: Collection[str]) -> bool:
+    if not line.strip():
+        return True
+    record = json.loads(line)
+    return record["stage"] == stage and record["file"] in files
+
+
+def swap_folder(new: Path, target: Path) -> None:
+    """Puts the folder `new` in the place of `target`; an existing one is removed only once `new` is there."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,67 @@
+"""What the scripts under tools/ have in common: a few options, and errors as one sentence with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_ove.errors import MegatronOveError
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --workers and --rejects."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument(
+        "--workers", type=int, default=cores, help="processes (default: one per core, here %(default)s)"
+    )
+    parser.add_argument(
+        "--rejects",
+        type=Path,
+        default=Path("rejects.jsonl"),
+        help="JSON lines of unusable files and why (default: %(default)s)",
+    )
+
+
+def add_shard_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what every shard-writing script takes."""
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=4096, help="samples in a tar file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing shard set once the new one is whole"
+    )
+
+
+def add_picture_options(parser: argparse.ArgumentParser, *, longest_side: int) -> None:
+    """Adds how pictures are stored."""
+    parser.add_argument(
+        "--longest-side",
+        type=int,
+        default=longest_side,
+        help="scale larger pictures down to this (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quality", type=int, default=92, help="JPEG quality of re-encoded pictures (default: %(default)s)"
+    )
+    parser.add_argument("--patch-size", type=int, default=14, help="side of a patch in pixels (default: %(default)s)")
+
+
+def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """Runs a tool; returns 0, or 2 after showing the sentence of a user error."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        work(arguments)
+    except MegatronOveError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", highlight=False, markup=False)
+        return 2
+    return 0
+
+
+def report(message: str) -> None:
+    """Prints one plain line of a tool's outcome."""
+    Console(soft_wrap=True).print(message, highlight=False, markup=False)

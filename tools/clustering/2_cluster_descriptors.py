@@ -1,0 +1,77 @@
+"""Step 2 of the clustering pipeline (pictures and clips): descriptors.npz -> centers.npz and labels.npz.
+
+With --clusters the centers are trained on these descriptors; with --use-centers existing ones are used, so that held-out
+samples get the labels of the training set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.clustering.descriptor_sets import Centers, DescriptorSet, LabelSet
+from megatron_ove.preprocess.clustering.kmeans import train_centers
+from megatron_ove.preprocess.clustering.nearest import NUM_LABELS, nearest_centers
+from megatron_ove.preprocess.tool_arguments import report, run_tool
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("descriptors", type=Path, help="descriptors.npz of step 1")
+    parser.add_argument("labels", type=Path, help="labels.npz to write")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--clusters", type=int, help="number of clusters to train")
+    source.add_argument("--use-centers", type=Path, help="centers.npz of an earlier run")
+    parser.add_argument("--centers", type=Path, help="centers.npz to write (needed with --clusters)")
+    parser.add_argument("--iterations", type=int, default=20, help="k-means iterations (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting centers (default: %(default)s)")
+    parser.add_argument("--num-labels", type=int, default=NUM_LABELS, help="labels per sample (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    return parser
+
+
+def _centers(arguments: argparse.Namespace, described: DescriptorSet) -> Centers:
+    if arguments.use_centers is not None:
+        centers = Centers.load(arguments.use_centers)
+        if centers.describer != described.describer:
+            raise DataError(
+                f"{arguments.descriptors} was described by {described.describer}, but the centers in "
+                f"{arguments.use_centers} belong to {centers.describer}; describe both alike"
+            )
+        return centers
+    if arguments.centers is None:
+        raise DataError("--clusters trains centers, so --centers must say where to keep them for held-out samples")
+    trained = train_centers(
+        described.descriptors,
+        arguments.clusters,
+        iterations=arguments.iterations,
+        seed=arguments.seed,
+        threads=arguments.threads,
+    )
+    centers = Centers(trained, described.describer, arguments.seed, len(described.keys))
+    centers.save(arguments.centers)
+    return centers
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    described = DescriptorSet.load(arguments.descriptors)
+    centers = _centers(arguments, described)
+    labels, similarities = nearest_centers(
+        described.descriptors, centers.centers, num_labels=arguments.num_labels, threads=arguments.threads
+    )
+    LabelSet(described.keys, described.files, labels, similarities, len(centers.centers)).save(arguments.labels)
+    report(
+        f"{len(labels)} samples, {len(centers.centers)} clusters, mean similarity to the nearest "
+        f"{float(similarities[:, 0].mean(dtype='float32')):.3f} -> {arguments.labels}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit status."""
+    return run_tool(_work, _parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Step 1 of the codec pipeline: a folder of clips -> one .npz per clip with its selected patches and grid frames.
+
+Safe to re-run: clips whose file and settings are unchanged are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.codec.clip_store import ClipSelector, load_clip
+from megatron_ove.preprocess.codec.mosaic import contact_sheet
+from megatron_ove.preprocess.codec.settings import CodecSettings
+from megatron_ove.preprocess.file_runs import run_over_files
+from megatron_ove.preprocess.folders import list_clips
+from megatron_ove.preprocess.pictures import encode_jpeg
+from megatron_ove.preprocess.record_files import open_rejects, write_whole
+from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool
+
+_BUDGET_SHARE = 8  # the default budget is an eighth of all patches: 2,048 of 16,384 at 224 x 224
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = CodecSettings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path, help="folder of video files, searched recursively")
+    parser.add_argument("output", type=Path, help="folder for the .npz files and clips.jsonl")
+    parser.add_argument("--frame-height", type=int, default=defaults.frame_height, help="default: %(default)s")
+    parser.add_argument("--frame-width", type=int, default=defaults.frame_width, help="default: %(default)s")
+    parser.add_argument("--patch-size", type=int, default=defaults.patch_size, help="default: %(default)s")
+    parser.add_argument(
+        "--frames", type=int, default=defaults.num_frames, help="of the time grid (default: %(default)s)"
+    )
+    parser.add_argument("--patch-budget", type=int, help="most patches of a clip (default: an eighth of all)")
+    parser.add_argument("--fit", choices=["crop", "letterbox"], default=defaults.fit, help="default: %(default)s")
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=defaults.min_score,
+        help="least energy of a kept patch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-frame-share",
+        type=float,
+        default=defaults.max_frame_share,
+        help="largest part of one later frame that may be kept (default: %(default)s)",
+    )
+    parser.add_argument("--contact-sheets", type=Path, help="also write a picture of each clip's selection here")
+    add_run_options(parser)
+    return parser
+
+
+def _settings(arguments: argparse.Namespace) -> CodecSettings:
+    patches = (arguments.frame_height // arguments.patch_size) * (arguments.frame_width // arguments.patch_size)
+    budget = arguments.patch_budget
+    return CodecSettings(
+        num_frames=arguments.frames,
+        frame_height=arguments.frame_height,
+        frame_width=arguments.frame_width,
+        patch_size=arguments.patch_size,
+        patch_budget=max(patches * arguments.frames // _BUDGET_SHARE, patches) if budget is None else budget,
+        fit=arguments.fit,
+        min_score=arguments.min_score,
+        max_frame_share=arguments.max_frame_share,
+    )
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    files = list_clips(arguments.clips)
+    settings = _settings(arguments)
+    make_task = functools.partial(ClipSelector, arguments.clips, arguments.output, settings)
+    lines, num_patches = [], 0
+    with open_rejects(arguments.rejects, stage="clips", files=files) as rejects:
+        for _, name in run_over_files(
+            make_task, files, title="selecting patches", workers=arguments.workers, rejects=rejects
+        ):
+            clip = load_clip(arguments.output / name)
+            num_patches += len(clip.positions)
+            lines.append(json.dumps({"stored": name, **clip.info}, ensure_ascii=False) + "\n")
+            if arguments.contact_sheets is not None:
+                sheet = contact_sheet(clip.decoded_frames(), clip.positions, settings.patch_size, frame_width=112)
+                write_whole(arguments.contact_sheets / f"{clip.info['key']}.jpg", encode_jpeg(sheet))
+        if not lines:
+            raise DataError(
+                f"none of the {len(files)} files in {arguments.clips} is a usable clip; the reasons are in "
+                f"{arguments.rejects}"
+            )
+        write_whole(arguments.output / "clips.jsonl", "".join(lines).encode())
+        report(
+            f"{len(lines)} clips, {num_patches / len(lines):.0f} of at most {settings.patch_budget} patches on average, "
+            f"{rejects.count} rejected -> {arguments.output}"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit status."""
+    return run_tool(_work, _parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Step 2 of the codec pipeline: stored clips -> descriptors.npz, for tools/clustering/2_cluster_descriptors.py."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet, StoredClipDescriber
+from megatron_ove.preprocess.clustering.descriptors import build_describer
+from megatron_ove.preprocess.file_runs import run_over_files
+from megatron_ove.preprocess.record_files import open_rejects, read_records
+from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("clips", type=Path, help="folder that step 1 wrote")
+    parser.add_argument("output", type=Path, help="descriptors.npz to write")
+    parser.add_argument(
+        "--describe-frames", type=int, default=4, help="frames whose descriptors are joined (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model-folder",
+        type=Path,
+        help="local HuggingFace vision model to describe with (default: colours and gradients, no model)",
+    )
+    add_run_options(parser)
+    return parser
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    records = read_records(arguments.clips / "clips.jsonl", made_by="tools/codec/1_select_patches.py")
+    files = [arguments.clips / record["stored"] for record in records]
+    name = f"{build_describer(arguments.model_folder).name} x {arguments.describe_frames} frames"
+    make_task = functools.partial(StoredClipDescriber, arguments.model_folder, arguments.describe_frames)
+    with open_rejects(arguments.rejects, stage="clip descriptors", files=files) as rejects:
+        described = [
+            result
+            for _, result in run_over_files(
+                make_task, files, title="describing clips", workers=arguments.workers, rejects=rejects
+            )
+        ]
+        if not described:
+            raise DataError(f"no clip in {arguments.clips} could be described; the reasons are in {arguments.rejects}")
+        DescriptorSet(
+            keys=np.array([key for key, _, _ in described]),
+            files=np.array([file for _, file, _ in described]),
+            descriptors=np.stack([vector for _, _, vector in described]),
+            describer=name,
+        ).save(arguments.output)
+        report(f"{len(described)} clips described by {name}, {rejects.count} rejected -> {arguments.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit status."""
+    return run_tool(_work, _parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Step 3 of the codec pipeline: stored clips + labels.npz -> a shard set of clips with their nearest cluster ids."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
+from megatron_ove.preprocess.codec.clip_store import load_clip
+from megatron_ove.preprocess.codec.settings import CodecSettings
+from megatron_ove.preprocess.file_runs import show_progress
+from megatron_ove.preprocess.record_files import open_rejects, read_records, swap_folder
+from megatron_ove.preprocess.tool_arguments import add_shard_options, report, run_tool
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("clips", type=Path, help="folder that step 1 wrote")
+    parser.add_argument("labels", type=Path, help="labels.npz of tools/clustering/2_cluster_descriptors.py")
+    parser.add_argument("output", type=Path, help="folder of the shard set to write")
+    parser.add_argument("--rejects", type=Path, default=Path("rejects.jsonl"), help="default: %(default)s")
+    add_shard_options(parser)
+    return parser
+
+
+def _common_settings(records: list[dict[str, object]], folder: Path) -> CodecSettings:
+    settings = [record["settings"] for record in records]
+    if not settings or any(other != settings[0] for other in settings):
+        raise DataError(
+            f"the clips in {folder} were selected with different settings or there are none, but a shard set has one "
+            "grid; run tools/codec/1_select_patches.py again"
+        )
+    return CodecSettings.from_record(settings[0])  # type: ignore[arg-type]
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    from megatron_ove.data.shard_index import ShardWriter
+
+    records = read_records(arguments.clips / "clips.jsonl", made_by="tools/codec/1_select_patches.py")
+    settings = _common_settings(records, arguments.clips)
+    labelled = LabelSet.load(arguments.labels)
+    rows = {key: row for row, key in enumerate(labelled.keys.tolist())}
+    target = arguments.output.with_name(arguments.output.name + ".new") if arguments.overwrite else arguments.output
+    with open_rejects(
+        arguments.rejects, stage="clip shards", files=[str(record["file"]) for record in records]
+    ) as rejects:
+        with ShardWriter(
+            target,
+            kind="video",
+            num_classes=labelled.num_classes,
+            label_width=labelled.labels.shape[1],
+            rejects=rejects,
+            samples_per_shard=arguments.samples_per_shard,
+            patch_size=settings.patch_size,
+            frames=settings.num_frames,
+            grid_height=settings.grid_height,
+            grid_width=settings.grid_width,
+        ) as writer:
+            for record in show_progress(records, title="writing clips"):
+                key, file = record["key"], record["file"]
+                if key not in rows:
+                    rejects.add(file, f"the clip {key} has no labels in {arguments.labels}; run step 2 again")
+                    continue
+                clip = load_clip(arguments.clips / record["stored"])
+                members = {"codec.jpg": clip.mosaic, "positions.npy": clip.positions_npy()}
+                members |= {f"frame{index:02d}.jpg": frame for index, frame in enumerate(clip.frames)}
+                writer.add(key, members, labelled.labels[rows[key]], source=file)
+            count = len(writer)
+        (target / "codec_settings.json").write_text(json.dumps(settings.as_record(), indent=2) + "\n")
+        if arguments.overwrite:
+            swap_folder(target, arguments.output)
+        report(f"{count} clips, {labelled.num_classes} classes, {rejects.count} rejected -> {arguments.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit status."""
+    return run_tool(_work, _parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Step 2 of the OCR pipeline: lines.jsonl of the training pages -> vocabulary.json (word -> class id)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.file_runs import show_progress
+from megatron_ove.preprocess.ocr.lines import MIN_SCORE
+from megatron_ove.preprocess.ocr.recognition import PageRecord
+from megatron_ove.preprocess.ocr.tags import rank_words
+from megatron_ove.preprocess.ocr.vocabulary import MAX_WORDS, build_vocabulary
+from megatron_ove.preprocess.ocr.words import segmentation_name
+from megatron_ove.preprocess.record_files import read_records
+from megatron_ove.preprocess.tool_arguments import report, run_tool
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("lines", type=Path, nargs="+", help="lines.jsonl files of step 1")
+    parser.add_argument("--output", type=Path, required=True, help="vocabulary.json to write")
+    parser.add_argument("--max-words", type=int, default=MAX_WORDS, help="most words kept (default: %(default)s)")
+    parser.add_argument(
+        "--min-pages", type=int, default=2, help="a word must be on so many pages (default: %(default)s)"
+    )
+    parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="least line score (default: %(default)s)")
+    parser.add_argument(
+        "--id-order",
+        choices=["permuted", "frequency"],
+        default="permuted",
+        help="permuted spreads frequent words over the ranks of a sharded head (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the permutation (default: %(default)s)")
+    return parser
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    pages = [
+        PageRecord.from_record(record)
+        for path in arguments.lines
+        for record in read_records(path, made_by="tools/ocr/1_recognize_pages.py")
+    ]
+    engines = [page.engine for page in pages]
+    if any(engine != engines[0] for engine in engines):
+        names = sorted({f"{engine['name']} {engine['version']}" for engine in engines})
+        raise DataError(
+            f"the pages were read by different engines or models ({', '.join(names)}), whose words do not match; read "
+            "all of them with one engine"
+        )
+    vocabulary = build_vocabulary(
+        (
+            rank_words(page.lines, min_score=arguments.min_score)
+            for page in show_progress(pages, title="counting words")
+        ),
+        max_words=arguments.max_words,
+        min_pages=arguments.min_pages,
+        permutation_seed=arguments.seed if arguments.id_order == "permuted" else None,
+        info={
+            "engine": engines[0] if engines else None,
+            "segmentation": segmentation_name(),
+            "min_score": arguments.min_score,
+        },
+    )
+    vocabulary.save(arguments.output)
+    report(f"{len(vocabulary)} words of {len(pages)} pages -> {arguments.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit status."""
+    return run_tool(_work, _parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
