@@ -1,0 +1,67 @@
+"""Draws the picture of the top-level README from a finished demo run: a page, a clip's patches, the falling losses.
+
+    python examples/quickstart/make_picture.py [RUN_DIR] [OUTPUT]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from PIL import Image
+
+from megatron_ove.report.curves import smoothed
+from megatron_ove.report.metrics_log import LOSS_PREFIX, MetricsLog, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+TITLES = {
+    "image_clusters": "images: 10 nearest clusters",
+    "page_words": "pages: their words",
+    "clip_clusters": "clips: 10 nearest clusters",
+}
+COLORS = ("#1f6fb2", "#c2571a", "#14785a")
+
+
+def main(run_dir: Path, output: Path) -> None:
+    """Writes the picture."""
+    figure = plt.figure(figsize=(12, 4.3), dpi=110)
+    grid = figure.add_gridspec(1, 3, width_ratios=[0.72, 1.0, 1.05], left=0.01, right=0.985, top=0.88, bottom=0.12)
+    grid.update(wspace=0.12)
+    _show(figure.add_subplot(grid[0]), run_dir / "report/page_boxes.jpg", "A page, read: its words are its labels")
+    _show(figure.add_subplot(grid[1]), run_dir / "report/clip_sheet.jpg", "A clip: only lit patches are used")
+    _curves(figure.add_subplot(grid[2]), read_metrics(run_dir / "metrics.jsonl"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    picture = Image.open(output).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(output, optimize=True)  # a third of the size, looks the same
+
+
+def _show(axes: Axes, path: Path, title: str) -> None:
+    axes.imshow(Image.open(path))
+    axes.set_title(title, fontsize=10.5, loc="left")
+    axes.axis("off")
+
+
+def _curves(axes: Axes, log: MetricsLog) -> None:
+    for name, color in zip(log.objectives, COLORS, strict=False):
+        steps, values = log.series(LOSS_PREFIX + name)
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed(values, 15), color=color, linewidth=2, label=TITLES.get(name, name))
+    axes.set_title("Loss of each head", fontsize=10.5, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dde1e5", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=9)
+
+
+if __name__ == "__main__":
+    arguments = [Path(argument) for argument in sys.argv[1:]]
+    defaults = [ROOT / "runs/quickstart", ROOT / "docs/images/quickstart.png"]
+    main(*(arguments + defaults[len(arguments) :]))

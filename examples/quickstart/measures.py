@@ -1,0 +1,130 @@
+"""What the demo measures: that the export equals the trained model, and what training was good for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ove.batch import Batch
+from megatron_ove.convert.hf_export import load_class_centers, load_encoder_for_inference
+from megatron_ove.data.shard_index import ShardSet
+from megatron_ove.evaluation.embedding import (
+    EmbeddedSet,
+    EncoderCallable,
+    SampleSettings,
+    embed_shard_set,
+    iterate_batches,
+)
+from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model, normalize_pixels
+from megatron_ove.evaluation.retrieval import group_retrieval, label_retrieval
+
+CUT_PATTERN = r"^(.+)-cut\d$"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One stage of training: its encoder as exported, and the class centers of its checkpoint.
+
+    Attributes:
+        encode: the exported encoder.
+        centers: objective name -> [classes, hidden] fp32.
+    """
+
+    encode: EncoderCallable
+    centers: Mapping[str, Tensor]
+
+
+def load_model(export_dir: Path, checkpoint: Path, objectives: list[str], patch_size: int) -> Model:
+    """Loads an export and the class centers it was trained with."""
+    model = load_exported_model(export_dir)
+    centers = {name: load_class_centers(checkpoint, name) for name in objectives}
+    return Model(huggingface_encoder(model, patch_size), centers)
+
+
+def export_difference(
+    export_dir: Path, checkpoint: Path, shard_sets: Mapping[str, ShardSet], settings: SampleSettings
+) -> dict[str, float]:
+    """Compares an export, called as its users call it, with the encoder of the checkpoint.
+
+    Args:
+        export_dir: HuggingFace folder.
+        checkpoint: the checkpoint it was made from.
+        shard_sets: name -> shard set; the first sample of each is embedded.
+        settings: how samples become patches.
+
+    Returns:
+        Name -> largest absolute difference of pooled embedding and of tokens, fp32.
+    """
+    exported = load_exported_model(export_dir)
+    encoder, _ = load_encoder_for_inference(checkpoint)
+    encoder.eval()
+    differences = {}
+    for name, shards in shard_sets.items():
+        (batch,) = iterate_batches(shards, settings, np.array([0]), torch.device("cpu"))
+        with torch.inference_mode():
+            ours = encoder(batch)
+            theirs = exported(**_published_form(batch, shards.info.kind, settings.patch_size))
+        pooled = (ours.pooled - theirs.pooler_output).abs().max()
+        tokens = (ours.tokens[:, 0] - theirs.last_hidden_state[0]).abs().max()
+        differences[name] = max(float(pooled), float(tokens))
+    return differences
+
+
+def _published_form(batch: Batch, kind: str, patch_size: int) -> dict[str, Tensor]:
+    """Pictures go in as pixels; selected patches as a strip of patches with their positions."""
+    assert batch.patches is not None
+    rows, columns = 1, batch.num_patches
+    form = {}
+    if kind == "video":
+        form["patch_positions"] = batch.positions[None].long()
+    else:
+        rows, columns = int(batch.positions[:, 1].max()) + 1, int(batch.positions[:, 2].max()) + 1
+    cells = normalize_pixels(batch.patches.view(rows, columns, 3, patch_size, patch_size))
+    pixels = cells.permute(2, 0, 3, 1, 4).reshape(1, 3, rows * patch_size, columns * patch_size)
+    return {"pixel_values": pixels, **form}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out embeddings of one model."""
+
+    images: EmbeddedSet
+    train_images: EmbeddedSet
+    pages: EmbeddedSet
+    cuts: EmbeddedSet
+
+
+def embed_held_out(model: Model, data_dir: Path, settings: SampleSettings) -> HeldOut:
+    """Embeds the held-out sets, and the training images among which neighbours are looked for."""
+
+    def embed(folder: str) -> EmbeddedSet:
+        return embed_shard_set(model.encode, ShardSet.open(data_dir / folder), settings)
+
+    return HeldOut(
+        images=embed("images/heldout"),
+        train_images=embed("images/train"),
+        pages=embed("pages/heldout"),
+        cuts=embed("clips/heldout"),
+    )
+
+
+def retrieval_figures(held_out: HeldOut, model: Model) -> dict[str, dict[str, float]]:
+    """Page -> its words, image -> its clusters, clip -> another cut of it."""
+    from megatron_ove.evaluation.evaluate_shards import group_names
+
+    return {
+        "page_to_words": label_retrieval(
+            held_out.pages.embeddings, model.centers["page_words"], held_out.pages.labels, k=50
+        ),
+        "image_to_clusters": label_retrieval(
+            held_out.images.embeddings, model.centers["image_clusters"], held_out.images.labels, k=10
+        ),
+        "clip_to_other_cut": group_retrieval(
+            held_out.cuts.embeddings, group_names(held_out.cuts.keys, CUT_PATTERN), k=1
+        ),
+    }
