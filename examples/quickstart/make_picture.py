@@ -1,6 +1,6 @@
 """Draws the picture of the top-level README from a finished demo run: a page, a clip's patches, the falling losses.
 
-    python examples/quickstart/make_picture.py [RUN_DIR] [OUTPUT]
+python examples/quickstart/make_picture.py [RUN_DIR] [OUTPUT]
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_ove.batch import Batch
-from megatron_ove.convert.hf_export import load_class_centers, load_encoder_for_inference
+from megatron_ove.convert.class_centers import load_class_centers
+from megatron_ove.convert.encoder_inference import load_encoder_for_inference
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.embedding import (
     EmbeddedSet,
@@ -23,7 +24,7 @@ from megatron_ove.evaluation.embedding import (
 from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model, normalize_pixels
 from megatron_ove.evaluation.retrieval import group_retrieval, label_retrieval
 
-CUT_PATTERN = r"^(.+)-cut\d$"
+CUT_PATTERN = r"^(.+)-cut\d-"
 
 
 @dataclass(frozen=True)
