@@ -32,6 +32,21 @@ class ImageSourceConfig(_SourceConfig):
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of a horizontal flip."""
 
+    def _check_crop_area(self) -> Iterator[str]:
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            yield (
+                f"crop_area = {self.crop_area} is no range within 0 .. 1, but a crop covers a share of the picture; "
+                "use e.g. [0.7, 1.0]"
+            )
+
+    def _check_crop_aspect(self) -> Iterator[str]:
+        low, high = self.crop_aspect
+        if not 0 < low <= high:
+            yield (
+                f"crop_aspect = {self.crop_aspect} is no range of positive numbers, lowest first; use e.g. [0.8, 1.25]"
+            )
+
 
 class OcrSourceConfig(_SourceConfig):
     """Pages with word tags: resized whole with their aspect kept; nothing is cut off and nothing is mirrored."""

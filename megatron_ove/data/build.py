@@ -50,7 +50,8 @@ def build_loader(config: TrainConfig, topology: ParallelTopology, *, start_step:
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
-        data_parallel_size=topology.data_size,
+        # megatron-core's interleaved schedule takes microbatches in groups of the number of stages; empty ones fill up.
+        data_parallel_size=topology.data_size * (topology.pipeline_size if topology.virtual_pipeline_size else 1),
     )
     return StepLoader(
         planner,
@@ -164,11 +165,12 @@ def _video_mismatches(config: TrainConfig, place: str, source: VideoSourceConfig
             f"{place}.num_frames = {source.num_frames} does not divide the {info.frames} stored frames of "
             f"{source.path}, so the bins that frames are drawn from would be unequal; use a divisor of {info.frames}"
         )
-    tokens, budget = source.num_frames * info.grid_height * info.grid_width, config.data.tokens_per_microbatch
+    _, rows, columns = info.clip_grid
+    tokens, budget = source.num_frames * rows * columns, config.data.tokens_per_microbatch
     strategies = source.strategies
     if tokens > budget and strategies.frame_sampling + strategies.collage > 0:
         problems.append(
-            f"{place}.num_frames = {source.num_frames} frames of {info.grid_height} x {info.grid_width} patches make "
+            f"{place}.num_frames = {source.num_frames} frames of {rows} x {columns} patches make "
             f"{tokens} patches, more than data.tokens_per_microbatch = {budget}; raise the budget or use fewer frames"
         )
     return problems

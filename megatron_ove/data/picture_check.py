@@ -60,11 +60,10 @@ class PictureChecker:
         return sizes
 
     def _decode(self, pictures: Sequence[bytes], start: int) -> list[tuple[int, int]]:
-        if self._pipeline is None:
-            self._pipeline = _build_pipeline()
+        pipeline = self._pipeline = self._pipeline or _build_pipeline()
         try:
-            self._pipeline.feed_input("encoded", [np.frombuffer(picture, np.uint8) for picture in pictures])
-            (decoded,) = self._pipeline.run()
+            pipeline.feed_input("encoded", [np.frombuffer(picture, np.uint8) for picture in pictures])
+            (decoded,) = pipeline.run()
         except RuntimeError as error:
             self._pipeline = None  # DALI cannot go on after a failed sample; a new pipeline takes 2 ms
             if len(pictures) == 1:

@@ -92,14 +92,15 @@ class PictureDecoder:
     def _run(self, encoded: list[np.ndarray], windows: Windows | None, start: int) -> Any:
         if self._pipeline is None:
             self._pipeline = _build_pipeline(self._device, self._num_threads, self._resizes)
-        self._pipeline.feed_input("encoded", encoded)
+        pipeline: Pipeline = self._pipeline
+        pipeline.feed_input("encoded", encoded)
         if windows is not None:
             chosen = slice(start, start + len(encoded))
-            self._pipeline.feed_input("corner", list(windows.corner[chosen].astype(np.int32)))
-            self._pipeline.feed_input("extent", list(windows.extent[chosen].astype(np.int32)))
-            self._pipeline.feed_input("size", list(windows.size[chosen].astype(np.float32)))
-            self._pipeline.feed_input("mirror", [np.array(m, np.int32) for m in windows.mirror[chosen]])
-        (pictures,) = self._pipeline.run()
+            pipeline.feed_input("corner", list(windows.corner[chosen].astype(np.int32)))
+            pipeline.feed_input("extent", list(windows.extent[chosen].astype(np.int32)))
+            pipeline.feed_input("size", list(windows.size[chosen].astype(np.float32)))
+            pipeline.feed_input("mirror", [np.array(m, np.int32) for m in windows.mirror[chosen]])
+        (pictures,) = pipeline.run()
         return pictures
 
     def _explain(

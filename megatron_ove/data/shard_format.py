@@ -107,6 +107,13 @@ class DatasetInfo:
     created_by: str
     format_version: int = FORMAT_VERSION
 
+    @property
+    def clip_grid(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of a clip's grid of patches."""
+        if self.grid_height is None or self.grid_width is None:
+            raise ValueError(f"samples of kind {self.kind} have no clip grid")
+        return self.frames, self.grid_height, self.grid_width
+
     def write(self, directory: Path) -> None:
         """Writes dataset.json into `directory`."""
         (directory / INFO_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

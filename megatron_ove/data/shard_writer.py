@@ -11,10 +11,9 @@ import logging
 import os
 import shutil
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TextIO
 
 import numpy as np
 
@@ -94,8 +93,7 @@ class ShardWriter:
         self._checker = PictureChecker()
         self._keys: dict[str, None] = {}
         self._columns = {name: array(code) for name, code in zip(INDEX_FILES[:-1], "QIIiiii", strict=True)}
-        self._tar: BinaryIO | None = None
-        self._dali_index: TextIO | None = None
+        self._shard: _OpenShard | None = None
         self._first_reason = ""
         shutil.rmtree(self._temporary, ignore_errors=True)
         (self._temporary / "shards").mkdir(parents=True)
@@ -195,7 +193,7 @@ class ShardWriter:
         expected = set(info.members) - {layout.LABELS_MEMBER}
         if set(members) != expected:
             odd = ", ".join(sorted(set(members) ^ expected)[:3])
-            raise DataError(f"sample '{key}' lacks or has unknown members of a {info.kind} sample: {odd}; correct them")
+            raise DataError(f"sample '{key}' lacks or has unknown members for kind {info.kind}: {odd}; correct them")
         values = np.asarray(labels)
         if values.dtype.kind not in "iu" or values.shape != (info.label_width,):
             raise DataError(
@@ -219,7 +217,8 @@ class ShardWriter:
         positions = read_positions(members[layout.POSITIONS_MEMBER], info)
         names = [name for name in info.members if name.endswith(".jpg")]
         sizes = self._checker.measure([members[name] for name in names])
-        frame = (info.grid_height * info.patch_size, info.grid_width * info.patch_size)
+        _, rows, columns = info.clip_grid
+        frame = (rows * info.patch_size, columns * info.patch_size)
         wanted = [layout.mosaic_size(len(positions), info.patch_size), *[frame] * info.frames]
         for name, size, want in zip(names, sizes, wanted, strict=True):
             if size != want:
@@ -227,40 +226,46 @@ class ShardWriter:
         return frame[1], frame[0], len(positions)
 
     def _write_sample(self, key: str, members: Mapping[str, bytes]) -> None:
-        shard, place = divmod(len(self._keys), self._samples_per_shard)
-        if place == 0:
-            self._open_shard(shard)
-        entry = []
-        for name in self._info.members:
-            data = members[name]
-            self._tar.write(layout.tar_header(f"{key}.{name}", len(data)))
-            offset = self._tar.tell()
-            self._tar.write(data + b"\0" * (-len(data) % layout.TAR_BLOCK))
+        number, place = divmod(len(self._keys), self._samples_per_shard)
+        if self._shard is None or place == 0:
+            self._close_shard()
+            self._shard = _OpenShard(self._temporary / "shards" / layout.shard_name(number))
+        for offset, size in self._shard.write(key, [(name, members[name]) for name in self._info.members]):
             self._columns["offsets"].append(offset)
-            self._columns["sizes"].append(len(data))
-            entry.append(f"{name} {offset} {len(data)} {key}.{name}")
-        self._columns["shard"].append(shard)
-        self._dali_index.write(" ".join(entry) + "\n")
-
-    def _open_shard(self, number: int) -> None:
-        self._close_shard()
-        path = self._temporary / "shards" / layout.shard_name(number)
-        self._tar = path.open("wb")
-        self._dali_index = path.with_name(path.name + ".samples").open("w", encoding="ascii")
+            self._columns["sizes"].append(size)
+        self._columns["shard"].append(number)
 
     def _close_shard(self) -> None:
-        """Ends the tar file and puts the line count in front of its DALI index."""
-        if self._tar is None:
-            return
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+
+class _OpenShard:
+    """A tar file and its DALI index ("v1.2", as DALI's wds2idx writes it) in the making."""
+
+    def __init__(self, path: Path) -> None:
+        self._tar = path.open("wb")
+        self._index_path = path.with_name(path.name + ".idx")
+        self._lines: list[str] = []
+
+    def write(self, key: str, members: Sequence[tuple[str, bytes]]) -> list[tuple[int, int]]:
+        """Appends a sample; returns (offset, size) of each member's bytes."""
+        places = []
+        for name, data in members:
+            self._tar.write(layout.tar_header(f"{key}.{name}", len(data)))
+            places.append((self._tar.tell(), len(data)))
+            self._tar.write(data + b"\0" * (-len(data) % layout.TAR_BLOCK))
+        entries = zip(members, places, strict=True)
+        self._lines.append(" ".join(f"{name} {offset} {size} {key}.{name}" for (name, _), (offset, size) in entries))
+        return places
+
+    def close(self) -> None:
+        """Ends the tar file and writes the index."""
         self._tar.write(b"\0" * (2 * layout.TAR_BLOCK))
         self._tar.close()
-        self._dali_index.close()
-        lines_path = Path(self._dali_index.name)
-        lines = lines_path.read_text(encoding="ascii")
-        index_path = lines_path.with_suffix(".idx")
-        index_path.write_text(f"v1.2 {lines.count(chr(10))}\n{lines}", encoding="ascii")
-        lines_path.unlink()
-        self._tar = None
+        text = "\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""])
+        self._index_path.write_text(text, encoding="ascii")
 
 
 def read_positions(data: bytes, info: layout.DatasetInfo) -> np.ndarray:
@@ -280,10 +285,10 @@ def read_positions(data: bytes, info: layout.DatasetInfo) -> np.ndarray:
         raise DataError(
             f"positions.npy holds {positions.dtype} {list(positions.shape)} instead of int32 [K, 3], K >= 1"
         )
-    grid = np.array([info.frames, info.grid_height, info.grid_width])
-    if (positions < 0).any() or (positions >= grid).any():
+    grid = info.clip_grid
+    if (positions < 0).any() or (positions >= np.array(grid)).any():
         raise DataError(f"positions.npy leaves the grid of {' x '.join(map(str, grid))} (frames, rows, columns)")
-    flat = np.ravel_multi_index(tuple(positions.T), tuple(grid))
+    flat = np.ravel_multi_index(tuple(positions.T), grid)
     if (np.diff(flat) <= 0).any():
         raise DataError("positions.npy is not sorted by (t, h, w), or holds a patch twice")
     return positions

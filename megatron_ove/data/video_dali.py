@@ -33,10 +33,9 @@ class VideoSource(DataSource):
     def __init__(self, name: str, config: VideoSourceConfig, **common: Any) -> None:
         """Prepares a source; `common` are the arguments of `DataSource` other than name and weight."""
         super().__init__(name, config.weight, **common)
-        info = self.shards.info
         self._config = config
-        self._grid_height, self._grid_width = info.grid_height, info.grid_width
-        self._bin = info.frames // config.num_frames
+        frames, self._grid_height, self._grid_width = self.shards.info.clip_grid
+        self._bin = frames // config.num_frames
         self._decoder = PictureDecoder(device=self.device, num_threads=self.num_threads, resizes=False)
 
     def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:

@@ -1,0 +1,166 @@
+"""Opening damaged shard sets: every fault gets its own sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ove.data.shard_index import ShardSet, validate_shard_set
+from megatron_ove.errors import DataError
+from tests.support.id_shards import encode, id_picture, write_id_shard_set
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_id_shard_set(tmp_path_factory.mktemp("shards") / "set", "image", 10, samples_per_shard=4)
+
+
+@pytest.fixture
+def copied(intact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(intact, tmp_path / "set"))
+
+
+def change_column(directory: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    path = directory / "index" / f"{name}.npy"
+    np.save(path, change(np.load(path)))
+
+
+def change_info(directory: Path, **values: object) -> None:
+    path = directory / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(data)
+
+
+def put(value: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(labels: np.ndarray) -> np.ndarray:
+        labels[6, 1] = value
+        return labels
+
+    return change
+
+
+def truncate(directory: Path) -> None:
+    shard = directory / "shards" / "000001.tar"
+    with shard.open("r+b") as stream:
+        stream.truncate(shard.stat().st_size // 2)
+
+
+FAULTS = [
+    (truncate, r"shard .*000001\.tar is truncated: it has \d+ bytes, but its last sample ends at byte \d+; copy"),
+    (lambda d: (d / "shards" / "000002.tar").unlink(), r"shard .*000002\.tar is missing, but the index refers to it"),
+    (lambda d: change_column(d, "labels", put(256)), r"label 256 of sample 'image6' in .* is outside 0\.\.255"),
+    (lambda d: change_column(d, "labels", put(-2)), r"label -2 of sample 'image6' in .* is outside 0\.\.255"),
+    (lambda d: change_column(d, "width", lambda w: w[:-1]), r"unequal lengths \(offsets 10, .* width 9, .*rows do not"),
+    (lambda d: change_info(d, num_samples=11), "promises 11 samples, but the index has 10 rows"),
+    (lambda d: change_info(d, label_width=4), r"labels\.npy has shape \[10, 3\] instead of \[10, 4\]"),
+    (lambda d: change_info(d, format_version=9), "has format_version = 9, but this program reads version 1"),
+    (lambda d: change_info(d, colour="blue"), r"lacks or has unknown entries \(colour\)"),
+    (lambda d: change_info(d, kind="sound"), "describes kind 'sound'"),
+    (lambda d: (d / "dataset.json").write_text("{"), r"dataset\.json cannot be read as JSON"),
+    (lambda d: (d / "dataset.json").unlink(), r"is not a shard set, because it holds no dataset\.json"),
+    (lambda d: (d / "index" / "sizes.npy").unlink(), r"index file .*sizes\.npy is missing or unreadable"),
+    (lambda d: (d / "index" / "sizes.npy").write_bytes(b"xx"), r"index file .*sizes\.npy is missing or unreadable"),
+    (lambda d: change_column(d, "shard", lambda s: s[::-1]), r"shard\.npy is not sorted"),
+    (
+        lambda d: change_column(d, "keys", lambda k: np.roll(k, 1)),
+        r"does not match its shard 000000\.tar: it places image9\.jpg .* where the shard has image0\.jpg",
+    ),
+    (
+        lambda d: overwrite(d / "shards" / "000001.tar", 0, b"\xff" * 512),
+        r"does not match its shard 000001\.tar: it places image4\.jpg .* where the shard has no file header",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "text"), FAULTS)
+def test_a_fault_found_at_open_is_a_sentence(copied: Path, damage: Callable[[Path], object], text: str) -> None:
+    damage(copied)
+    with pytest.raises(DataError, match=text):
+        ShardSet.open(copied)
+    problem = validate_shard_set(copied, deep=False)[0]
+    assert re.search(text, problem)
+
+
+def test_no_folder_is_a_sentence(tmp_path: Path) -> None:
+    assert validate_shard_set(tmp_path / "none", deep=False) == [
+        f"the shard set {tmp_path / 'none'} does not exist or is no folder; check the source's path"
+    ]
+
+
+def test_all_faults_are_told_at_once(copied: Path) -> None:
+    truncate(copied)
+    change_column(copied, "labels", put(999))
+    (copied / "shards" / "000002.tar").unlink()
+    assert len(validate_shard_set(copied, deep=False)) == 3
+
+
+def test_an_empty_index_is_refused(copied: Path) -> None:
+    for name in ("offsets", "sizes", "shard", "labels", "width", "height", "num_patches", "keys"):
+        change_column(copied, name, lambda column: column[:0])
+    change_info(copied, num_samples=0)
+    with pytest.raises(DataError, match="holds no samples, so there is nothing to train on"):
+        ShardSet.open(copied)
+
+
+def offset_of(directory: Path, row: int, column: int) -> int:
+    return int(np.load(directory / "index" / "offsets.npy")[row, column])
+
+
+DEEP_FAULTS = [
+    (
+        lambda d: overwrite(d / "shards" / "000000.tar", offset_of(d, 1, 0) + 8, b"\0" * 40),
+        r"jpg of sample 'image1' \(number 1\) of .*000000\.tar is unusable: it ",
+    ),
+    (
+        lambda d: overwrite(d / "shards" / "000001.tar", offset_of(d, 5, 0) - 512, b"other.jpg\0"),
+        r"it places image5\.jpg .* where the shard has (other\.jpg|no file header)",
+    ),
+    (
+        lambda d: overwrite(d / "shards" / "000002.tar", offset_of(d, 9, 1), b"\1\0\0\0"),
+        r"labels of sample 'image9' .* differ between shard and index",
+    ),
+    (
+        lambda d: change_column(d, "height", lambda h: h + (np.arange(10) == 3)),
+        r"sample 'image3' .* has 59 x 57 pixels, but the index says 59 x 58",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "text"), DEEP_FAULTS)
+def test_a_fault_inside_a_shard_is_found_by_the_deep_check(
+    copied: Path, damage: Callable[[Path], object], text: str
+) -> None:
+    damage(copied)
+    assert validate_shard_set(copied, deep=False) == []
+    (problem,) = validate_shard_set(copied, deep=True)
+    assert re.search(text, problem), problem
+
+
+def test_clips_are_checked_in_depth(tmp_path: Path) -> None:
+    directory = write_id_shard_set(tmp_path / "clips", "video", 2)
+    assert validate_shard_set(directory, deep=True) == []
+    change_column(directory, "num_patches", lambda n: n + 1)
+    first, second = validate_shard_set(directory, deep=True)
+    assert "has 10 selected patches, but the index says 11" in first
+    assert "has 11 selected patches, but the index says 12" in second
+
+
+def test_a_shard_cut_after_opening_is_named(copied: Path) -> None:
+    shards = ShardSet.open(copied)
+    truncate(copied)
+    with pytest.raises(
+        DataError, match=r"jpg of sample 'image7' .* ends after \d+ of \d+ bytes, so the shard is trunc"
+    ):
+        shards.read(7, "jpg")
+    assert shards.read(0, "jpg") == encode(id_picture(0, 30, 80))
