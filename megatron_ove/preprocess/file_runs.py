@@ -1,8 +1,8 @@
 """One function over many files, in several processes, with progress, and with rejects instead of crashes.
 
 A task is made once per process (it may load a model) and called once per file. What it raises as `DataError` becomes
-the file's reject reason; any other exception is a defect of ours, but one file in a hundred million must not stop a run,
-so it is rejected too, with its type, and logged with its traceback.
+the file's reject reason; any other exception is a defect of ours, but one file in a hundred million must not stop a
+run, so it is rejected too, with its type, and logged with its traceback.
 """
 
 from __future__ import annotations

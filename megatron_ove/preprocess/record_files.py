@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -101,9 +102,18 @@ def _is_judged_again(line: str, stage: str, files: Collection[str]) -> bool:
     return record["stage"] == stage and record["file"] in files
 
 
-def swap_folder(new: Path, target: Path) -> None:
-    """Puts the folder `new` in the place of `target`; an existing one is removed only once `new` is there."""
-    old = target.with_name(target.name + ".old")
+@contextmanager
+def replacement_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields the path to write a new folder to; with `overwrite` it takes the place of `target` once it is whole.
+
+    Without `overwrite` the path is `target` itself, and the writer refuses an existing folder.
+    """
+    if not overwrite:
+        yield target
+        return
+    new, old = (target.with_name(f"{target.name}.{suffix}") for suffix in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    yield new
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

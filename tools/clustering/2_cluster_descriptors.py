@@ -1,7 +1,7 @@
 """Step 2 of the clustering pipeline (pictures and clips): descriptors.npz -> centers.npz and labels.npz.
 
-With --clusters the centers are trained on these descriptors; with --use-centers existing ones are used, so that held-out
-samples get the labels of the training set.
+With --clusters the centers are trained on these descriptors; with --use-centers existing ones are used, so that
+held-out samples get the labels of the training set.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.pictures import JpegPreparer
-from megatron_ove.preprocess.record_files import open_rejects, swap_folder
+from megatron_ove.preprocess.record_files import open_rejects, replacement_folder
 from megatron_ove.preprocess.tool_arguments import (
     add_picture_options,
     add_run_options,
@@ -35,17 +35,19 @@ def _work(arguments: argparse.Namespace) -> None:
 
     labelled = LabelSet.load(arguments.labels)
     rows = {Path(file): row for row, file in enumerate(labelled.files.tolist())}
-    target = arguments.output.with_name(arguments.output.name + ".new") if arguments.overwrite else arguments.output
     with open_rejects(arguments.rejects, stage="image shards", files=list(rows)) as rejects:
-        with ShardWriter(
-            target,
-            kind="image",
-            num_classes=labelled.num_classes,
-            label_width=labelled.labels.shape[1],
-            rejects=rejects,
-            samples_per_shard=arguments.samples_per_shard,
-            patch_size=arguments.patch_size,
-        ) as writer:
+        with (
+            replacement_folder(arguments.output, overwrite=arguments.overwrite) as target,
+            ShardWriter(
+                target,
+                kind="image",
+                num_classes=labelled.num_classes,
+                label_width=labelled.labels.shape[1],
+                rejects=rejects,
+                samples_per_shard=arguments.samples_per_shard,
+                patch_size=arguments.patch_size,
+            ) as writer,
+        ):
             make_task = functools.partial(JpegPreparer, longest_side=arguments.longest_side, quality=arguments.quality)
             for file, jpeg in run_over_files(
                 make_task, list(rows), title="writing images", workers=arguments.workers, rejects=rejects
@@ -53,8 +55,6 @@ def _work(arguments: argparse.Namespace) -> None:
                 row = rows[file]
                 writer.add(str(labelled.keys[row]), {"jpg": jpeg}, labelled.labels[row], source=str(file))
             count = len(writer)
-        if arguments.overwrite:
-            swap_folder(target, arguments.output)
         report(f"{count} images, {labelled.num_classes} classes, {rejects.count} rejected -> {arguments.output}")
 
 

@@ -91,8 +91,8 @@ def _work(arguments: argparse.Namespace) -> None:
             )
         write_whole(arguments.output / "clips.jsonl", "".join(lines).encode())
         report(
-            f"{len(lines)} clips, {num_patches / len(lines):.0f} of at most {settings.patch_budget} patches on average, "
-            f"{rejects.count} rejected -> {arguments.output}"
+            f"{len(lines)} clips, {num_patches / len(lines):.0f} of at most {settings.patch_budget} patches on "
+            f"average, {rejects.count} rejected -> {arguments.output}"
         )
 
 

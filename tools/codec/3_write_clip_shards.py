@@ -12,7 +12,7 @@ from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
 from megatron_ove.preprocess.codec.clip_store import load_clip
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from megatron_ove.preprocess.file_runs import show_progress
-from megatron_ove.preprocess.record_files import open_rejects, read_records, swap_folder
+from megatron_ove.preprocess.record_files import open_rejects, read_records, replacement_folder, write_whole
 from megatron_ove.preprocess.tool_arguments import add_shard_options, report, run_tool
 
 
@@ -43,22 +43,24 @@ def _work(arguments: argparse.Namespace) -> None:
     settings = _common_settings(records, arguments.clips)
     labelled = LabelSet.load(arguments.labels)
     rows = {key: row for row, key in enumerate(labelled.keys.tolist())}
-    target = arguments.output.with_name(arguments.output.name + ".new") if arguments.overwrite else arguments.output
     with open_rejects(
         arguments.rejects, stage="clip shards", files=[str(record["file"]) for record in records]
     ) as rejects:
-        with ShardWriter(
-            target,
-            kind="video",
-            num_classes=labelled.num_classes,
-            label_width=labelled.labels.shape[1],
-            rejects=rejects,
-            samples_per_shard=arguments.samples_per_shard,
-            patch_size=settings.patch_size,
-            frames=settings.num_frames,
-            grid_height=settings.grid_height,
-            grid_width=settings.grid_width,
-        ) as writer:
+        with (
+            replacement_folder(arguments.output, overwrite=arguments.overwrite) as target,
+            ShardWriter(
+                target,
+                kind="video",
+                num_classes=labelled.num_classes,
+                label_width=labelled.labels.shape[1],
+                rejects=rejects,
+                samples_per_shard=arguments.samples_per_shard,
+                patch_size=settings.patch_size,
+                frames=settings.num_frames,
+                grid_height=settings.grid_height,
+                grid_width=settings.grid_width,
+            ) as writer,
+        ):
             for record in show_progress(records, title="writing clips"):
                 key, file = record["key"], record["file"]
                 if key not in rows:
@@ -69,9 +71,7 @@ def _work(arguments: argparse.Namespace) -> None:
                 members |= {f"frame{index:02d}.jpg": frame for index, frame in enumerate(clip.frames)}
                 writer.add(key, members, labelled.labels[rows[key]], source=file)
             count = len(writer)
-        (target / "codec_settings.json").write_text(json.dumps(settings.as_record(), indent=2) + "\n")
-        if arguments.overwrite:
-            swap_folder(target, arguments.output)
+        write_whole(arguments.output / "codec_settings.json", json.dumps(settings.as_record(), indent=2).encode())
         report(f"{count} clips, {labelled.num_classes} classes, {rejects.count} rejected -> {arguments.output}")
 
 

@@ -68,6 +68,11 @@ def _work(arguments: argparse.Namespace) -> None:
         ):
             key, state, _ = states[str(file)]
             out.add({"key": key, "file": str(file), "file_state": state, "run_settings": settings, **page})
+        if rejects.count == len(files):
+            raise DataError(
+                f"none of the {len(files)} files in {arguments.pages} is a usable picture; the reasons are in "
+                f"{arguments.rejects}"
+            )
         report(
             f"{len(files)} pages: {len(todo) - rejects.count} read now, {len(keep)} kept, {rejects.count} rejected -> "
             f"{arguments.output}"

@@ -17,7 +17,7 @@ from megatron_ove.preprocess.ocr.tags import NUM_TAGS, page_tags
 from megatron_ove.preprocess.ocr.vocabulary import Vocabulary
 from megatron_ove.preprocess.ocr.words import segmentation_name
 from megatron_ove.preprocess.pictures import JpegPreparer
-from megatron_ove.preprocess.record_files import open_rejects, read_records, swap_folder
+from megatron_ove.preprocess.record_files import open_rejects, read_records, replacement_folder
 from megatron_ove.preprocess.tool_arguments import (
     add_picture_options,
     add_run_options,
@@ -69,7 +69,6 @@ def _work(arguments: argparse.Namespace) -> None:
     records = read_records(arguments.lines, made_by="tools/ocr/1_recognize_pages.py")
     pages = sorted(map(PageRecord.from_record, records), key=lambda page: page.file)
     _check_origin(vocabulary, pages, arguments.vocabulary)
-    target = arguments.output.with_name(arguments.output.name + ".new") if arguments.overwrite else arguments.output
     with open_rejects(arguments.rejects, stage="page shards", files=[page.file for page in pages]) as rejects:
         tagged: dict[Path, tuple[PageRecord, np.ndarray]] = {}
         for page in pages:
@@ -85,15 +84,18 @@ def _work(arguments: argparse.Namespace) -> None:
                 rejects.add(page.file, str(error))
                 continue
             tagged[Path(page.file)] = (page, tags.ids)
-        with ShardWriter(
-            target,
-            kind="ocr",
-            num_classes=len(vocabulary),
-            label_width=arguments.num_tags,
-            rejects=rejects,
-            samples_per_shard=arguments.samples_per_shard,
-            patch_size=arguments.patch_size,
-        ) as writer:
+        with (
+            replacement_folder(arguments.output, overwrite=arguments.overwrite) as target,
+            ShardWriter(
+                target,
+                kind="ocr",
+                num_classes=len(vocabulary),
+                label_width=arguments.num_tags,
+                rejects=rejects,
+                samples_per_shard=arguments.samples_per_shard,
+                patch_size=arguments.patch_size,
+            ) as writer,
+        ):
             make_task = functools.partial(JpegPreparer, longest_side=arguments.longest_side, quality=arguments.quality)
             for file, jpeg in run_over_files(
                 make_task, list(tagged), title="writing pages", workers=arguments.workers, rejects=rejects
@@ -101,8 +103,6 @@ def _work(arguments: argparse.Namespace) -> None:
                 page, ids = tagged[file]
                 writer.add(page.key, {"jpg": jpeg}, ids, source=page.file)
             count = len(writer)
-        if arguments.overwrite:
-            swap_folder(target, arguments.output)
         report(f"{count} pages, {len(vocabulary)} classes, {rejects.count} rejected -> {arguments.output}")
 
 
