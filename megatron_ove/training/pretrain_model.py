@@ -33,6 +33,7 @@ class PretrainModel(MegatronModule):
         """
         super().__init__(encoder.config)
         self.vp_stage = encoder.vp_stage
+        self.pre_process, self.post_process = encoder.pre_process, encoder.post_process
         self.encoder = encoder
         self.objectives = objectives
 
