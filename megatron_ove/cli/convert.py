@@ -1,0 +1,44 @@
+"""`megatron-ove convert export|import`: between checkpoints and HuggingFace folders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the sub-command."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="between checkpoints and HuggingFace folders",
+        description="Writes the encoder of a checkpoint as a HuggingFace folder, or the other way round.",
+    )
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+
+    export = directions.add_parser("export", help="checkpoint -> HuggingFace folder")
+    export.add_argument("--checkpoint", required=True, help="folder like runs/NAME/checkpoints/step_00000100")
+    export.add_argument("--output", required=True, help="new folder for the HuggingFace model")
+    export.set_defaults(run=run_export)
+
+    importing = directions.add_parser("import", help="HuggingFace folder -> checkpoint that initialises runs")
+    importing.add_argument("--source", required=True, help="HuggingFace folder (config.json, *.safetensors)")
+    importing.add_argument("--output", required=True, help="new checkpoint folder")
+    importing.set_defaults(run=run_import)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Exports and says how to load the result; returns the exit status."""
+    from megatron_ove.convert.hf_export import export_checkpoint
+
+    path = export_checkpoint(arguments.checkpoint, arguments.output)
+    sys.stdout.write(f'{path}\nload it with AutoModel.from_pretrained("{path}", trust_remote_code=True)\n')
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    """Imports and prints the checkpoint's path; returns the exit status."""
+    from megatron_ove.convert.hf_import import import_pretrained
+
+    path = import_pretrained(arguments.source, arguments.output)
+    sys.stdout.write(f"{path}\n")
+    return 0

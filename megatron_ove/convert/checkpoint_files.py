@@ -1,0 +1,188 @@
+"""Whole tensors from and to checkpoint folders, on one process: no model, no process group, no device is needed.
+
+megatron-core stores the layers' equal tensors stacked, [layers, ...] under one key without the layer's number, and each
+norm under its Transformer Engine name, whatever layers wrote it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from pydantic import ValidationError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_ove.checkpoint.manager import read_common_state
+from megatron_ove.checkpoint.manifest import (
+    checksum_problem,
+    data_files,
+    file_crc32,
+    read_manifest,
+    structural_problem,
+    write_manifest,
+)
+from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.convert.mapping import check_state, mcore_shapes
+from megatron_ove.convert.new_folder import new_folder
+from megatron_ove.errors import CheckpointError
+from megatron_ove.model.parameter_names import transformer_engine_name
+
+logger = logging.getLogger(__name__)
+
+_MODEL_PREFIX = "model."
+_LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)(\d+)\.")
+
+
+def read_checkpoint_facts(checkpoint_dir: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    """Returns the plain values of a checkpoint (step, config, ...), after checking that the folder is whole.
+
+    Args:
+        checkpoint_dir: a folder like runs/NAME/checkpoints/step_00000100.
+        verify: whether every file's checksum is compared; else only names and sizes.
+
+    Raises:
+        CheckpointError: it is not a finished checkpoint, or a file has changed since it was written.
+    """
+    path = Path(checkpoint_dir)
+    problem = structural_problem(path)
+    if problem is None and verify:
+        files = read_manifest(path)["files"].items()
+        problem = next((text for name, entry in files if (text := checksum_problem(path, name, entry))), None)
+    if problem is not None:
+        raise CheckpointError(
+            f"{path} cannot be used as a checkpoint: {problem}; name a finished folder like "
+            "runs/NAME/checkpoints/step_00000100"
+        )
+    return read_common_state(path)
+
+
+def encoder_config_of(facts: Mapping[str, Any], checkpoint_dir: str | Path) -> EncoderConfig:
+    """Returns the encoder of a checkpoint's plain values.
+
+    Raises:
+        CheckpointError: there is none, or another version of this program wrote it.
+    """
+    try:
+        return EncoderConfig.model_validate(facts["config"]["encoder"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint_dir} has no encoder configuration that this version understands "
+            f"({_first_line(error)}); convert it with the version that wrote it"
+        ) from error
+
+
+def encoder_state_from_checkpoint(checkpoint_dir: str | Path) -> tuple[dict[str, Tensor], EncoderConfig]:
+    """Reads the encoder's weights, whatever parallel layout wrote them.
+
+    Args:
+        checkpoint_dir: a checkpoint folder.
+
+    Returns:
+        Names of a one-process `VisionEncoder` with local layers to whole tensors on the CPU, in the stored dtype; and
+        the encoder's configuration.
+
+    Raises:
+        CheckpointError: the folder is not a whole checkpoint, or its tensors are not those of its configuration.
+    """
+    config = encoder_config_of(read_checkpoint_facts(checkpoint_dir), checkpoint_dir)
+    stored = read_tensors(checkpoint_dir, _MODEL_PREFIX)
+    places = {name: _stored_place(name) for name in mcore_shapes(config)}
+    state = {
+        name: stored[key] if layer is None else stored[key][layer]
+        for name, (key, layer) in places.items()
+        if key in stored and (layer is None or layer < stored[key].shape[0])
+    }
+    # A stack that is too high, or a key that no parameter has, would go unnoticed otherwise.
+    state |= {key: stored[key] for key in stored.keys() - {key for key, _ in places.values()}}
+    state |= {
+        f"{key}[{config.num_layers}:]": stored[key]
+        for key, layer in set(places.values())
+        if layer == 0 and key in stored and stored[key].shape[0] > config.num_layers
+    }
+    check_state(state, mcore_shapes(config), what=f"the checkpoint {checkpoint_dir}")
+    return state, config
+
+
+def read_tensors(checkpoint_dir: str | Path, prefix: str) -> dict[str, Tensor]:
+    """Returns every tensor whose key begins with `prefix`: stored key to whole tensor on the CPU.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    reader = torch_checkpoint.FileSystemReader(str(checkpoint_dir))
+    try:
+        entries = reader.read_metadata().state_dict_metadata
+        state: dict[str, Any] = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in entries.items()
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+        if state:
+            torch_checkpoint.load(state, storage_reader=reader, no_dist=True)
+    except (OSError, CheckpointException, RuntimeError) as error:
+        raise CheckpointError(
+            f"the tensors of the checkpoint {checkpoint_dir} cannot be read ({_first_line(error)}); use another one"
+        ) from error
+    return state
+
+
+def write_encoder_checkpoint(
+    checkpoint_dir: str | Path, state: Mapping[str, Tensor], config: EncoderConfig, *, facts: Mapping[str, Any]
+) -> Path:
+    """Writes a checkpoint that holds an encoder and nothing else, for initialising runs.
+
+    Args:
+        checkpoint_dir: new folder; it appears only when it is complete.
+        state: full tensors of a one-process `VisionEncoder`.
+        config: the encoder.
+        facts: plain values to store besides step 0 and the configuration.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder exists, the disk is full, or the state does not fit `config`.
+    """
+    check_state(state, mcore_shapes(config), what="the encoder state")
+    stacks: dict[str, list[Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name in mcore_shapes(config):  # layers in ascending order
+        key, layer = _stored_place(name)
+        if layer is None:
+            tensors[key] = state[name]
+        else:
+            stacks.setdefault(key, []).append(state[name])
+    tensors |= {key: torch.stack(layers) for key, layers in stacks.items()}
+    common = {"step": 0, "config": {"encoder": config.model_dump(mode="json")}, **facts}
+    with new_folder(checkpoint_dir) as partial:
+        torch_checkpoint.save(
+            tensors, storage_writer=torch_checkpoint.FileSystemWriter(partial, sync_files=True), no_dist=True
+        )
+        TorchCommonSaveStrategy("torch", 1).save_common(common, partial)
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        files = {name: ((partial / name).stat().st_size, file_crc32(partial / name)) for name in data_files(partial)}
+        write_manifest(partial, step=0, files=files, extra={"content": "encoder"})
+    return Path(checkpoint_dir)
+
+
+def _stored_place(name: str) -> tuple[str, int | None]:
+    """Returns the stored key of a parameter, and its index in the stack under this key (None = not stacked)."""
+    stored = _MODEL_PREFIX + transformer_engine_name(name)
+    match = _LAYER_NUMBER.search(stored)
+    return (stored, None) if match is None else (_LAYER_NUMBER.sub("", stored), int(match[1]))
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        return _first_line(next(iter(error.failures.values()))[0])
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

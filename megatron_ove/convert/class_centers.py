@@ -1,0 +1,37 @@
+"""Class centers of a checkpoint, for evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_ove.convert.checkpoint_files import read_checkpoint_facts, read_tensors
+from megatron_ove.errors import CheckpointError
+
+
+def load_class_centers(checkpoint_dir: str | Path, objective: str) -> Tensor:
+    """Reads the class centers of one objective, whatever number of ranks wrote them.
+
+    Args:
+        checkpoint_dir: a checkpoint folder.
+        objective: name of the objective in the run's configuration.
+
+    Returns:
+        [num_classes, e] fp32 on the CPU, not normalized.
+
+    Raises:
+        CheckpointError: the folder is not a whole checkpoint, or holds no such table.
+    """
+    facts = read_checkpoint_facts(checkpoint_dir)
+    objectives = facts["config"].get("objectives", {})
+    key = f"objectives.{objective}.weight"
+    if objective in objectives:
+        tensors = read_tensors(checkpoint_dir, key)
+        if key in tensors:
+            return tensors[key].float()
+    known = ", ".join(objectives) or "none: it holds an encoder only"
+    raise CheckpointError(
+        f"the checkpoint {checkpoint_dir} has no class centers of an objective '{objective}'; its objectives are "
+        f"{known}; name one of them"
+    )

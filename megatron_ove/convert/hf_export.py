@@ -1,0 +1,49 @@
+"""From a checkpoint to a HuggingFace folder that loads with AutoModel.from_pretrained(..., trust_remote_code=True)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint, read_checkpoint_facts
+from megatron_ove.convert.hf_config import DEFAULT_IMAGE_SIZE, to_hf_config
+from megatron_ove.convert.hf_folder import write_hf_folder
+from megatron_ove.convert.mapping import to_hf
+from megatron_ove.convert.model_card import describe_model
+
+logger = logging.getLogger(__name__)
+
+
+def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path) -> Path:
+    """Writes the encoder of a checkpoint as a HuggingFace folder; no other process, GPU or class center is needed.
+
+    Weights keep their dtype: a bf16 run is exported in bf16, the precision it was trained to run in.
+
+    Args:
+        checkpoint_dir: a checkpoint folder.
+        output_dir: new folder: model.safetensors, config.json, the modelling code, preprocessor_config.json, README.md.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole, or the folder exists or cannot be written.
+    """
+    state, config = encoder_state_from_checkpoint(checkpoint_dir)
+    facts = read_checkpoint_facts(checkpoint_dir, verify=False)  # compared a moment ago
+    published = to_hf(state, config)
+    dtype = next(iter(published.values())).dtype
+    values = to_hf_config(config, image_size=trained_image_size(facts), dtype=dtype)
+    num_parameters = sum(tensor.numel() for tensor in published.values())
+    card = describe_model(values, facts, num_parameters=num_parameters)
+    path = write_hf_folder(output_dir, published, values, model_card=card)
+    logger.info("exported %d tensors, %d parameters, to %s", len(published), num_parameters, path)
+    return path
+
+
+def trained_image_size(facts: Mapping[str, Any]) -> int:
+    """Returns the largest side of square images of a run, in pixels; the published default if it had none."""
+    sources = facts["config"].get("data", {}).get("sources", {}).values()
+    return max((source["image_size"] for source in sources if source["kind"] == "image"), default=DEFAULT_IMAGE_SIZE)

@@ -1,0 +1,113 @@
+"""HuggingFace folders as files: safetensors, config.json, modelling code, image processor, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_ove.convert.new_folder import new_folder
+from megatron_ove.errors import CheckpointError
+
+_MODELING_CODE = ("configuration_onevision_encoder.py", "modeling_onevision_encoder.py")
+_CODE_DIR = Path(__file__).parent / "hf_model"
+_WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_BICUBIC = 3  # PIL's number
+_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+def write_hf_folder(
+    output_dir: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, model_card: str
+) -> Path:
+    """Writes a complete HuggingFace folder; it appears only when every file is in it.
+
+    Args:
+        output_dir: new folder.
+        state: published names to contiguous tensors.
+        config: content of config.json.
+        model_card: content of README.md.
+
+    Raises:
+        CheckpointError: the folder exists or cannot be written.
+    """
+    with new_folder(output_dir) as partial:
+        try:
+            save_file(dict(state), partial / _WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{output_dir}/{_WEIGHTS} cannot be written ({error}); check the free space"
+            ) from error
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "preprocessor_config.json", image_processor_config(config["image_size"]))
+        for name in _MODELING_CODE:
+            shutil.copyfile(_CODE_DIR / name, partial / name)
+        (partial / "README.md").write_text(model_card, encoding="utf-8")
+    return Path(output_dir)
+
+
+def read_hf_folder(hf_dir: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the weights and the content of config.json of a HuggingFace folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    path = Path(hf_dir)
+    config = _read_json(path / "config.json", path)
+    names = [_WEIGHTS]
+    if (path / _WEIGHTS_INDEX).exists():
+        names = sorted(set(_read_json(path / _WEIGHTS_INDEX, path).get("weight_map", {}).values()))
+    state: dict[str, Tensor] = {}
+    for name in names:
+        if not (path / name).is_file():
+            raise CheckpointError(
+                f"{path} holds no {name}, so its weights cannot be read; save the model there with "
+                "save_pretrained(..., safe_serialization=True)"
+            )
+        try:
+            state |= load_file(path / name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path / name} is damaged ({error}); get the file again") from error
+    return state, config
+
+
+def image_processor_config(image_size: int) -> dict[str, Any]:
+    """Returns preprocessor_config.json: shorter side to `image_size`, centre crop, CLIP mean and deviation."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": _BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _CLIP_MEAN,
+        "image_std": _CLIP_STD,
+    }
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} holds no {path.name}, so it is not a HuggingFace model; name a folder made by save_pretrained"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); get the file again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object; get the file again")
+    return values

@@ -1,0 +1,125 @@
+"""The README.md of an export: what the model is, how it was trained, how to use it, what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_HEADER = """---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags:
+- vision
+- onevision_encoder
+---
+"""
+
+_USAGE = """## Use
+
+Needs torch and transformers 4.57 or 5.x. `trust_remote_code=True` runs the two Python files of this folder.
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+
+# An image. Any size works; the processor makes {image_size} x {image_size}.
+pixels = processor(images=Image.open("picture.jpg"), return_tensors="pt").pixel_values  # [1, 3, H, W]
+with torch.inference_mode():
+    output = model(pixels)
+output.last_hidden_state  # [1, tokens, {hidden}]{pooled_line}
+```
+
+**A clip**: `frames` [n, 3, H, W], processed as above, taken at the frame numbers `index` of a clip of `length`
+frames. Time is counted on a grid of {temporal} frames, whatever the clip's length:
+
+```python
+rows, columns = frames.shape[-2] // {patch}, frames.shape[-1] // {patch}
+times = (torch.tensor(index) / (length - 1) * {last_frame}).round().long()
+places = torch.cartesian_prod(times, torch.arange(rows), torch.arange(columns))  # [n * rows * columns, 3] = (t, h, w)
+clip = frames.transpose(0, 1)[None]  # [1, 3, n, H, W]
+with torch.inference_mode():
+    output = model(clip, patch_positions=places[None])
+```
+
+With {temporal} frames, `model(clip, visible_indices=indices)` encodes only the patches at `indices` [1, s], counted
+t * rows * columns + h * columns + w.
+
+**Selected patches of a clip**: `patches` [s, 3, {patch}, {patch}] and their `places` [s, 3] = (t, h, w), laid side
+by side in a strip:
+
+```python
+strip = patches.permute(1, 2, 0, 3).reshape(1, 3, {patch}, -1)
+with torch.inference_mode():
+    output = model(strip, patch_positions=places[None])
+```
+
+Attention is `sdpa`, or `eager` if attention weights are wanted (`attn_implementation="eager"`, then
+`output_attentions=True`). `flash_attention_2` is not offered; sdpa uses torch's flash kernel where it can.
+"""
+
+_LIMITS = """## Limits
+
+- All samples of a batch must have equally many tokens: there is no padding mask.
+- Positions are not interpolated. Pictures much larger than those trained on have positions never seen.
+- Labels were made by programs (OCR, clustering), so whatever those miss or confuse, the encoder has learned.
+- It was evaluated only as far as its run's report says. Do not use it where a wrong answer harms someone
+  without testing it.
+"""
+
+
+def describe_model(values: Mapping[str, Any], facts: Mapping[str, Any], *, num_parameters: int) -> str:
+    """Returns the model card.
+
+    Args:
+        values: content of config.json.
+        facts: plain values of the checkpoint: step, config, train_state.
+        num_parameters: of the exported model.
+    """
+    usage = _USAGE.format(
+        image_size=values["image_size"],
+        hidden=values["hidden_size"],
+        patch=values["patch_size"],
+        temporal=values["rope_temporal_size"],
+        last_frame=values["rope_temporal_size"] - 1,
+        pooled_line=f"\noutput.pooler_output  # [1, {values['hidden_size']}]" if values["use_head"] else "",
+    )
+    name = facts["config"].get("name", "OneVision-Encoder")
+    parts = [f"{_HEADER}\n# {name}\n", _architecture(values, num_parameters), _training(facts), usage, _LIMITS]
+    return "\n".join(parts)
+
+
+def _architecture(values: Mapping[str, Any], num_parameters: int) -> str:
+    head = "with its attention-pooling head" if values["use_head"] else "without pooling head and final norm"
+    return (
+        f"A vision encoder for images, pages with text and clips, {head}: {num_parameters:,} parameters, "
+        f"{values['num_hidden_layers']} layers, hidden size {values['hidden_size']}, {values['num_attention_heads']} "
+        f"heads, MLP {values['intermediate_size']}, patches of {values['patch_size']} pixels, 3-D rotary positions. "
+        "Names and shapes are those of the OneVision-Encoder. Trained with megatron_ove; weights are stored in "
+        f"{values['dtype']}.\n"
+    )
+
+
+def _training(facts: Mapping[str, Any]) -> str:
+    config = facts["config"]
+    if "objectives" not in config:
+        return f"## Training\n\nImported from {facts.get('imported_from', 'elsewhere')} and not trained further.\n"
+    state = facts.get("train_state", {})
+    lines = [
+        "## Training\n",
+        f"{facts['step']:,} of {config['train']['num_steps']:,} steps, {state.get('samples_seen', 0):,} samples "
+        f"({config['train']['global_batch_size']} a step), {config['train']['precision']}, seed {config['seed']}.\n",
+        "| source | kind | weight |\n|---|---|---|",
+        *(f"| {name} | {item['kind']} | {item['weight']:g} |" for name, item in config["data"]["sources"].items()),
+        "\n| head | source | classes | margin | loss weight |\n|---|---|---|---|---|",
+        *(
+            f"| {name} | {item['source']} | {item['num_classes']:,} | {item['margin_type']} {item['margin']:g} | "
+            f"{item['loss_weight']:g} |"
+            for name, item in config["objectives"].items()
+        ),
+        "\nThe heads' class centers are not part of this export.\n",
+    ]
+    return "\n".join(lines)
