@@ -94,6 +94,7 @@ def _leave_uninitialised(weight: Tensor) -> Tensor:
 
 def _parallelism(topology: ParallelTopology, dtype: torch.dtype) -> dict[str, Any]:
     # Interleaved chunks with batched sends mix up the messages between two gloo ranks, silently; so never batch them.
+    # deallocate_pipeline_outputs stays off: it frees a sent tensor while gloo may still be reading it (seen, silent).
     is_interleaved = topology.virtual_pipeline_size is not None
     return {
         "tensor_model_parallel_size": topology.tensor_size,

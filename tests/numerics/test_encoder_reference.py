@@ -189,3 +189,13 @@ def test_bf16(topology: ParallelTopology) -> None:
     assert relative_error(features.pooled.float(), reference.encode(samples)) < BF16_TOLERANCE
     features.pooled.float().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+
+
+def test_epsilon_reaches_every_norm(topology: ParallelTopology) -> None:
+    """With an epsilon as large as the variances, a norm that kept its default would stand out."""
+    reference, encoder = build_pair(topology, layer_norm_epsilon=0.1)
+    sample = image_sample(3, 5)
+    expected = reference(*sample)
+    features = encoder(make_batch([sample]))
+    assert relative_error(features.tokens[:, 0], expected.last_hidden_state) < FP32_TOLERANCE
+    assert relative_error(features.pooled[0], expected.pooled) < FP32_TOLERANCE

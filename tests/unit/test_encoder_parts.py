@@ -1,0 +1,210 @@
+"""Parts of the encoder on their own: plans of attention, rotation, initial values, and refused configurations."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_ove.errors import ConfigError
+from megatron_ove.model.attention import PADDING_SEGMENT, SegmentRun, build_segments, find_runs
+from megatron_ove.model.encoder import VisionEncoder, build_encoder
+from megatron_ove.model.initialization import initial_value
+from megatron_ove.model.layer_specs import resolve_layer_spec
+from megatron_ove.model.rotary import inverse_frequencies, rotary_angles, rotate
+from megatron_ove.parallel.topology import ParallelTopology
+from tests.support.tiny import codec_clip_sample, image_sample, make_batch, tiny_encoder_config
+
+
+def build(topology: ParallelTopology, seed: int = 0, **changes: Any) -> VisionEncoder:
+    return build_encoder(tiny_encoder_config(**changes), topology, dtype=torch.float32, seed=seed)
+
+
+def test_neighbouring_equal_lengths_are_one_run() -> None:
+    runs = find_runs([3, 3, 2, 3], start=10)
+    assert runs == [SegmentRun(10, 2, 3), SegmentRun(16, 1, 2), SegmentRun(18, 1, 3)]
+    assert [run.stop for run in runs] == [16, 18, 21]
+    assert find_runs([], start=0) == []
+
+
+def test_segments_cover_samples_and_padding() -> None:
+    num_tokens = 5 + 2 * PADDING_SEGMENT + 7
+    segments = build_segments(torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(num_tokens, 32), torch.float32)
+    bounds = [0, 2, 5, 5 + PADDING_SEGMENT, 5 + 2 * PADDING_SEGMENT, num_tokens]
+    assert segments.cu_seqlens_q.tolist() == bounds and segments.cu_seqlens_q.dtype == torch.int32
+    assert segments.max_seqlen_q == PADDING_SEGMENT
+    assert segments.sample_runs == [SegmentRun(0, 1, 2), SegmentRun(2, 1, 3)]
+    assert segments.padding_runs == [SegmentRun(5, 2, PADDING_SEGMENT), SegmentRun(5 + 2 * PADDING_SEGMENT, 1, 7)]
+
+
+@pytest.mark.parametrize("bounds", [[0, 3, 3], [0, 9], [0, 4, 2]])
+def test_senseless_boundaries_are_refused(bounds: list[int]) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"cu_seqlens {bounds} does not describe non-empty samples within 8")
+    ):
+        build_segments(torch.tensor(bounds, dtype=torch.int32), torch.zeros(8, 32), torch.float32)
+
+
+def test_frequencies_of_head_dim_64() -> None:
+    time, height, width = inverse_frequencies(64, 10000.0)
+    assert torch.allclose(time, 10.0 ** (-torch.arange(8) / 2))
+    assert torch.allclose(height, 10.0 ** (-torch.arange(12) / 3)) and torch.equal(height, width)
+
+
+def test_rotation_equals_mcores_unfused_packed_path() -> None:
+    """The reference formula by megatron-core's own code: interleaved pairs, exact angles per packed token."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+
+    class OneRank:
+        def size(self) -> int:
+            return 1
+
+        def rank(self) -> int:
+            return 0
+
+    positions = torch.cat([codec_clip_sample(9, 3, 4)[1], image_sample(2, 3)[1]])
+    angles = rotary_angles(positions, inverse_frequencies(32, 10000.0))
+    assert angles.dtype == torch.float32 and torch.equal(angles[:, :16], angles[:, 16:])
+    x = torch.randn(15, 2, 32)
+    expected = _apply_rotary_pos_emb_thd(
+        x, torch.tensor([0, 9, 15]), angles[:, None, None], rotary_interleaved=True, cp_group=OneRank()
+    )
+    assert torch.equal(rotate(x, angles.cos()[:, None], angles.sin()[:, None]), expected)
+
+
+def test_batched_runs_equal_single_segments(topology: ParallelTopology) -> None:
+    encoder = build(topology)
+    samples = [image_sample(3, 4, seed=seed) for seed in range(4)]
+    together = encoder(make_batch(samples)).pooled
+    alone = torch.cat([encoder(make_batch([sample])).pooled for sample in samples])
+    # fp32 through a matrix product of another size.
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_attention_is_sdpa_scale() -> None:
+    """The scale is head_dim^-0.5, torch's default."""
+    q = torch.randn(1, 1, 4, 32)
+    expected = torch.softmax(q @ q.mT * 32**-0.5, -1) @ q
+    assert torch.allclose(F.scaled_dot_product_attention(q, q, q, scale=None), expected, atol=1e-6)
+
+
+def test_initial_values_follow_the_published_rules(topology: ParallelTopology) -> None:
+    encoder = build(topology, hidden_size=128, ffn_hidden_size=512)
+    for name, value in encoder.named_parameters():
+        if name.endswith("bias"):
+            assert not value.any(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        elif name.endswith("in_proj_weight"):
+            bound = (6 / (128 + 3 * 128)) ** 0.5
+            assert 0.98 * bound < value.abs().max() <= bound
+        else:
+            wanted = 1.0 if name == "head.probe" else 0.02
+            # 4 standard errors of a standard deviation over n values.
+            assert value.std().item() == pytest.approx(wanted, rel=4 / (2 * value.numel()) ** 0.5), name
+
+
+def test_initial_values_depend_on_seed_and_name_only(topology: ParallelTopology) -> None:
+    first, again, other = (dict(build(topology, seed).named_parameters()) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["patch_embed.weight"], other["patch_embed.weight"])
+    assert not torch.equal(
+        first["decoder.layers.0.mlp.linear_fc1.weight"], first["decoder.layers.1.mlp.linear_fc1.weight"]
+    )
+    value = initial_value("head.probe", [1, 1, 64], seed=1, initializer_range=0.02)
+    assert torch.equal(first["head.probe"], value)
+
+
+def test_casting_does_not_round_the_normalisation(topology: ParallelTopology) -> None:
+    encoder = build(topology).bfloat16()
+    assert encoder.patch_embed._mean.dtype == torch.float32
+    assert all(axis.dtype == torch.float32 for axis in encoder._frequencies)
+
+
+def test_nothing_but_parameters_in_the_state(topology: ParallelTopology) -> None:
+    encoder = build(topology)
+    extra = [name for name in encoder.state_dict() if not name.endswith("_extra_state")]
+    assert extra == [name for name, _ in encoder.named_parameters()] and not list(encoder.buffers())
+    for name, parameter in encoder.named_parameters():
+        assert hasattr(parameter, "tensor_model_parallel"), name
+
+
+def test_first_chunk_needs_patches(topology: ParallelTopology) -> None:
+    from dataclasses import replace
+
+    batch = replace(make_batch([image_sample(2, 2)]), patches=None)
+    with pytest.raises(ValueError, match="the first model chunk got a batch without patches"):
+        build(topology)(batch)
+
+
+def test_virtual_pipeline_never_batches_messages(topology: ParallelTopology) -> None:
+    from dataclasses import replace
+
+    from megatron_ove.model.transformer_config import build_transformer_config
+
+    for size, overlaps in ((None, False), (2, True)):
+        grid = replace(topology, pipeline_size=2, virtual_pipeline_size=size)
+        config = build_transformer_config(tiny_encoder_config(), grid, dtype=torch.float32, layer_spec="local")
+        assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (overlaps, not overlaps)
+
+
+ERRORS = [
+    (
+        {"fp8": "delayed"},
+        "encoder.fp8 = delayed needs Transformer Engine layers, and this run uses local layers, which would ignore it "
+        "in silence; install the gpu extra on a CUDA machine, or set encoder.fp8: off",
+    ),
+    (
+        {"mcore_overrides": {"recompute_granularty": "full"}},
+        "encoder.mcore_overrides.recompute_granularty is not a field of megatron-core's TransformerConfig, so it would "
+        "have no effect; did you mean recompute_granularity?",
+    ),
+    (
+        {"mcore_overrides": {"num_layers": 3}},
+        "encoder.mcore_overrides.num_layers is decided by this project's own settings, and two places for one value "
+        "would contradict each other; use the setting of the encoder or parallel section instead",
+    ),
+    (
+        {"mcore_overrides": {"recompute_granularity": "some"}},
+        "megatron-core refuses the encoder configuration (encoder.mcore_overrides: recompute_granularity = 'some'): ",
+    ),
+    (
+        {"layer_spec": "transformer_engine"},
+        "encoder.layer_spec = transformer_engine, but this run is on the CPU and Transformer Engine needs CUDA; "
+        "install the gpu extra on a machine with a CUDA device, or set encoder.layer_spec: auto to use local layers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), ERRORS)
+def test_refused_configurations(topology: ParallelTopology, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(topology, **changes)
+    assert str(error.value).startswith(text)
+
+
+def test_an_override_reaches_megatron_core(topology: ParallelTopology) -> None:
+    encoder = build(topology, mcore_overrides={"distribute_saved_activations": True, "recompute_granularity": None})
+    assert encoder.config.distribute_saved_activations
+
+
+def test_auto_says_what_is_lost(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_encoder_config(layer_spec="auto")
+    with caplog.at_level(logging.INFO):
+        assert resolve_layer_spec(config, torch.device("cpu")) == "local"
+    assert caplog.records[-1].levelno == logging.INFO
+    assert caplog.messages[-1] == (
+        "encoder.layer_spec = auto uses local layers, because this run is on the CPU and Transformer Engine needs "
+        "CUDA; fused kernels, flash attention over packs and FP8 are not available"
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert resolve_layer_spec(config, torch.device("cuda")) == "local"
+    assert caplog.records[-1].levelno == logging.WARNING
+    assert "because Transformer Engine is not installed;" in caplog.messages[-1]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert resolve_layer_spec(config, torch.device("cuda")) == "transformer_engine"
