@@ -102,7 +102,8 @@ class RunCheckpoints:
             logger.info("The layout was %s and is %s now; generators start anew.", common["layout"], self._layout())
         loaded = self._manager.load(path, template)
         for index, chunk in enumerate(self._chunks):
-            encoder_of(chunk).load_state_dict(loaded["model"][f"chunk{index}"])
+            weights = {name.removeprefix("model."): value for name, value in loaded["model"][f"chunk{index}"].items()}
+            encoder_of(chunk).load_state_dict(weights)
         if "optimizer" in loaded:
             self._optimizer.load_state_dict(loaded["optimizer"])
         else:
