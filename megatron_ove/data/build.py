@@ -50,8 +50,7 @@ def build_loader(config: TrainConfig, topology: ParallelTopology, *, start_step:
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
-        # megatron-core's interleaved schedule takes microbatches in groups of the number of stages; empty ones fill up.
-        data_parallel_size=topology.data_size * (topology.pipeline_size if topology.virtual_pipeline_size else 1),
+        microbatch_multiple=topology.data_size * _microbatch_group(topology),
     )
     return StepLoader(
         planner,
@@ -61,6 +60,11 @@ def build_loader(config: TrainConfig, topology: ParallelTopology, *, start_step:
         prefetch_steps=config.data.prefetch_steps,
         start_step=start_step,
     )
+
+
+def _microbatch_group(topology: ParallelTopology) -> int:
+    """megatron-core's interleaved schedule takes a replica's microbatches in groups of the number of stages."""
+    return topology.pipeline_size if topology.virtual_pipeline_size else 1
 
 
 def open_shard_sets(config: TrainConfig) -> dict[str, ShardSet]:

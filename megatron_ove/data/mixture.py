@@ -92,9 +92,17 @@ class MicrobatchPlanner:
         seed: int,
         global_batch_size: int,
         tokens_per_microbatch: int,
-        data_parallel_size: int,
+        microbatch_multiple: int,
     ) -> None:
         """Prepares planning.
+
+        Args:
+            sources: in the order of the configuration.
+            seed: of order and draws.
+            global_batch_size: B, samples of a step.
+            tokens_per_microbatch: budget P.
+            microbatch_multiple: the number of microbatches of a step is rounded up to a multiple of this; at least the
+                number of replicas. Microbatches that this adds are empty.
 
         Raises:
             ConfigError: a step is too small to hold every source's share.
@@ -103,7 +111,7 @@ class MicrobatchPlanner:
         self._samplers = [SourceSampler(seed, source.name, source.size) for source in self._sources]
         self._batch_size = global_batch_size
         self._tokens = tokens_per_microbatch
-        self._replicas = data_parallel_size
+        self._multiple = microbatch_multiple
         total = sum(Fraction(source.weight) for source in self._sources)
         self._shares = [Fraction(source.weight) / total for source in self._sources]
         self._largest = self._shares.index(max(self._shares))
@@ -137,7 +145,7 @@ class MicrobatchPlanner:
         return MicrobatchPlan(
             step=step,
             tokens_per_microbatch=self._tokens,
-            num_microbatches=-(-used // self._replicas) * self._replicas,
+            num_microbatches=-(-used // self._multiple) * self._multiple,
             source_index=np.repeat(np.arange(len(parts)), [part.size for part in parts]),
             ordinals=np.concatenate(parts),
             rows=np.concatenate(rows),

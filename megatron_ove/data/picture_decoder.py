@@ -88,6 +88,8 @@ class PictureDecoder:
                 raise
             for offset in range(stop - start):
                 yield start + offset, torch.from_dlpack(pictures[offset])
+            if self._device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # the next run may write to the memory that was just read
 
     def _run(self, encoded: list[np.ndarray], windows: Windows | None, start: int) -> Any:
         if self._pipeline is None:

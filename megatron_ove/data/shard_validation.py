@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ _MAX_SHARDS_PROBED = 256
 """Shards whose first and last header are read when a set is opened; the sizes of all shards are compared."""
 _MAX_LABELS_SCANNED = 1 << 24
 """Labels whose range is checked when a set is opened (64 MiB); training checks every row that it uses."""
+_CHUNK = 1 << 20
+"""Index rows looked at in one go."""
 
 
 def index_problems(info: layout.DatasetInfo, columns: Columns, directory: Path) -> list[str]:
@@ -60,8 +63,8 @@ def label_problems(info: layout.DatasetInfo, columns: Columns, directory: Path, 
     """Returns a sentence when a stored label is out of range; scans a bounded number of rows unless `every`."""
     labels = columns["labels"]
     rows = len(labels) if every else min(len(labels), max(1, _MAX_LABELS_SCANNED // info.label_width))
-    for start in range(0, rows, 1 << 20):
-        chunk = labels[start : min(rows, start + (1 << 20))]
+    for start in range(0, rows, _CHUNK):
+        chunk = labels[start : min(rows, start + _CHUNK)]
         problem = bad_label(chunk, info.num_classes)
         if problem is not None:
             row, label = problem
@@ -95,18 +98,17 @@ def label_sentence(label: int, key: str, directory: Path, num_classes: int) -> s
 def shard_problems(info: layout.DatasetInfo, columns: Columns, directory: Path) -> list[str]:
     """Returns what is wrong between the index and the shard files: missing, truncated, or other contents."""
     shard = columns["shard"]
-    if (np.diff(shard.astype(np.int64)) < 0).any():
+    if not _is_sorted(shard):
         return [f"{directory}/index/shard.npy is not sorted, so it is damaged; write the shard set again"]
-    numbers, first = np.unique(shard, return_index=True)
-    last = np.append(first[1:], len(shard)) - 1
-    probes = set(np.linspace(0, len(numbers) - 1, _MAX_SHARDS_PROBED).astype(int).tolist())
+    ranges = shard_ranges(shard)
+    probes = set(np.linspace(0, len(ranges) - 1, _MAX_SHARDS_PROBED).astype(int).tolist())
     problems = []
-    for i, number in enumerate(numbers):
-        path = directory / "shards" / layout.shard_name(int(number))
+    for i, (number, rows) in enumerate(ranges):
+        path = directory / "shards" / layout.shard_name(number)
         if not path.is_file():
             problems.append(f"the shard {path} is missing, but the index refers to it; copy it again")
             continue
-        end = int(columns["offsets"][last[i], -1]) + int(columns["sizes"][last[i], -1])
+        end = int(columns["offsets"][rows[-1], -1]) + int(columns["sizes"][rows[-1], -1])
         size = path.stat().st_size
         if size < end:
             problems.append(
@@ -114,8 +116,22 @@ def shard_problems(info: layout.DatasetInfo, columns: Columns, directory: Path) 
                 "write it again"
             )
         elif i in probes:
-            problems += header_problems(info, columns, path, (int(first[i]), int(last[i])))
+            problems += header_problems(info, columns, path, {rows[0], rows[-1]})
     return problems
+
+
+def shard_ranges(shard: np.ndarray) -> list[tuple[int, range]]:
+    """Returns (shard number, its rows) for every shard; `shard` is [n] and sorted. Reads little of it."""
+    numbers = np.arange(int(shard[-1]) + 2, dtype=shard.dtype)
+    bounds = np.searchsorted(shard, numbers).tolist()
+    ranges = [(number, range(start, stop)) for number, (start, stop) in enumerate(pairwise(bounds))]
+    return [(number, rows) for number, rows in ranges if rows]
+
+
+def _is_sorted(values: np.ndarray) -> bool:
+    """Whether values never fall; a chunk at a time, because an index can be larger than memory."""
+    chunks = (values[start : start + _CHUNK + 1] for start in range(0, len(values), _CHUNK))
+    return not any((chunk[1:] < chunk[:-1]).any() for chunk in chunks)
 
 
 def header_problems(info: layout.DatasetInfo, columns: Columns, path: Path, rows: Iterable[int]) -> list[str]:
@@ -147,9 +163,8 @@ def deep_problems(shards: ShardSet) -> list[str]:
     """Returns what is wrong after every header was compared, every picture decoded and every label read."""
     info, columns = shards.info, shards.columns
     problems = label_problems(info, columns, shards.directory, every=True)
-    for number in np.unique(columns["shard"]):
-        rows = np.flatnonzero(columns["shard"] == number)
-        problems += header_problems(info, columns, shards.shard_path(int(number)), map(int, rows))
+    for number, rows in shard_ranges(columns["shard"]):
+        problems += header_problems(info, columns, shards.shard_path(number), rows)
     if problems:
         return problems
     checker = PictureChecker()

@@ -27,7 +27,7 @@ class FakeSource:
 
 def planner(sources: list[FakeSource], batch: int = 12, tokens: int = 40, replicas: int = 1) -> MicrobatchPlanner:
     return MicrobatchPlanner(
-        sources, seed=5, global_batch_size=batch, tokens_per_microbatch=tokens, data_parallel_size=replicas
+        sources, seed=5, global_batch_size=batch, tokens_per_microbatch=tokens, microbatch_multiple=replicas
     )
 
 

@@ -1,0 +1,133 @@
+"""Delivery over real ranks: equal inside tensor parallel groups, disjoint over replicas, per-stage fields."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ove.batch import Batch
+from megatron_ove.config.parallel import ParallelConfig
+from megatron_ove.data.build import build_loader
+from megatron_ove.errors import DataError
+from megatron_ove.parallel.topology import initialize_topology
+from tests.support.distributed import WorkerError, run_distributed
+from tests.support.id_loader import (
+    assert_same_batches,
+    check_pairing,
+    id_config,
+    single_process,
+    take_steps,
+    tensors_of,
+    write_id_sources,
+)
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_id_sources(tmp_path_factory.mktemp("id"))
+
+
+def deliver(rank: int, world_size: int, directory: Path, sizes: dict[str, int], start: int) -> dict[str, Any]:
+    """Takes STEPS steps on this rank."""
+    del rank, world_size
+    names = {"tensor": "tensor_model_parallel_size", "pipeline": "pipeline_model_parallel_size"}
+    parallel = ParallelConfig(**{names[name]: size for name, size in sizes.items()})
+    topology = initialize_topology(parallel, seed=0)
+    loader = build_loader(id_config(directory), topology, start_step=start)
+    steps = take_steps(loader, start, STEPS)
+    return {
+        "steps": steps,
+        "place": (topology.tensor_rank, topology.data_rank, topology.pipeline_rank),
+        "decodes": loader._thread is not None,
+    }
+
+
+def alone(directory: Path, **changes: Any) -> list[list[Batch]]:
+    return take_steps(build_loader(id_config(directory), single_process(**changes), start_step=0), 0, STEPS)
+
+
+def test_tensor_parallel_ranks_get_identical_batches_decoded_once(directory: Path) -> None:
+    first, second = run_distributed(deliver, 2, directory, {"tensor": 2}, 0)
+    assert (first["decodes"], second["decodes"]) == (True, False)
+    for a, b, c in zip(first["steps"], second["steps"], alone(directory), strict=True):
+        assert_same_batches(a, b)
+        assert_same_batches(a, c)
+        for batch in b:
+            check_pairing(batch)
+
+
+def test_two_replicas_that_resume_take_what_one_replica_goes_on_with(directory: Path) -> None:
+    running = take_steps(build_loader(id_config(directory), single_process(), start_step=0), 0, STEPS + 2)
+    resumed = run_distributed(deliver, 2, directory, {}, 2)
+    for step, whole in enumerate(running[2:]):
+        shared = [sample for result in resumed for batch in result["steps"][step] for sample in segments(batch)]
+        assert sorted(shared) == sorted(sample for batch in whole for sample in segments(batch))
+        assert len({len(result["steps"][step]) for result in resumed}) == 1
+
+
+def segments(batch: Batch) -> list[tuple[str, int, bytes, bytes]]:
+    """Returns key, seed, pixels and positions of every sample."""
+    check_pairing(batch)
+    bounds = batch.cu_seqlens.tolist()
+    assert batch.patches is not None
+    return [
+        (
+            key,
+            seed,
+            batch.patches[bounds[i] : bounds[i + 1]].numpy().tobytes(),
+            batch.positions[bounds[i] : bounds[i + 1]].numpy().tobytes(),
+        )
+        for i, (key, seed) in enumerate(zip(batch.sample_keys, batch.sample_seeds.tolist(), strict=True))
+    ]
+
+
+def test_tensor_by_pipeline_ranks_get_the_fields_of_their_stage(directory: Path) -> None:
+    results = run_distributed(deliver, 4, directory, {"tensor": 2, "pipeline": 2}, 0)
+    for step, whole in enumerate(alone(directory)):
+        for result in results:
+            _, _, stage = result["place"]
+            for batch, reference in zip(result["steps"][step], whole, strict=True):
+                assert torch.equal(batch.positions, reference.positions)
+                assert batch.sample_keys == reference.sample_keys
+                assert (batch.patches is not None) == (stage == 0)
+                assert set(batch.labels) == (set(reference.labels) if stage == 1 else set())
+                for name, labels in batch.labels.items():
+                    assert torch.equal(labels, reference.labels[name])
+                if batch.patches is not None:
+                    assert torch.equal(batch.patches, reference.patches)
+
+
+def fail_while_decoding(rank: int, world_size: int, directory: Path) -> None:
+    """Breaks the shards after opening; the decoding rank must raise at once, not hang."""
+    del world_size
+    topology = initialize_topology(ParallelConfig(tensor_model_parallel_size=2), seed=0)
+    loader = build_loader(id_config(directory), topology, start_step=0)
+    pages = next(source for source in loader._sources if source.name == "ocr")
+    pages.shards.columns["sizes"] = pages.shards.columns["sizes"] // 2
+    started = time.monotonic()
+    if rank == 1:
+        time.sleep(0.2)
+    try:
+        for step in range(50):
+            loader.step_batches(step)
+    except DataError:
+        assert time.monotonic() - started < 20
+        raise
+    finally:
+        loader.close()
+
+
+def test_a_decoding_error_ends_the_world_with_its_sentence(directory: Path) -> None:
+    with pytest.raises(WorkerError, match="cannot be decoded, although it could when its shard was written"):
+        run_distributed(fail_while_decoding, 2, directory, timeout_s=40)
+
+
+def test_batches_are_on_the_topology_device(directory: Path) -> None:
+    for batches in alone(directory):
+        assert all(tensor.device.type == "cpu" for batch in batches for tensor in tensors_of(batch))

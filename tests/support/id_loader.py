@@ -1,0 +1,106 @@
+"""A step loader over id shard sets of all three kinds, and a topology for a single process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_ove.batch import Batch
+from megatron_ove.config.loader import config_from_dict
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.delivery import StepLoader
+from tests.support.id_shards import NUM_CLASSES, sample_ids, write_id_shard_set
+
+KINDS = ("image", "ocr", "video")
+SIZES = {"image": 23, "ocr": 17, "video": 11}
+
+
+def write_id_sources(directory: Path) -> Path:
+    """Writes one id shard set of each kind into `directory`."""
+    for kind in KINDS:
+        write_id_shard_set(directory / kind, kind, SIZES[kind], label_width=4 if kind == "ocr" else 3)
+    return directory
+
+
+def id_config(directory: Path, *, changes: dict[str, dict[str, object]] | None = None, **options: Any) -> TrainConfig:
+    """Returns a configuration over the id sources; `changes` change single sources (with a kind: replace them)."""
+    sources: dict[str, dict[str, object]] = {
+        "image": {"kind": "image", "path": str(directory / "image"), "image_size": 42, "weight": 2.0},
+        "ocr": {"kind": "ocr", "path": str(directory / "ocr"), "max_patches": 20},
+        "video": {"kind": "video", "path": str(directory / "video"), "num_frames": 4, "max_patches": 12},
+    }
+    for name, change in (changes or {}).items():
+        sources[name] = change if "kind" in change else {**sources[name], **change}
+    return config_from_dict(
+        {
+            "name": "id",
+            "run_dir": str(directory / "run"),
+            "seed": options.get("seed", 3),
+            "encoder": {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 1, "ffn_hidden_size": 64},
+            "objectives": {kind: {"source": kind, "num_classes": NUM_CLASSES} for kind in KINDS},
+            "data": {
+                "sources": sources,
+                "tokens_per_microbatch": options.get("tokens", 40),
+                "num_threads": 1,
+                "prefetch_steps": options.get("prefetch_steps", 2),
+            },
+            "train": {"num_steps": 100, "global_batch_size": options.get("batch", 12)},
+        },
+        "id",
+    )
+
+
+def single_process(**changes: Any) -> Any:
+    """Returns what the loader reads of a topology, for one process without communication."""
+    values = {
+        **{"tensor_rank": 0, "tensor_size": 1, "data_rank": 0, "data_size": 1},
+        **{"pipeline_size": 1, "virtual_pipeline_size": None},
+        **{"is_first_stage": True, "is_last_stage": True, "tensor_group": None, "device": torch.device("cpu")},
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def check_pairing(batch: Batch) -> list[tuple[str, int]]:
+    """Checks that keys, pixels, labels and padding of a batch belong together; returns (source, number) of samples."""
+    ids = sample_ids(batch)
+    names = [batch.source_names[i] for i in batch.source_index.tolist()]
+    assert batch.sample_keys == tuple(f"{name}{number}" for name, number in zip(names, ids, strict=True))
+    for name in batch.source_names:
+        rows = batch.rows_of(name).tolist()
+        assert batch.labels[name].dtype == torch.int32
+        assert batch.labels[name][:, 0].tolist() == [ids[row] for row in rows]
+        assert (batch.labels[name][:, 1:] == -1).all()
+    end = int(batch.cu_seqlens[-1])
+    assert batch.patches is not None
+    assert not batch.patches[end:].any()
+    assert not batch.positions[end:].any()
+    assert batch.sample_seeds.shape == (batch.num_samples,)
+    return list(zip(names, ids, strict=True))
+
+
+def take_steps(loader: StepLoader, first: int, count: int) -> list[list[Batch]]:
+    """Returns the batches of `count` steps and closes the loader."""
+    try:
+        return [loader.step_batches(step) for step in range(first, first + count)]
+    finally:
+        loader.close()
+
+
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
+    """Returns every tensor of a batch."""
+    fields = [batch.positions, batch.cu_seqlens, batch.source_index, batch.sample_seeds]
+    patches = [] if batch.patches is None else [batch.patches]
+    return [*fields, *patches, *(batch.labels[name] for name in sorted(batch.labels))]
+
+
+def assert_same_batches(left: list[Batch], right: list[Batch]) -> None:
+    """Checks that two lists of batches are equal bit by bit."""
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.sample_keys == b.sample_keys
+        for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
