@@ -29,7 +29,7 @@ class PartialFCConfig(StrictModel):
     logit_scale: Annotated[float, Field(gt=0)] = 64.0
     """Factor between cosine and logit."""
     sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Share of a rank's classes that are active in a step (per label slot when negatives = per_label)."""
+    """Share of the classes that are active in a step, its labels included (per slot if negatives = per_label)."""
     negatives: Literal["per_label", "shared"] = "per_label"
     """per_label: every label slot draws its own negative classes; shared: one set serves all slots."""
     co_positives: Literal["negative", "masked"] = "negative"

@@ -1,0 +1,87 @@
+"""`ObjectiveSet`: the objectives of a run, driven together. A plain object: their tables are nobody's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ove.batch import Batch
+from megatron_ove.objectives.base import Objective
+from megatron_ove.outputs import StepOutput, VisionFeatures
+
+
+class ObjectiveSet:
+    """Iterating gives the names, in configuration order, which is the order of all collectives.
+
+    Attributes:
+        weights: objective name -> weight in the total loss.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], weights: Mapping[str, float]) -> None:
+        self._objectives = {objective.name: objective for objective in objectives}
+        self.weights = {name: weights[name] for name in self._objectives}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._objectives)
+
+    def __len__(self) -> int:
+        return len(self._objectives)
+
+    def __getitem__(self, name: str) -> Objective:
+        return self._objectives[name]
+
+    def source_of(self, name: str) -> str:
+        """Returns the data source of an objective."""
+        return self._objectives[name].source
+
+    def num_items(self, name: str, batch: Batch) -> int:
+        """Returns how many samples of this replica's microbatch an objective's loss is summed over."""
+        return self._objectives[name].num_items(batch)
+
+    def begin_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Prepares all objectives for a step; see `Objective.begin_step`."""
+        for objective in self._objectives.values():
+            objective.begin_step(step, batches)
+
+    def forward(self, features: VisionFeatures, batch: Batch, scales: Mapping[str, float]) -> StepOutput:
+        """Returns the weighted loss of one microbatch.
+
+        Args:
+            features: encoder output, replicated over tensor-parallel ranks.
+            batch: one of the batches given to `begin_step`.
+            scales: objective name -> factor of its loss sum, the same on every replica.
+        """
+        # Starting from the features keeps the loss differentiable and exactly 0 in an empty microbatch.
+        loss = features.pooled.new_zeros((), dtype=torch.float32)
+        metrics: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, objective in self._objectives.items():
+            terms = objective.forward(features, batch)
+            loss = loss + scales[name] * terms.loss_sum
+            metrics |= {f"{name}/{metric}": value for metric, value in terms.metrics.items()}
+        return StepOutput(loss, metrics)
+
+    def row_gradient_norms(self) -> dict[str, Tensor]:
+        """Returns the gradient norm of each objective's table, before clipping; collective."""
+        return {name: objective.row_gradient_norm() for name, objective in self._objectives.items()}
+
+    def apply_update(self, lr: float) -> None:
+        """Updates every table and ends the step; collective."""
+        for objective in self._objectives.values():
+            objective.apply_update(lr)
+
+    def discard_update(self) -> None:
+        """Ends the step as if it had never begun."""
+        for objective in self._objectives.values():
+            objective.discard_update()
+
+    def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
+        """Returns objective name -> its sharded tensors, with keys `<prefix><name>.<tensor>`."""
+        return {name: objective.sharded_state_dict(f"{prefix}{name}.") for name, objective in self._objectives.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what was read for `sharded_state_dict`; objectives without rows on this rank may be missing."""
+        for name, objective in self._objectives.items():
+            objective.load_state(state.get(name, {}))
