@@ -6,9 +6,10 @@ norm under its Transformer Engine name, whatever layers wrote it.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,6 @@ from megatron_ove.convert.mapping import check_state, mcore_shapes
 from megatron_ove.convert.new_folder import new_folder
 from megatron_ove.errors import CheckpointError
 from megatron_ove.model.parameter_names import transformer_engine_name
-
-logger = logging.getLogger(__name__)
 
 _MODEL_PREFIX = "model."
 _LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)(\d+)\.")
@@ -127,7 +126,8 @@ def read_tensors(checkpoint_dir: str | Path, prefix: str) -> dict[str, Tensor]:
             if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
         if state:
-            torch_checkpoint.load(state, storage_reader=reader, no_dist=True)
+            with _one_process():
+                torch_checkpoint.load(state, storage_reader=reader, no_dist=True)
     except (OSError, CheckpointException, RuntimeError) as error:
         raise CheckpointError(
             f"the tensors of the checkpoint {checkpoint_dir} cannot be read ({_first_line(error)}); use another one"
@@ -164,14 +164,22 @@ def write_encoder_checkpoint(
     tensors |= {key: torch.stack(layers) for key, layers in stacks.items()}
     common = {"step": 0, "config": {"encoder": config.model_dump(mode="json")}, **facts}
     with new_folder(checkpoint_dir) as partial:
-        torch_checkpoint.save(
-            tensors, storage_writer=torch_checkpoint.FileSystemWriter(partial, sync_files=True), no_dist=True
-        )
+        writer = torch_checkpoint.FileSystemWriter(partial, sync_files=True)
+        with _one_process():
+            torch_checkpoint.save(tensors, storage_writer=writer, no_dist=True)
         TorchCommonSaveStrategy("torch", 1).save_common(common, partial)
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
         files = {name: ((partial / name).stat().st_size, file_crc32(partial / name)) for name in data_files(partial)}
         write_manifest(partial, step=0, files=files, extra={"content": "encoder"})
     return Path(checkpoint_dir)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Keeps torch from remarking on every call that it was told to work in one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _stored_place(name: str) -> tuple[str, int | None]:

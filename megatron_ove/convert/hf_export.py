@@ -44,6 +44,7 @@ def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path) -> Pat
 
 
 def trained_image_size(facts: Mapping[str, Any]) -> int:
-    """Returns the largest side of square images of a run, in pixels; the published default if it had none."""
+    """Returns the largest side of a run's square images in pixels, or what an imported model said of itself."""
+    imported = facts.get("image_size", DEFAULT_IMAGE_SIZE)
     sources = facts["config"].get("data", {}).get("sources", {}).values()
-    return max((source["image_size"] for source in sources if source["kind"] == "image"), default=DEFAULT_IMAGE_SIZE)
+    return max((source["image_size"] for source in sources if source["kind"] == "image"), default=imported)

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from megatron_ove.convert.checkpoint_files import write_encoder_checkpoint
-from megatron_ove.convert.hf_config import from_hf_config
+from megatron_ove.convert.hf_config import DEFAULT_IMAGE_SIZE, from_hf_config
 from megatron_ove.convert.hf_folder import read_hf_folder
 from megatron_ove.convert.mapping import to_mcore
 
@@ -30,6 +30,7 @@ def import_pretrained(hf_dir: str | Path, output_checkpoint_dir: str | Path) -> 
     hf_state, values = read_hf_folder(hf_dir)
     config = from_hf_config(values, origin=f"{hf_dir}/config.json")
     state = to_mcore(hf_state, config)
-    path = write_encoder_checkpoint(output_checkpoint_dir, state, config, facts={"imported_from": str(hf_dir)})
+    facts = {"imported_from": str(hf_dir), "image_size": values.get("image_size", DEFAULT_IMAGE_SIZE)}
+    path = write_encoder_checkpoint(output_checkpoint_dir, state, config, facts=facts)
     logger.info("imported %d tensors of %s into %s", len(hf_state), hf_dir, path)
     return path
