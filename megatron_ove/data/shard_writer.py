@@ -65,17 +65,9 @@ class ShardWriter:
         self._temporary = self.directory.with_name(f"{self.directory.name}.tmp-{os.getpid()}")
         if self.directory.exists():
             raise DataError(f"{self.directory} exists already and is not overwritten; remove it or write elsewhere")
-        if min(num_classes, label_width, samples_per_shard, patch_size) < 1:
-            raise DataError(
-                f"num_classes = {num_classes}, label_width = {label_width}, samples_per_shard = {samples_per_shard} "
-                f"and patch_size = {patch_size} must all be at least 1; correct them for {self.directory}"
-            )
+        if samples_per_shard < 1:
+            raise DataError(f"samples_per_shard = {samples_per_shard} must be at least 1; correct it for {directory}")
         is_video = kind == "video"
-        if is_video and (not grid_height or not grid_width or not 1 <= frames <= 100):
-            raise DataError(
-                f"a video shard set needs grid_height and grid_width (given: {grid_height}, {grid_width}) and 1 to 100 "
-                f"frames (given: {frames}); correct them for {self.directory}"
-            )
         self._info = layout.DatasetInfo(
             kind=kind,
             num_samples=0,
@@ -88,6 +80,7 @@ class ShardWriter:
             grid_width=grid_width if is_video else None,
             created_by="megatron_ove",
         )
+        _check_settings(self._info, self.directory)
         self._rejects = rejects
         self._samples_per_shard = samples_per_shard
         self._checker = PictureChecker()
@@ -239,6 +232,19 @@ class ShardWriter:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
+
+
+def _check_settings(info: layout.DatasetInfo, directory: Path) -> None:
+    if min(info.num_classes, info.label_width, info.patch_size) < 1:
+        raise DataError(
+            f"num_classes = {info.num_classes}, label_width = {info.label_width} and patch_size = {info.patch_size} "
+            f"must all be at least 1; correct them for {directory}"
+        )
+    if info.kind == "video" and (not info.grid_height or not info.grid_width or not 1 <= info.frames <= 100):
+        raise DataError(
+            f"a video shard set needs grid_height and grid_width (given: {info.grid_height}, {info.grid_width}) and 1 "
+            f"to 100 frames (given: {info.frames}); correct them for {directory}"
+        )
 
 
 class _OpenShard:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import ValidationError
 
 from megatron_ove.config.data import ImageSourceConfig
 from megatron_ove.data.image_dali import ImageSource, draw_windows
 from megatron_ove.data.patchify import read_patches, write_patches
+from megatron_ove.data.picture_decoder import _chunks
 from megatron_ove.data.shard_index import ShardSet, ShardWriter
 from megatron_ove.errors import DataError
 from tests.support.id_shards import encode
@@ -95,6 +97,29 @@ def test_without_augmentation_the_whole_picture_is_seen(tmp_path: Path) -> None:
     )
     assert np.array_equal(read_patches(decode(images, [0], [3])[0], 4, 4).numpy(), picture)
     assert images.positions(0, 3).tolist()[:6] == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 1, 0], [0, 1, 1]]
+
+
+def test_a_rotated_photo_is_seen_upright_in_the_window_that_was_drawn(tmp_path: Path) -> None:
+    upright = smooth_picture(3, 120, 90)
+    exif = Image.Exif()
+    exif[0x112] = 6  # "turn by 90 degrees clockwise to see it upright"
+    stored = encode(np.ascontiguousarray(np.rot90(upright)), "JPEG", exif=exif, quality=95, subsampling=0)
+    images = []
+    for name, data in (("turned", stored), ("upright", encode(upright))):
+        with ShardWriter(tmp_path / name, kind="image", num_classes=4, label_width=1) as writer:
+            writer.add("p", {"jpg": data}, np.array([0]))
+        shards = ShardSet.open(tmp_path / name)
+        photos = ImageSource("photos", config(), shards=shards, patch_size=14, device=CPU, num_threads=1)
+        images.append(decode(photos, [0, 0], [5, 6]).float())
+    assert (images[0] - images[1]).abs().mean() < 2.5, "JPEG noise only"
+
+
+def test_pictures_are_decoded_in_bounded_groups() -> None:
+    assert list(_chunks(np.full(150, 1000))) == [(0, 64), (64, 128), (128, 150)]
+    large = 40 * 2**20
+    assert list(_chunks(np.array([1, large, large, 9, 9]))) == [(0, 2), (2, 5)]
+    assert list(_chunks(np.array([100 * 2**20, 5]))) == [(0, 1), (1, 2)]
+    assert list(_chunks(np.empty(0, int))) == []
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 from megatron_ove.data.recordio import integer_labels, read_records
+from megatron_ove.data.shard_format import Kind
 from megatron_ove.data.shard_index import ShardWriter
 from megatron_ove.errors import DataError, MegatronOveError
 from megatron_ove.rejects import RejectsFile
 
 
-def import_records(files: list[Path], output: Path, *, kind: str, num_classes: int, samples_per_shard: int) -> int:
+def import_records(files: list[Path], output: Path, *, kind: Kind, num_classes: int, samples_per_shard: int) -> int:
     """Writes every record of `files` to the shard set `output`; returns how many were rejected.
 
     Raises:
