@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -111,7 +112,7 @@ def load_clip(path: str | Path) -> StoredClip:
                 frames=tuple(part.tobytes() for part in parts),
                 info=json.loads(stored["info"].tobytes()),
             )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise DataError(
             f"{path} is not a stored clip ({error}); make it again with tools/codec/1_select_patches.py"
         ) from error

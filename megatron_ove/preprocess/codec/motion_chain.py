@@ -1,8 +1,8 @@
 """Grid frames -> x264 chain I P P P ... -> luma and motion vectors of every frame.
 
 Re-encoding with one reference, no B frames, no deblocking and no scene-cut I frames makes the statistics of any input
-codec comparable, and makes the frame a vector points to known: always the one before. One encoder thread, so that the
-same frames give the same bits.
+codec comparable, and makes the frame a vector points to known: always the one before. One encoder thread
+and no mbtree (x264's macroblock tree depends on uninitialised memory), so that the same frames give the same bits.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def write_clip(path: Path, frames: list[np.ndarray], codec: VideoCodec) -> None:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "24", "threads": "1"}
         if codec == "libx264":
-            stream.options |= {"preset": "veryfast"}
+            # With mbtree and B frames x264 gives different bits from run to run, even on one thread.
+            stream.options |= {"preset": "veryfast", "x264-params": "mbtree=0"}
         else:
             stream.options |= {"preset": "ultrafast", "x265-params": "log-level=error:pools=none:frame-threads=1"}
             stream.codec_context.codec_tag = "hvc1"

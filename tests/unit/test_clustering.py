@@ -1,0 +1,186 @@
+"""Descriptors, spherical k-means, and exact nearest centers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.clustering import kmeans
+from megatron_ove.preprocess.clustering.descriptor_sets import Centers, DescriptorSet, LabelSet
+from megatron_ove.preprocess.clustering.descriptors import (
+    ColourAndGradientDescriber,
+    FolderModelDescriber,
+    build_describer,
+    describe_clip,
+)
+from megatron_ove.preprocess.clustering.kmeans import train_centers
+from megatron_ove.preprocess.clustering.nearest import nearest_centers
+from megatron_ove.preprocess.demo_input.images import draw_variant
+from tests.support.clips import textured_background
+
+
+def _blobs(num_blobs: int, per_blob: int, size: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    centers = random.normal(size=(num_blobs, size))
+    points = np.repeat(centers, per_blob, axis=0) + 0.05 * random.normal(size=(num_blobs * per_blob, size))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    return points.astype(np.float32), np.repeat(np.arange(num_blobs), per_blob)
+
+
+def test_descriptors_have_length_one_and_group_crops_of_a_photograph() -> None:
+    describer = ColourAndGradientDescriber()
+    names = ["cat", "coffee", "galaxies", "rocket"]
+    vectors = {n: [describer.describe(draw_variant(n, np.random.default_rng(i))) for i in range(6)] for n in names}
+    table = np.stack([vector for name in names for vector in vectors[name]])
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(table, axis=1), 1.0, atol=1e-5)
+    similarity = table @ table.T
+    group = np.repeat(np.arange(4), 6)
+    same = (group[:, None] == group[None]) & ~np.eye(24, dtype=bool)
+    assert similarity[same].mean() > similarity[group[:, None] != group[None]].mean() + 0.15
+
+
+def test_descriptor_does_not_depend_on_the_picture_size() -> None:
+    picture = textured_background(64, 64)
+    describe = ColourAndGradientDescriber().describe
+    assert describe(picture) @ describe(picture.repeat(2, 0).repeat(2, 1)) > 0.999
+    assert np.isfinite(describe(np.zeros((5, 7, 3), np.uint8))).all()
+
+
+def test_clip_descriptor_joins_frames_in_order() -> None:
+    frames = np.stack([textured_background(32, 32, seed) for seed in range(8)])
+    describer = ColourAndGradientDescriber()
+    vector = describe_clip(frames, describer, num_frames=4)
+    parts = vector.reshape(4, -1) * 2.0  # four unit vectors, jointly of length 1
+    for part, index in zip(parts, (1, 3, 5, 7), strict=True):
+        np.testing.assert_allclose(part, describer.describe(frames[index]), atol=1e-5)
+    assert vector @ describe_clip(frames[::-1], describer, num_frames=4) < 0.95
+    with pytest.raises(DataError, match=r"num_frames = 9 frames cannot be taken of a clip with 8"):
+        describe_clip(frames, describer, num_frames=9)
+
+
+def test_model_folder_describes_like_the_model(tmp_path: Path) -> None:
+    import torch
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)
+    torch.manual_seed(0)
+    model = ViTModel(config).eval()
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    picture = textured_background(48, 48)
+    describer = FolderModelDescriber(tmp_path)
+    pixels = ViTImageProcessor.from_pretrained(tmp_path)(images=picture, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).pooler_output[0].numpy()
+    np.testing.assert_allclose(describer.describe(picture), expected / np.linalg.norm(expected), atol=1e-5)
+
+
+def test_model_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the model folder .* has no config\.json, so it is no HuggingFace model"):
+        build_describer(tmp_path)
+
+
+def test_kmeans_finds_the_groups_and_follows_the_seed() -> None:
+    points, group = _blobs(6, 40)
+    centers = train_centers(points, 6, seed=3)
+    np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1.0, atol=1e-5)
+    labels, similarities = nearest_centers(points, centers, num_labels=1)
+    purity = sum(np.bincount(labels[group == g, 0]).max() for g in range(6)) / len(points)
+    assert purity > 0.8
+    assert similarities.dtype == np.float16
+    np.testing.assert_array_equal(centers, train_centers(points, 6, seed=3))
+    assert not np.array_equal(centers, train_centers(points, 6, seed=4))
+
+
+def test_kmeans_uses_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, _ = _blobs(2, 700)  # 350 points a center: faiss would keep 256 of them by default
+    seen: list[dict[str, object]] = []
+    original = kmeans.faiss.Kmeans
+
+    def spy(*args: object, **options: object) -> object:
+        seen.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(kmeans.faiss, "Kmeans", spy)
+    train_centers(points, 4)
+    assert seen[0]["max_points_per_centroid"] >= len(points) / 4
+    assert seen[0]["min_points_per_centroid"] == 1
+
+
+def test_empty_clusters_are_filled() -> None:
+    points, _ = _blobs(4, 10)
+    centers = np.repeat(points[:1], 5, axis=0)  # five equal centers: four of them are empty
+    filled = kmeans._fill_empty(points, centers)
+    labels, _ = nearest_centers(points, filled, num_labels=1)
+    assert len(np.unique(labels)) == 5
+
+
+def test_as_many_clusters_as_points() -> None:
+    points, _ = _blobs(12, 1)
+    labels, similarities = nearest_centers(points, train_centers(points, 12), num_labels=1)
+    assert len(np.unique(labels)) == 12
+    assert (similarities > 0.99).all()
+
+
+def test_too_few_samples_and_too_few_different_ones() -> None:
+    points, _ = _blobs(3, 2)
+    with pytest.raises(
+        DataError, match=r"6 samples cannot make num_clusters = 7 clusters, .*; lower --clusters or add"
+    ):
+        train_centers(points, 7)
+    same = np.repeat(points[:1], 6, axis=0)
+    with pytest.raises(DataError, match=r"3 clusters could not all be filled from 6 samples, of which 1 differ"):
+        train_centers(same, 3)
+    points[0, 0] = np.nan
+    with pytest.raises(DataError, match=r"the descriptors hold values that are not finite"):
+        train_centers(points, 2)
+
+
+def test_nearest_centers_are_exact_and_sorted() -> None:
+    random = np.random.default_rng(0)
+    centers, points = (random.normal(size=(n, 8)).astype(np.float32) for n in (50, 30))
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    labels, similarities = nearest_centers(points, centers)
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(labels, np.argsort(-(points @ centers.T), axis=1)[:, :10])
+    np.testing.assert_allclose(similarities, -np.sort(-(points @ centers.T), axis=1)[:, :10], atol=2e-3)
+
+
+def test_fewer_centers_than_labels_leaves_none() -> None:
+    points, _ = _blobs(3, 2)
+    labels, similarities = nearest_centers(points, points[::2])
+    assert (labels[:, 3:] == -1).all()
+    assert (similarities[:, 3:] == 0).all()
+    assert sorted(labels[0, :3].tolist()) == [0, 1, 2]
+
+
+def test_descriptors_of_another_describer_are_refused() -> None:
+    with pytest.raises(DataError, match=r"descriptors have 8 values but the centers have 16, so they were made with"):
+        nearest_centers(np.ones((2, 8), np.float32), np.ones((3, 16), np.float32))
+
+
+def test_result_files_round_trip_and_name_their_maker(tmp_path: Path) -> None:
+    points, _ = _blobs(2, 2)
+    keys, files = np.array(["a", "b", "c", "d"]), np.array(["é/a.jpg"] * 4)
+    described = DescriptorSet(keys, files, points, "colours")
+    described.save(tmp_path / "d.npz")
+    loaded = DescriptorSet.load(tmp_path / "d.npz")
+    np.testing.assert_array_equal(loaded.descriptors, points)
+    assert (loaded.describer, loaded.files[0]) == ("colours", "é/a.jpg")
+    Centers(points[:2], "colours", 5, 4).save(tmp_path / "c.npz")
+    assert Centers.load(tmp_path / "c.npz").seed == 5
+    labels, similarities = nearest_centers(points, points[:2])
+    LabelSet(keys, files, labels, similarities, 2).save(tmp_path / "l.npz")
+    assert LabelSet.load(tmp_path / "l.npz").num_classes == 2
+    with pytest.raises(DataError, match=r"absent\.npz does not exist; make it with tools/clustering/2_cluster_desc"):
+        Centers.load(tmp_path / "absent.npz")
+    with pytest.raises(DataError, match=r"d\.npz is not a result of tools/clustering/2_cluster_descriptors\.py"):
+        LabelSet.load(tmp_path / "d.npz")
+    (tmp_path / "x.npz").write_text("nonsense")
+    with pytest.raises(DataError, match=r"x\.npz is not a result of tools/clustering/1_describe_pictures\.py"):
+        DescriptorSet.load(tmp_path / "x.npz")
