@@ -40,11 +40,7 @@ def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any])
     Raises:
         CheckpointError: naming every differing field with both values.
     """
-    differences = [
-        f"encoder.{field} is {saved['encoder'].get(field)} there and {current['encoder'].get(field)} here"
-        for field in _ARCHITECTURE_FIELDS
-        if saved["encoder"].get(field) != current["encoder"].get(field)
-    ]
+    differences = list(architecture_differences(saved["encoder"], current["encoder"]))
     differences += _objective_differences(saved["objectives"], current["objectives"])
     if differences:
         raise CheckpointError(
@@ -58,6 +54,13 @@ def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any])
                 f"the checkpoint {path} was saved with {section}.{field} = {before} and this run has {now}, but the "
                 f"optimizer's state is stored differently for the two; set {section}.{field}: {str(before).lower()}"
             )
+
+
+def architecture_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a clause for every field of two encoder configurations that gives the weights other shapes or meaning."""
+    for field in _ARCHITECTURE_FIELDS:
+        if saved.get(field) != current.get(field):
+            yield f"encoder.{field} is {saved.get(field)} there and {current.get(field)} here"
 
 
 def _objective_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:

@@ -7,13 +7,14 @@ centers with theirs, `rng` generators per rank. Plain values: step, config, trai
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_ove.checkpoint.compatibility import check_fits, exactness_warnings
+from megatron_ove.checkpoint.initialize import load_encoder_weights
 from megatron_ove.checkpoint.manager import CheckpointManager, read_common_state
 from megatron_ove.checkpoint.rng_state import restore_rng_state, sharded_rng_state
 from megatron_ove.config.train import TrainConfig
@@ -101,9 +102,7 @@ class RunCheckpoints:
         elif self._topology.global_rank == 0:
             logger.info("The layout was %s and is %s now; generators start anew.", common["layout"], self._layout())
         loaded = self._manager.load(path, template)
-        for index, chunk in enumerate(self._chunks):
-            weights = {name.removeprefix("model."): value for name, value in loaded["model"][f"chunk{index}"].items()}
-            encoder_of(chunk).load_state_dict(weights)
+        self._load_weights(loaded["model"])
         if "optimizer" in loaded:
             self._optimizer.load_state_dict(loaded["optimizer"])
         else:
@@ -115,11 +114,29 @@ class RunCheckpoints:
         state.load_state_dict(common["train_state"])
         return path
 
-    def _sharded_state(self, step: int, *, is_loading: bool) -> dict[str, Any]:
-        model = {
+    def initialize(self, path: str) -> None:
+        """Gives the encoder the weights of another checkpoint; step, moments and class centers stay at their start.
+
+        Raises:
+            CheckpointError: it is not a whole checkpoint, or holds another encoder.
+        """
+        loaded = load_encoder_weights(path, self._model_state(), encoder=self._plain_config["encoder"])
+        self._load_weights(loaded)
+        self._optimizer.reload_model_params()
+
+    def _load_weights(self, model: Mapping[str, Any]) -> None:
+        for index, chunk in enumerate(self._chunks):
+            weights = {name.removeprefix("model."): value for name, value in model[f"chunk{index}"].items()}
+            encoder_of(chunk).load_state_dict(weights)
+
+    def _model_state(self) -> dict[str, Any]:
+        return {
             f"chunk{index}": encoder_of(chunk).sharded_state_dict(prefix="model.", metadata=SHARDING_METADATA)
             for index, chunk in enumerate(self._chunks)
         }
+
+    def _sharded_state(self, step: int, *, is_loading: bool) -> dict[str, Any]:
+        model = self._model_state()
         state: dict[str, Any] = {"model": model}
         if step > 0:  # before the first step the optimizer has no moments, and its master weights are the weights
             state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading=is_loading)

@@ -145,9 +145,13 @@ class Trainer:
     def _restore(self) -> None:
         path = self.checkpoints.restore(self.state)
         self._was_restored = path is not None
+        init_from = self.config.init_from
+        if path is None and init_from is not None:
+            self.checkpoints.initialize(init_from)
         if self._is_main:
             if path is None:
-                logger.info("No checkpoint in %s: starting at step 0.", self._run_dir)
+                weights = "random weights" if init_from is None else f"the encoder of {init_from}"
+                logger.info("No checkpoint in %s: starting at step 0 with %s.", self._run_dir, weights)
             else:
                 logger.info("Resumed from %s at step %d.", path, self.state.step)
 
