@@ -1,14 +1,15 @@
 """The demo's input: made on the spot, or the user's own folders; split into training and held-out files.
 
-A file is held out by a hash of its path within the folder, so the same folder is always split the same way. Held-out
-clips are cut into two halves each: what the encoder makes of one half should be nearest to what it makes of the other.
+Of a user's folder one file in five is held out, by a hash of its path within the folder, so that the same folder is
+always split the same way. A held-out clip is cut into two halves: what the encoder makes of one half should be nearest
+to what it makes of the other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,53 +20,56 @@ from sizes import DemoSizes
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.folders import list_clips, list_pictures
 
-KINDS = ("images", "pages", "videos")
-HELD_OUT_SHARE = 5  # one in five
+KINDS = ("images", "pages", "clips")
+SPLITS = ("train", "held_out")
 MIN_FILES = 10
-_CUTS = ((0.0, 0.5), (0.5, 1.0))
+_HELD_OUT_SHARE = 5
+_LONGEST_SIDE = 320  # pixels of a cut; the encoder sees less
+_OPTION = {"images": "IMAGES", "pages": "PAGES", "clips": "VIDEOS"}
+
+Folders = Mapping[str, Mapping[str, Path]]
+"""Kind -> split -> folder."""
 
 
-def prepare_inputs(run_dir: Path, user_folders: dict[str, Path | None], sizes: DemoSizes, *, seed: int) -> None:
-    """Fills `run_dir`/input/{images,pages,clips}/{train,heldout}; user folders are linked, not copied.
+def prepare_inputs(
+    input_dir: Path, user_folders: Mapping[str, Path | None], sizes: DemoSizes, rejects: Path
+) -> Folders:
+    """Makes the demo's input for the kinds without a user's folder, and splits the user's folders by links.
 
     Raises:
         DemoError: a user's folder that is missing or holds too little.
     """
-    made = run_dir / "input/made"
-    missing = [kind for kind in KINDS if user_folders[kind] is None]
-    if missing:
-        if len(missing) < len(KINDS):
-            say(f"      no folder of your own for {' and '.join(missing)}: the demo's input is used there")
-        counts = [f"--{kind}={getattr(sizes, 'clips' if kind == 'videos' else kind)}" for kind in missing]
-        run_tool("tools/demo_input/make_demo_input.py", made, *counts, f"--seed={seed}")
+    user_files = {kind: list_usable(folder, kind) for kind, folder in user_folders.items() if folder is not None}
+    made = [kind for kind in KINDS if kind not in user_files]
+    if made:
+        if user_files:
+            say(f"      no folder of your own for {' and '.join(made)}: the demo's input is used there")
+        run_tool(
+            "tools/demo_input/make_demo_input.py", input_dir / "made", *sizes.input_options(), f"--rejects={rejects}"
+        )
+    folders = {}
     for kind in KINDS:
-        folder = user_folders[kind] or made / kind
-        files = list_usable(folder, kind)
-        train, held_out = split_files(files, folder)
-        target = run_dir / "input" / ("clips" if kind == "videos" else kind)
-        shutil.rmtree(target, ignore_errors=True)
-        link_files(train, folder, target / "train")
-        if kind == "videos":
-            cut_clips(held_out, target / "heldout")
-        else:
-            link_files(held_out, folder, target / "heldout")
-        say(f"      {kind}: {len(train)} to train on, {len(held_out)} held out, from {folder}")
+        root = input_dir / ("made" if kind in made else "own")
+        folders[kind] = {split: root / split / kind for split in SPLITS}
+        if kind not in made:
+            _split_user_folder(kind, user_files[kind], Path(user_folders[kind] or ""), folders[kind])
+    return folders
 
 
 def list_usable(folder: Path, kind: str) -> list[Path]:
-    """Lists a folder's files by their names; whether they can be decoded is for preprocessing to find out.
+    """Lists a user's files by their names; whether they can be decoded is for preprocessing to find out.
 
     Raises:
         DemoError: no such folder, or fewer than `MIN_FILES` files of the kind.
     """
     try:
-        files = list_clips(folder) if kind == "videos" else list_pictures(folder)
+        files = list_clips(folder) if kind == "clips" else list_pictures(folder)
     except DataError as error:
         raise DemoError(str(error)) from error
     if len(files) < MIN_FILES:
         raise DemoError(
-            f"{folder} holds {len(files)} {kind}, but the demo needs at least {MIN_FILES} to train on some and hold "
-            f"others out; add some, or leave {kind.upper()} out to use the demo's own"
+            f"{_OPTION[kind]}={folder} holds {len(files)} usable file names, but the demo needs at least {MIN_FILES} "
+            f"to train on some and hold others out; add files, or leave {_OPTION[kind]} away to use the demo's own"
         )
     return files
 
@@ -76,11 +80,23 @@ def split_files(files: Sequence[Path], folder: Path) -> tuple[list[Path], list[P
     def rank(path: Path) -> str:
         return hashlib.sha256(path.relative_to(folder).as_posix().encode()).hexdigest()
 
-    held_out = set(sorted(files, key=rank)[: max(2, len(files) // HELD_OUT_SHARE)])
+    held_out = set(sorted(files, key=rank)[: max(2, len(files) // _HELD_OUT_SHARE)])
     return [file for file in files if file not in held_out], [file for file in files if file in held_out]
 
 
-def link_files(files: Sequence[Path], folder: Path, target: Path) -> None:
+def _split_user_folder(kind: str, files: Sequence[Path], folder: Path, targets: Mapping[str, Path]) -> None:
+    train, held_out = split_files(files, folder)
+    for target in targets.values():
+        shutil.rmtree(target, ignore_errors=True)
+    _link_files(train, folder, targets["train"])
+    if kind == "clips":
+        _cut_clips(held_out, targets["held_out"])
+    else:
+        _link_files(held_out, folder, targets["held_out"])
+    say(f"      {folder}: {len(train)} {kind} to train on, {len(held_out)} held out")
+
+
+def _link_files(files: Sequence[Path], folder: Path, target: Path) -> None:
     """Links `files` below `target` at the place they have below `folder`."""
     for file in files:
         link = target / file.relative_to(folder)
@@ -88,8 +104,8 @@ def link_files(files: Sequence[Path], folder: Path, target: Path) -> None:
         link.symlink_to(file.resolve())
 
 
-def cut_clips(files: Sequence[Path], target: Path) -> None:
-    """Writes both halves of each clip as `<number>-cut0.mp4` and `-cut1.mp4`.
+def _cut_clips(files: Sequence[Path], target: Path) -> None:
+    """Writes the halves of each clip as `clip<number>-cut0.mp4` and `-cut1.mp4`.
 
     A file that cannot be decoded is linked as it is, so that preprocessing rejects it with its reason.
     """
@@ -99,19 +115,18 @@ def cut_clips(files: Sequence[Path], target: Path) -> None:
             frames = _decode(file)
         except (av.error.FFmpegError, ValueError, IndexError):
             frames = []
-        if len(frames) < 2 * len(_CUTS):
+        half = len(frames) // 2
+        if half < 1:
             (target / f"clip{number:03d}{file.suffix.lower()}").symlink_to(file.resolve())
             continue
-        for cut, (start, stop) in enumerate(_CUTS):
-            part = frames[int(start * len(frames)) : int(stop * len(frames))]
-            _encode(part, target / f"clip{number:03d}-cut{cut}.mp4")
+        _encode(frames[:half], target / f"clip{number:03d}-cut0.mp4")
+        _encode(frames[half:], target / f"clip{number:03d}-cut1.mp4")
 
 
 def _decode(file: Path) -> list[av.VideoFrame]:
     with av.open(str(file)) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        scale = min(1.0, 320 / max(stream.width, stream.height))
+        scale = min(1.0, _LONGEST_SIDE / max(stream.width, stream.height))
         width, height = (max(2, round(side * scale / 2) * 2) for side in (stream.width, stream.height))
         return [frame.reformat(width, height, "yuv420p") for frame in container.decode(stream)]
 

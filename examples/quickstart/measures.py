@@ -21,10 +21,17 @@ from megatron_ove.evaluation.embedding import (
     embed_shard_set,
     iterate_batches,
 )
+from megatron_ove.evaluation.evaluate_shards import group_names
 from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model, normalize_pixels
-from megatron_ove.evaluation.retrieval import group_retrieval, label_retrieval
+from megatron_ove.evaluation.retrieval import (
+    cosine_scores,
+    label_retrieval,
+    mean_over_queries,
+    reciprocal_rank,
+    same_group,
+)
 
-CUT_PATTERN = r"^(.+)-cut\d-"
+_CLIP_NAME = r"^(.+?)(?:-cut\d+)?-[0-9a-f]{10}$"
 
 
 @dataclass(frozen=True)
@@ -92,40 +99,59 @@ def _published_form(batch: Batch, kind: str, patch_size: int) -> dict[str, Tenso
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out embeddings of one model."""
+    """Embeddings of one model: held-out samples, and the training samples that neighbours are looked for among."""
 
     images: EmbeddedSet
     train_images: EmbeddedSet
     pages: EmbeddedSet
-    cuts: EmbeddedSet
+    clips: EmbeddedSet
+    train_clips: EmbeddedSet
 
 
 def embed_held_out(model: Model, data_dir: Path, settings: SampleSettings) -> HeldOut:
-    """Embeds the held-out sets, and the training images among which neighbours are looked for."""
+    """Embeds the shard sets that the figures need."""
 
     def embed(folder: str) -> EmbeddedSet:
         return embed_shard_set(model.encode, ShardSet.open(data_dir / folder), settings)
 
     return HeldOut(
-        images=embed("images/heldout"),
+        images=embed("images/held_out"),
         train_images=embed("images/train"),
-        pages=embed("pages/heldout"),
-        cuts=embed("clips/heldout"),
+        pages=embed("pages/held_out"),
+        clips=embed("clips/held_out"),
+        train_clips=embed("clips/train"),
     )
 
 
 def retrieval_figures(held_out: HeldOut, model: Model) -> dict[str, dict[str, float]]:
-    """Page -> its words, image -> its clusters, clip -> another cut of it."""
-    from megatron_ove.evaluation.evaluate_shards import group_names
-
+    """Page -> its words, image -> its clusters, clip -> another cut of it; held-out queries throughout."""
+    pages, images = held_out.pages, held_out.images
     return {
-        "page_to_words": label_retrieval(
-            held_out.pages.embeddings, model.centers["page_words"], held_out.pages.labels, k=50
-        ),
-        "image_to_clusters": label_retrieval(
-            held_out.images.embeddings, model.centers["image_clusters"], held_out.images.labels, k=10
-        ),
-        "clip_to_other_cut": group_retrieval(
-            held_out.cuts.embeddings, group_names(held_out.cuts.keys, CUT_PATTERN), k=1
-        ),
+        "page_to_words": label_retrieval(pages.embeddings, model.centers["page_words"], pages.labels, k=50),
+        "image_to_clusters": label_retrieval(images.embeddings, model.centers["image_clusters"], images.labels, k=10),
+        "clip_to_other_cut": other_cut_figures(held_out.clips, held_out.train_clips),
     }
+
+
+def other_cut_figures(cuts: EmbeddedSet, train: EmbeddedSet) -> dict[str, float]:
+    """How often the nearest of all other clips (held-out cuts and training clips) is a cut of the same clip.
+
+    Cuts of one clip have the same name but for "-cut<number>"; keys end in a hash that says nothing.
+    """
+    names = group_names((*cuts.keys, *train.keys), _CLIP_NAME)
+    count = len(cuts.keys)
+    scores = cosine_scores(cuts.embeddings, torch.cat([cuts.embeddings, train.embeddings]))
+    relevant = same_group(names[:count], names)
+    itself = torch.eye(count, len(names), dtype=torch.bool)
+    relevant, scores = relevant & ~itself, scores.masked_fill(itself, -torch.inf)
+    return {
+        "recall_at_1": mean_over_queries(torch.where(relevant.any(dim=1), hit_at_1(scores, relevant), torch.nan)),
+        "mean_reciprocal_rank": mean_over_queries(reciprocal_rank(scores, relevant)),
+        "chance_recall_at_1": mean_over_queries(relevant.sum(dim=1) / (len(names) - 1)),
+        "queries": int(relevant.any(dim=1).sum()),
+    }
+
+
+def hit_at_1(scores: Tensor, relevant: Tensor) -> Tensor:
+    """Returns [q] fp32: 1 where the best scored item is relevant."""
+    return relevant.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0].float()

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from inputs import KINDS, SPLITS, Folders
 from phases import DemoError, run_tool, say
 from sizes import DemoSizes
 
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet
 
-SPLITS = ("train", "heldout")
-_SAMPLES_PER_CLUSTER = 3  # fewer would make a cluster a single file and its neighbours' copies
+_SAMPLES_PER_CLUSTER = 2  # fewer would make a cluster a single file
 _FEW_PAGES = 20
 
 
@@ -30,8 +30,8 @@ class ClipShape:
 class Preprocessing:
     """Runs the pipelines below one run folder."""
 
-    def __init__(self, run_dir: Path, sizes: DemoSizes, shape: ClipShape) -> None:
-        self.inputs, self.labels, self.data = run_dir / "input", run_dir / "labels", run_dir / "data"
+    def __init__(self, run_dir: Path, inputs: Folders, sizes: DemoSizes, shape: ClipShape) -> None:
+        self.inputs, self.labels, self.data = inputs, run_dir / "labels", run_dir / "data"
         self.rejects = run_dir / "rejects.jsonl"
         self.sizes, self.shape = sizes, shape
 
@@ -44,7 +44,7 @@ class Preprocessing:
         self.images()
         self.pages()
         self.clips()
-        folders = [self.data / kind / split for kind in ("images", "pages", "clips") for split in SPLITS]
+        folders = [self.data / kind / split for kind in KINDS for split in SPLITS]
         run_tool("tools/shards/validate_shards.py", *folders, "--deep")
         for folder in folders:
             if len(ShardSet.open(folder)) == 0:
@@ -57,7 +57,7 @@ class Preprocessing:
             rejects = f"--rejects={self.rejects}"
             run_tool(
                 "tools/clustering/1_describe_pictures.py",
-                self.inputs / "images" / split,
+                self.inputs["images"][split],
                 descriptors,
                 rejects,
                 "--workers=1",
@@ -78,9 +78,7 @@ class Preprocessing:
         """Pages -> lines -> vocabulary of the training pages -> shards with 100 word ids a page."""
         for split in SPLITS:
             lines = self.labels / f"pages_{split}.jsonl"
-            run_tool(
-                "tools/ocr/1_recognize_pages.py", self.inputs / "pages" / split, lines, f"--rejects={self.rejects}"
-            )
+            run_tool("tools/ocr/1_recognize_pages.py", self.inputs["pages"][split], lines, f"--rejects={self.rejects}")
         train_lines, vocabulary = self.labels / "pages_train.jsonl", self.labels / "vocabulary.json"
         num_pages = len(train_lines.read_text(encoding="utf-8").splitlines())
         min_pages = 2 if num_pages >= _FEW_PAGES else 1
@@ -112,7 +110,7 @@ class Preprocessing:
             stored = self.labels / f"clips_{split}"
             run_tool(
                 "tools/codec/1_select_patches.py",
-                self.inputs / "clips" / split,
+                self.inputs["clips"][split],
                 stored,
                 rejects,
                 f"--frame-height={shape.frame_size}",

@@ -1,4 +1,4 @@
-"""How much the demo does: the full form, and the fast one for continuous integration."""
+"""How much the demo does: the full form, the fast one for continuous integration, and a tiny one for its own test."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """Amounts of input, classes and steps. Sizes of patches and pictures follow config.yaml."""
+    """Amounts of input, classes and steps; sizes of patches and pictures are those of config.yaml."""
 
-    images: int = 300
-    pages: int = 72
+    images: int = 320
+    held_out_images: int = 64
+    pages: int = 64
+    held_out_pages: int = 24
     clips: int = 48
     image_clusters: int = 64
     clip_clusters: int = 24
@@ -22,6 +24,39 @@ class DemoSizes:
         """Step at which the run is cut short."""
         return self.steps // 2
 
+    def input_options(self) -> list[str]:
+        """Returns the amounts as options of make_demo_input.py."""
+        return [
+            f"--images={self.images}",
+            f"--held-out-images={self.held_out_images}",
+            f"--pages={self.pages}",
+            f"--held-out-pages={self.held_out_pages}",
+            f"--clips={self.clips}",
+        ]
 
-FULL = DemoSizes()
-FAST = DemoSizes(images=160, pages=32, clips=24, image_clusters=40, clip_clusters=12, vocabulary=400, steps=120)
+
+SIZES = {
+    "full": DemoSizes(),
+    "fast": DemoSizes(
+        images=160,
+        held_out_images=32,
+        pages=32,
+        held_out_pages=12,
+        clips=24,
+        image_clusters=40,
+        clip_clusters=12,
+        vocabulary=400,
+        steps=120,
+    ),
+    "tiny": DemoSizes(
+        images=40,
+        held_out_images=10,
+        pages=10,
+        held_out_pages=4,
+        clips=10,
+        image_clusters=12,
+        clip_clusters=4,
+        vocabulary=150,
+        steps=12,
+    ),
+}

@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,39 +18,58 @@ _POLL_S = 0.2
 _STOP_TIMEOUT_S = 120.0
 
 
-def train_with_interruption(config: Path, overrides: Sequence[str], run_dir: Path, *, stop_at: int) -> int:
-    """Trains to about step `stop_at`, sends SIGTERM, and runs the same command again to the end.
+class TrainingRun:
+    """The training command of the demo, launched as often as needed."""
 
-    Returns:
-        The step at which the run was stopped.
+    def __init__(self, config: Path, overrides: Sequence[str], run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        self._command += [f"--nproc-per-node={NUM_PROCESSES}", "-m", "megatron_ove", "train", str(config)]
+        for override in overrides:
+            self._command += ["--set", override]
 
-    Raises:
-        DemoError: a launch failed, or the first one ended before it could be stopped.
-    """
-    command = _train_command(config, overrides)
-    say(f"      {' '.join(command[command.index('-m') :])}")
-    first = _start(command, run_dir)
-    try:
-        while last_logged_step(run_dir) < stop_at:
-            if first.poll() is not None:
-                raise DemoError(f"training ended early with status {first.returncode}; its message is above")
-            time.sleep(_POLL_S)
-        say(f"      step {last_logged_step(run_dir)}: SIGTERM, as from a scheduler whose time is up")
-        for worker in psutil.Process(first.pid).children():
-            worker.terminate()
-        if first.wait(timeout=_STOP_TIMEOUT_S):
-            raise DemoError(f"training did not stop cleanly (status {first.returncode}); its message is above")
-    finally:
-        _end(first)
-    stopped_at = last_logged_step(run_dir)
-    say(f"      stopped after step {stopped_at}; the same command again:")
-    second = _start(command, run_dir)
-    try:
-        if second.wait():
-            raise DemoError(f"training ended with status {second.returncode}; its message is above")
-    finally:
-        _end(second)
-    return stopped_at
+    def train_until(self, step: int) -> int:
+        """Trains to about `step`, then sends SIGTERM to the processes and waits until they have saved and ended.
+
+        Returns:
+            The step that was saved.
+
+        Raises:
+            DemoError: the launch failed, or ended before it could be stopped.
+        """
+        say(f"      torchrun {' '.join(self._command[3:])}")
+        with self._launched() as process:
+            while last_logged_step(self._run_dir) < step:
+                if process.poll() is not None:
+                    raise DemoError(f"training ended early with status {process.returncode}; its message is above")
+                time.sleep(_POLL_S)
+            say(f"      step {last_logged_step(self._run_dir)}: SIGTERM, as from a scheduler whose time is up")
+            for worker in psutil.Process(process.pid).children():
+                worker.terminate()
+            if process.wait(timeout=_STOP_TIMEOUT_S):
+                raise DemoError(f"training did not stop cleanly (status {process.returncode}); its message is above")
+        return last_logged_step(self._run_dir)
+
+    def resume(self) -> None:
+        """Runs the same command to the end; raises `DemoError` when it fails."""
+        with self._launched() as process:
+            if process.wait():
+                raise DemoError(f"training ended with status {process.returncode}; its message is above")
+
+    @contextmanager
+    def _launched(self) -> Iterator[subprocess.Popen[bytes]]:
+        """Starts the command and leaves no process behind, whatever happens."""
+        with (self._run_dir / "train_output.txt").open(
+            "ab"
+        ) as stream:  # the resolved configuration; progress is stderr
+            process = subprocess.Popen(self._command, cwd=ROOT, env=environment(), stdout=stream)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for running in (*psutil.Process(process.pid).children(recursive=True), process):
+                    running.kill()
+                process.wait()
 
 
 def last_logged_step(run_dir: Path) -> int:
@@ -64,26 +84,3 @@ def last_logged_step(run_dir: Path) -> int:
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     """Returns the folder of a checkpoint."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def _train_command(config: Path, overrides: Sequence[str]) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
-    command += ["-m", "megatron_ove", "train", str(config)]
-    for override in overrides:
-        command += ["--set", override]
-    return command
-
-
-def _start(command: Sequence[str], run_dir: Path) -> subprocess.Popen[bytes]:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "train_output.txt").open("ab") as stream:  # the resolved configuration; progress is on stderr
-        return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=stream)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Leaves no process behind, whatever happened."""
-    if process.poll() is None:
-        children = psutil.Process(process.pid).children(recursive=True)
-        for running in (*children, process):
-            running.kill()
-        process.wait()

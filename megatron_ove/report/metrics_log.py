@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_ove.errors import DataError
@@ -19,11 +20,11 @@ LOSS_PREFIX = "loss/"
 
 @dataclass(frozen=True)
 class LossChange:
-    """Mean loss over the first and last `window` logged steps of an objective."""
+    """Mean loss over the first and the last `window_steps` steps of an objective."""
 
     first_loss: float
     last_loss: float
-    window: int
+    window_steps: int
 
     @property
     def fall(self) -> float:
@@ -49,17 +50,26 @@ class MetricsLog:
         points = [(step, value) for step, value in points if math.isfinite(value)]
         return [float(step) for step, _ in points], [float(value) for _, value in points]
 
-    def loss_change(self, objective: str, window: int = 20) -> LossChange:
-        """Returns the mean loss at both ends of the run; the window shrinks to half of a short run.
+    def loss_change(self, objective: str, window_steps: int = 20) -> LossChange:
+        """Returns the mean loss over the first and the last `window_steps` steps; half the run if that is shorter.
+
+        A logged row is the mean over the steps since the row before, and counts with that many steps.
 
         Raises:
             DataError: when the objective logged no finite loss.
         """
-        _, values = self.series(LOSS_PREFIX + objective)
+        steps, values = self.series(LOSS_PREFIX + objective)
         if not values:
             raise DataError(f"no finite loss of objective '{objective}' was logged, so there is nothing to compare")
-        size = max(1, min(window, len(values) // 2))
-        return LossChange(sum(values[:size]) / size, sum(values[-size:]) / size, size)
+        counts = [after - before for before, after in pairwise([0.0, *steps])]
+        window = max(1, min(window_steps, int(steps[-1]) // 2))
+        first = [(value, count) for step, value, count in zip(steps, values, counts, strict=True) if step <= window]
+        last = [
+            (value, count)
+            for step, value, count in zip(steps, values, counts, strict=True)
+            if step > steps[-1] - window
+        ]
+        return LossChange(_weighted_mean(first or [(values[0], 1.0)]), _weighted_mean(last), window)
 
 
 def read_metrics(path: str | Path) -> MetricsLog:
@@ -88,3 +98,7 @@ def read_metrics(path: str | Path) -> MetricsLog:
     if not by_step:
         raise DataError(f"{file} holds no finished step, so there is nothing to report; train at least one step")
     return MetricsLog([by_step[step] for step in sorted(by_step)])
+
+
+def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)

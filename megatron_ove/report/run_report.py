@@ -113,11 +113,11 @@ def _loss_table(log: MetricsLog) -> str:
     rows, window = [], 0
     for name in log.objectives:
         change = log.loss_change(name)
-        window = change.window
+        window = change.window_steps
         rows.append([name, f"{change.first_loss:.3f}", f"{change.last_loss:.3f}", f"{-100 * change.fall:+.1f} %"])
     if not rows:
         return ""
-    header = ["loss", f"first {window} logged steps", f"last {window}", "change"]
+    header = ["loss", f"first {window} steps", f"last {window} steps", "change"]
     return draw_table(header, rows)
 
 

@@ -83,10 +83,17 @@ def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 def test_loss_change_uses_both_ends(tmp_path: Path) -> None:
     rows = [{"step": step, "loss/a": float(100 - step)} for step in range(1, 61)]
     change = read_metrics(write_log(tmp_path / "m.jsonl", rows)).loss_change("a")
-    assert (change.window, change.first_loss, change.last_loss) == (20, 89.5, 49.5)
+    assert (change.window_steps, change.first_loss, change.last_loss) == (20, 89.5, 49.5)
     assert change.fall == pytest.approx(1 - 49.5 / 89.5)
     short = read_metrics(write_log(tmp_path / "s.jsonl", rows[:6])).loss_change("a")
-    assert (short.window, short.first_loss, short.last_loss) == (3, 98.0, 95.0)
+    assert (short.window_steps, short.first_loss, short.last_loss) == (3, 98.0, 95.0)
+
+
+def test_loss_change_weighs_rows_by_the_steps_they_stand_for(tmp_path: Path) -> None:
+    rows = [{"step": 10, "loss/a": 9.0}, {"step": 15, "loss/a": 6.0}, {"step": 20, "loss/a": 6.0}]
+    rows += [{"step": 60, "loss/a": 5.0}, {"step": 70, "loss/a": 4.0}, {"step": 80, "loss/a": 2.0}]
+    change = read_metrics(write_log(tmp_path / "m.jsonl", rows)).loss_change("a")
+    assert (change.first_loss, change.last_loss) == (7.5, 3.0)
 
 
 def test_metrics_errors_are_sentences(tmp_path: Path) -> None:

@@ -152,9 +152,7 @@ def test_report_errors_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"page\.jpg, which does not exist; run the program that made the report again"):
         write_run_report(folder)
     (folder / "report/extras.json").write_text('{"sections": 3}')
-    with pytest.raises(
-        DataError, match=r"does not hold report extras \(sections: .*\); delete it to draw"
-    ):
+    with pytest.raises(DataError, match=r"does not hold report extras \(sections: .*\); delete it to draw"):
         write_run_report(folder)
 
 

@@ -1,0 +1,161 @@
+"""The demo's additions to the run's page: pictures and rankings, as data and files in `<run>/report`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from measures import HeldOut, Model
+from torch import Tensor
+
+from megatron_ove.data.shard_index import ShardSet
+from megatron_ove.evaluation.retrieval import cosine_scores, labels_to_relevant
+from megatron_ove.preprocess.codec.clip_store import StoredClip, load_clip
+from megatron_ove.preprocess.codec.mosaic import contact_sheet
+from megatron_ove.preprocess.ocr.recognition import PageRecord
+from megatron_ove.preprocess.ocr.words import segment_words
+from megatron_ove.preprocess.pictures import decode_picture, load_picture
+from megatron_ove.preprocess.record_files import read_records
+from megatron_ove.report.pictures import draw_boxes, save_jpeg
+from megatron_ove.report.sections import (
+    GalleryBlock,
+    GalleryRow,
+    Picture,
+    PictureBlock,
+    Section,
+    Word,
+    WordBlock,
+    WordColumn,
+)
+
+STAGES = ("before training", "after training")
+_NUM_WORDS = 24
+_NUM_QUERIES = 5
+_NUM_NEIGHBOURS = 6
+_SHEET_FRAME_WIDTH = 104
+
+
+def page_section(
+    lines: Path, folder: Path, held_out: Mapping[str, HeldOut], models: Mapping[str, Model], words: list[str]
+) -> Section:
+    """A held-out page with its boxes and tags, and the words whose class centers lie nearest to it."""
+    pages = held_out[STAGES[1]].pages
+    row = int((pages.labels >= 0).sum(dim=1).argmax())
+    ids = [int(label) for label in pages.labels[row] if label >= 0]
+    records = [
+        PageRecord.from_record(record) for record in read_records(lines, made_by="tools/ocr/1_recognize_pages.py")
+    ]
+    page = next(record for record in records if record.key == pages.keys[row])
+    known = {words[label] for label in ids}
+    is_tagged = [bool(known & set(segment_words(line.text))) for line in page.lines]
+    drawn = draw_boxes(load_picture(page.file), [np.array(line.box) for line in page.lines], is_tagged)
+    save_jpeg(drawn, folder / "page_boxes.jpg", longest_side=900)
+    picture = Picture(
+        file="page_boxes.jpg",
+        alt=f"A page of text with {len(page.lines)} recognized lines outlined",
+        caption=f"{len(page.lines)} lines read by OCR; green: lines with words of the vocabulary.",
+    )
+    tags = WordColumn(
+        title=f"Its {len(ids)} tags, most visible first",
+        words=[Word(text=words[label], right=True) for label in ids],
+    )
+    columns = [
+        _nearest_words(
+            stage, held_out[stage].pages.embeddings[row], models[stage].centers["page_words"], set(ids), words
+        )
+        for stage in STAGES
+    ]
+    return Section(
+        title="A held-back page and its words",
+        text="The encoder never saw this page. What it makes of it is compared with the class center of every word "
+        f"of the vocabulary; below are the {_NUM_WORDS} nearest words with their cosine. A word is right when OCR "
+        "found it on the page.",
+        blocks=[PictureBlock(items=[picture], size="half"), WordBlock(columns=columns), WordBlock(columns=[tags])],
+    )
+
+
+def _nearest_words(stage: str, embedding: Tensor, centers: Tensor, right: set[int], words: list[str]) -> WordColumn:
+    scores = cosine_scores(embedding[None], centers)[0]
+    values, order = scores.topk(min(_NUM_WORDS, len(words)))
+    ranked = [
+        Word(text=words[index], right=index in right, note=f"{value:.2f}")
+        for value, index in zip(values.tolist(), order.tolist(), strict=True)
+    ]
+    hits = sum(word.right for word in ranked)
+    return WordColumn(title=f"{stage.capitalize()}: {hits} of {len(ranked)} right", words=ranked)
+
+
+def clip_section(stored: Path, folder: Path) -> Section:
+    """The contact sheet of the clip whose selection is spread over most frames."""
+    clips = [load_clip(path) for path in sorted(stored.glob("*.npz"))]
+    clip = max(clips, key=_spread)
+    frames = clip.decoded_frames()
+    patch_size = clip.info["settings"]["patch_size"]
+    sheet = contact_sheet(frames, clip.positions, patch_size, frame_width=_SHEET_FRAME_WIDTH)
+    save_jpeg(sheet, folder / "clip_sheet.jpg", quality=88)
+    total = len(frames) * (frames.shape[1] // patch_size) * (frames.shape[2] // patch_size)
+    caption = (
+        f"{clip.info['source_codec']} clip of {clip.info['source_frames']} frames: {len(clip.positions)} of {total} "
+        f"patches kept ({100 * len(clip.positions) / total:.1f} %), the first frame whole, then where motion and "
+        "residual energy are highest."
+    )
+    picture = Picture(
+        file="clip_sheet.jpg", alt="64 frames of a clip; selected patches lit, others dark", caption=caption
+    )
+    return Section(
+        title="A clip and its selected patches",
+        text="A clip is seen as 64 frames evenly spread over its length. Only the lit patches enter the encoder, each "
+        "at its place in time and picture.",
+        blocks=[PictureBlock(items=[picture])],
+    )
+
+
+def _spread(clip: StoredClip) -> tuple[int, int]:
+    """(frames with a selected patch, selected patches after the first frame)."""
+    times = clip.positions[:, 0]
+    return len(np.unique(times)), int((times > 0).sum())
+
+
+def neighbour_section(data_dir: Path, folder: Path, held_out: Mapping[str, HeldOut]) -> Section:
+    """Held-out images and their nearest training images, before and after."""
+    queries, gallery = ShardSet.open(data_dir / "images/held_out"), ShardSet.open(data_dir / "images/train")
+    num_classes = gallery.info.num_classes
+    after = held_out[STAGES[1]]
+    shared = _shared_labels(after.images.labels, after.train_images.labels, num_classes)
+    order = torch.linspace(0, len(queries) - 1, min(_NUM_QUERIES, len(queries))).long().tolist()
+    rows = []
+    for query in order:
+        for stage in STAGES:
+            embedded = held_out[stage]
+            scores = cosine_scores(embedded.images.embeddings[query][None], embedded.train_images.embeddings)[0]
+            nearest = scores.topk(min(_NUM_NEIGHBOURS, len(gallery))).indices.tolist()
+            found = [_thumbnail(gallery, i, folder, int(shared[query, i])) for i in nearest]
+            rows.append(
+                GalleryRow(label=stage.capitalize(), query=_thumbnail(queries, query, folder, None), found=found)
+            )
+    return Section(
+        title="Nearest neighbours of held-back images",
+        text="Left the held-back image, then the training images nearest to it by cosine. A neighbour is right when it "
+        "shares at least half of the image's clusters.",
+        blocks=[GalleryBlock(rows=rows)],
+    )
+
+
+def _shared_labels(queries: Tensor, gallery: Tensor, num_classes: int) -> Tensor:
+    """[q, L], [g, L] int -> [q, g]: number of labels in common."""
+    return labels_to_relevant(queries, num_classes).float() @ labels_to_relevant(gallery, num_classes).float().T
+
+
+def _thumbnail(shards: ShardSet, index: int, folder: Path, shared: int | None) -> Picture:
+    key = shards.key(index)
+    file = f"image_{shards.directory.name}_{index}.jpg"
+    if not (folder / file).exists():
+        save_jpeg(decode_picture(shards.read(index, "jpg"), name=key), folder / file, longest_side=150, quality=80)
+    count = int((shards.labels[index] >= 0).sum())
+    if shared is None:
+        return Picture(file=file, alt=f"Held-back image {key}", caption="held back")
+    return Picture(
+        file=file, alt=f"Training image {key}", caption=f"{shared} of {count} shared", right=2 * shared >= count
+    )
