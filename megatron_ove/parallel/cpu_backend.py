@@ -60,8 +60,9 @@ def install() -> None:
     _patch(mcore_random, "_CUDA_RNG_STATE_TRACKER", _cpu_rng_tracker())
     _patch(mcore_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
     _repair_distributed_optimizer_checkpoints()
-    _Installed.mode = _CudaIsCpu()
-    _Installed.mode.__enter__()
+    mode = _CudaIsCpu()
+    mode.__enter__()
+    _Installed.mode = mode
 
 
 def uninstall() -> None:
