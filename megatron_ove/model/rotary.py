@@ -1,7 +1,7 @@
 """3-D rotary positions with the OneVision-Encoder's mixed layout. Parameter-free, nothing in the state dict.
 
 Surprising and kept for weight parity: the angle table repeats its first half, while the rotation pairs neighbouring
-channels, so the two members of a pair turn by different angles and it is not a rotation. See `reference` in the docs.
+channels, so the two members of a pair turn by different angles, and norms are not kept: it is not a rotation matrix.
 """
 
 from __future__ import annotations
