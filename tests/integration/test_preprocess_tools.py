@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,12 +224,11 @@ def test_workers_share_the_work_and_report_the_same(demo: Path, tmp_path: Path) 
 
 
 @pytest.mark.skipif(not _SAMPLES.is_dir(), reason="no sample files beside the repository")
-def test_real_files_go_through_all_tools(tmp_path: Path, subtests: SimpleNamespace | None = None) -> None:
+def test_real_files_go_through_all_tools(tmp_path: Path) -> None:
     common = ["--workers", 2, "--rejects", tmp_path / "rejects.jsonl"]
-    run: Callable[..., None] = _ok
-    run("ocr/1_recognize_pages.py", _SAMPLES / "images", tmp_path / "lines.jsonl", *common)
-    run("ocr/2_build_vocabulary.py", tmp_path / "lines.jsonl", "--output", tmp_path / "v.json", "--min-pages", 1)
-    run(
+    _ok("ocr/1_recognize_pages.py", _SAMPLES / "images", tmp_path / "lines.jsonl", *common)
+    _ok("ocr/2_build_vocabulary.py", tmp_path / "lines.jsonl", "--output", tmp_path / "v.json", "--min-pages", 1)
+    _ok(
         "ocr/3_write_page_shards.py",
         tmp_path / "lines.jsonl",
         tmp_path / "pages",
@@ -239,14 +236,14 @@ def test_real_files_go_through_all_tools(tmp_path: Path, subtests: SimpleNamespa
         tmp_path / "v.json",
         *common,
     )
-    run("clustering/1_describe_pictures.py", _SAMPLES / "images", tmp_path / "d.npz", *common)
+    _ok("clustering/1_describe_pictures.py", _SAMPLES / "images", tmp_path / "d.npz", *common)
     cluster = "clustering/2_cluster_descriptors.py"
-    run(cluster, tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 5, "--centers", tmp_path / "c.npz")
-    run("clustering/3_write_image_shards.py", tmp_path / "l.npz", tmp_path / "images", *common)
-    run("codec/1_select_patches.py", _SAMPLES / "videos", tmp_path / "clips", *common)
-    run("codec/2_describe_clips.py", tmp_path / "clips", tmp_path / "cd.npz", *common)
-    run(cluster, tmp_path / "cd.npz", tmp_path / "cl.npz", "--clusters", 3, "--centers", tmp_path / "cc.npz")
-    run("codec/3_write_clip_shards.py", tmp_path / "clips", tmp_path / "cl.npz", tmp_path / "video", *common[2:])
+    _ok(cluster, tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 5, "--centers", tmp_path / "c.npz")
+    _ok("clustering/3_write_image_shards.py", tmp_path / "l.npz", tmp_path / "images", *common)
+    _ok("codec/1_select_patches.py", _SAMPLES / "videos", tmp_path / "clips", *common)
+    _ok("codec/2_describe_clips.py", tmp_path / "clips", tmp_path / "cd.npz", *common)
+    _ok(cluster, tmp_path / "cd.npz", tmp_path / "cl.npz", "--clusters", 3, "--centers", tmp_path / "cc.npz")
+    _ok("codec/3_write_clip_shards.py", tmp_path / "clips", tmp_path / "cl.npz", tmp_path / "video", *common[2:])
     for name, count in (("images", 13), ("video", 7)):
         assert not validate_shard_set(tmp_path / name, deep=True)
         assert len(ShardSet.open(tmp_path / name).labels) == count
@@ -254,5 +251,5 @@ def test_real_files_go_through_all_tools(tmp_path: Path, subtests: SimpleNamespa
     words = Vocabulary.load(tmp_path / "v.json").words
     tags = {words[i] for row in np.asarray(pages.labels) for i in row if i >= 0}
     assert 9 <= len(pages.labels) <= 12  # the pictures without text are rejected with a reason
-    assert {"entrance", "reservation"} & tags or len(tags) > 100
+    assert len(tags) > 100
     assert set(_reasons(tmp_path / "rejects.jsonl")) >= {"skimage_coffee.png"}

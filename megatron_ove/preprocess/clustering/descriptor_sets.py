@@ -120,7 +120,7 @@ class LabelSet:
 
 def _save_arrays(path: str | Path, **arrays: object) -> None:
     stream = io.BytesIO()
-    np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})
+    np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
     write_whole(Path(path), stream.getvalue())
 
 

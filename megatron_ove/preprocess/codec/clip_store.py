@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-import cv2
 import numpy as np
 
 from megatron_ove.errors import DataError
@@ -18,7 +17,7 @@ from megatron_ove.preprocess.codec.mosaic import make_mosaic
 from megatron_ove.preprocess.codec.selection import select_clip
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from megatron_ove.preprocess.folders import sample_key
-from megatron_ove.preprocess.pictures import encode_jpeg
+from megatron_ove.preprocess.pictures import decode_picture, encode_jpeg
 from megatron_ove.preprocess.record_files import file_state, write_whole
 
 MOSAIC_QUALITY = 95  # patches of side 14 straddle JPEG's 8 x 8 blocks, so less would bleed between neighbours
@@ -43,8 +42,7 @@ class StoredClip:
 
     def decoded_frames(self) -> np.ndarray:
         """Returns the grid frames, [t, height, width, 3] uint8 RGB."""
-        pictures = [cv2.imdecode(np.frombuffer(frame, np.uint8), cv2.IMREAD_COLOR) for frame in self.frames]
-        return np.ascontiguousarray(np.stack(pictures)[..., ::-1])
+        return np.stack([decode_picture(frame, name="frame of a stored clip") for frame in self.frames])
 
     def positions_npy(self) -> bytes:
         """Returns the positions as the bytes of a .npy file."""

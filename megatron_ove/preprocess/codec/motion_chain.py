@@ -2,7 +2,7 @@
 
 Re-encoding with one reference, no B frames, no deblocking and no scene-cut I frames makes the statistics of any input
 codec comparable, and makes the frame a vector points to known: always the one before. One encoder thread
-and no mbtree (x264's macroblock tree depends on uninitialised memory), so that the same frames give the same bits.
+and no mbtree (with it x264's bits were seen to vary from run to run), so that the same frames give the same bits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def decode_chain(chain: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         stream.codec_context.options = {"threads": "1"}
         for frame in container.decode(stream):
             plane = frame.planes[0]
-            luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width].copy()
+            luma = np.frombuffer(bytes(plane), np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
             side_data = frame.side_data.get("MOTION_VECTORS")
             vectors = side_data.to_ndarray() if side_data is not None else None
             yield luma, motion_field(vectors, frame.height, frame.width)

@@ -63,7 +63,7 @@ class RapidOcrEngine:
                 "Rec.rec_batch_num": 1,  # on one thread a batch only adds padding: 15 % slower at 6
             }
         )
-        folder = Path(rapidocr.__file__).parent / "models"
+        folder = Path(str(rapidocr.__file__)).parent / "models"
         models = sorted(path for path in folder.glob("*.onnx") if "_cls_" not in path.name)
         self.info = EngineInfo("rapidocr", version("rapidocr"), {path.name: _digest(path) for path in models})
 
