@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -167,7 +166,7 @@ def write_encoder_checkpoint(
         writer = torch_checkpoint.FileSystemWriter(partial, sync_files=True)
         with _one_process():
             torch_checkpoint.save(tensors, storage_writer=writer, no_dist=True)
-        TorchCommonSaveStrategy("torch", 1).save_common(common, partial)
+        torch.save(common, partial / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
         files = {name: ((partial / name).stat().st_size, file_crc32(partial / name)) for name in data_files(partial)}
         write_manifest(partial, step=0, files=files, extra={"content": "encoder"})

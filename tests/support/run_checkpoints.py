@@ -1,4 +1,4 @@
-"""Checkpoints with the content of a run's, written without training it."""
+"""Checkpoints with the content of a run's, written without training it, and read in any layout."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
+from megatron_ove.checkpoint.initialize import load_encoder_weights
 from megatron_ove.checkpoint.manager import CheckpointManager
+from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.config.parallel import ParallelConfig
+from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint
 from megatron_ove.model.encoder import VisionEncoder, build_encoder_chunks
+from megatron_ove.model.parameter_names import global_name
 from megatron_ove.optim.optimizer import SHARDING_METADATA
 from megatron_ove.parallel.shard_range import shard_range
 from megatron_ove.parallel.topology import ParallelTopology, initialize_topology
@@ -80,3 +84,26 @@ def write_run_checkpoint(
 def write_in_layout(rank: int, world_size: int, run_dir: str, layout: dict[str, Any]) -> str:
     """For `run_distributed`."""
     return str(write_run_checkpoint(initialize_topology(ParallelConfig(**layout), seed=0), run_dir))
+
+
+def load_in_layout(
+    rank: int, world_size: int, path: str, config: EncoderConfig, layout: dict[str, Any], dtype: torch.dtype
+) -> list[str]:
+    """For `run_distributed`: starts an encoder with the weights of a checkpoint.
+
+    Returns the names of this rank's parameters that are not their part of the stored tensors.
+    """
+    topology = initialize_topology(ParallelConfig(**layout), seed=0)
+    chunks = build_encoder_chunks(config, topology, dtype=dtype, seed=99)
+    loaded = load_encoder_weights(path, encoder_sharded_state(chunks), encoder=config.model_dump(mode="json"))
+    expected, _ = encoder_state_from_checkpoint(path)
+    wrong = []
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict({name.removeprefix("model."): part for name, part in loaded[f"chunk{index}"].items()})
+        for name, parameter in chunk.named_parameters():
+            whole = expected[global_name(name, chunk.layer_offset)].to(dtype)
+            if parameter.shape != whole.shape:
+                whole = whole.chunk(topology.tensor_size, parameter.partition_dim)[topology.tensor_rank]
+            if not torch.equal(parameter, whole):
+                wrong.append(name)
+    return wrong
