@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 from torch import Tensor
 
 from megatron_ove.config.optim import ClassCenterOptimConfig
@@ -143,8 +143,8 @@ class ClassCenters:
         """Ends the step without touching the table."""
         self.begin_step(torch.empty(0, dtype=torch.int64, device=self.weight.device))
 
-    def sharded_state_dict(self, prefix: str) -> dict[str, ShardedTensor]:
-        """Returns weights, moments and step counts as megatron-core sharded tensors; empty on a rank without rows.
+    def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
+        """Returns weights, moments and step counts as megatron-core sharded tensors; none on a rank without rows.
 
         The tensors are irregular shards with true rows only, so a checkpoint holds exactly `num_classes` rows and can
         be read by any number of ranks.
@@ -153,7 +153,8 @@ class ClassCenters:
             prefix: of the keys in the checkpoint, e.g. "objectives.pages.".
         """
         if self.num_rows == 0:
-            return {}
+            # Never saved. Without any entry megatron-core would drop the whole branch from what it loads.
+            return {"num_rows": LocalNonpersistentObject(0)}
         replica = self._replica_group.rank() if self._replica_group else 0
         return {
             key: ShardedTensor(

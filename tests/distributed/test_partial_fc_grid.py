@@ -37,9 +37,14 @@ def check_against_dense(case, joined, sets=None):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("class_group", ["stage", "tensor"])
-def test_every_grid_equals_the_dense_softmax(grid, class_group):
-    case = make_case(class_group=class_group)
+def test_every_grid_equals_the_dense_softmax(grid):
+    case = make_case()
+    check_against_dense(case, run_case(case, *GRIDS[grid]))
+
+
+@pytest.mark.parametrize("grid", ["2", "tp2 x dp2"])
+def test_a_table_per_replica_equals_the_dense_softmax(grid):
+    case = make_case(class_group="tensor", interclass_filter_mode="mask")
     check_against_dense(case, run_case(case, *GRIDS[grid]))
 
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ove.errors import CheckpointError
+from megatron_ove.objectives.build import build_objectives
+from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import destroy_topology
 from tests.support.head_steps import (
     NAME,
@@ -15,6 +18,7 @@ from tests.support.head_steps import (
     build,
     dense_step,
     gather_results,
+    make_batch,
     make_case,
     run_microbatches,
     start,
@@ -166,11 +170,55 @@ def test_a_frozen_encoder_still_trains_the_centers():
     expected = table_of(objectives).row_gradient.clone()
     objectives.discard_update()
 
-    from megatron_ove.outputs import VisionFeatures
-    from tests.support.head_steps import make_batch
-
     batch = make_batch(case, range(9))
     objectives.begin_step(case.step, [batch])
     features = VisionFeatures(torch.empty(0), case.embeddings, batch.cu_seqlens)
     objectives.forward(features, batch, {NAME: 1 / case.num_items}).loss.backward()
     assert torch.equal(table_of(objectives).row_gradient, expected)
+
+
+def drawn_sets(objectives, case, step):
+    objectives.begin_step(step, [make_batch(case, range(9))])
+    return [part.tolist() for part in (objectives[NAME]._active.rows[m] for m in objectives[NAME]._active.members)]
+
+
+def test_negatives_are_a_function_of_the_step_and_differ_between_slots():
+    case = make_case(num_classes=200, sample_rate=0.3)
+    topology = start(1)
+    objectives, resumed = build(case, topology), build(case, topology)
+    history = [drawn_sets(objectives, case, step) for step in range(3)]
+    assert drawn_sets(resumed, case, 2) == history[2] != history[1]
+    assert len({tuple(classes) for classes in history[2]}) == case.config.labels_per_step
+    assert [len(classes) for classes in history[2]] == [60] * case.config.labels_per_step
+
+
+def test_two_objectives_add_up_with_their_scales():
+    case = make_case()
+    topology = start(1)
+    other = case.config.model_copy(update={"margin_type": "arcface", "loss_weight": 0.5})
+    configs = {NAME: case.config, "second": other}
+    objectives = build_objectives(configs, topology=topology, embedding_size=6, seed=11, optim=case.optim)
+    assert list(objectives) == [NAME, "second"] and objectives.weights == {NAME: 1.0, "second": 0.5}
+    assert objectives.source_of("second") == "pages"
+    batch = make_batch(case, [0, -1, 1, 4])
+    assert objectives.num_items("second", batch) == 2
+    objectives.begin_step(0, [batch])
+    pooled = case.embeddings[[0, 8, 1, 4]].requires_grad_()
+    features = VisionFeatures(torch.empty(0), pooled, batch.cu_seqlens)
+    output = objectives.forward(features, batch, {NAME: 3.0, "second": 0.25})
+    losses = [output.metrics[f"{name}/loss"][0] for name in objectives]
+    assert float(output.loss) == pytest.approx(3 * float(losses[0]) + 0.25 * float(losses[1]))
+    output.loss.backward()
+    assert all(float(norm) > 0 for norm in objectives.row_gradient_norms().values())
+
+
+def test_state_that_does_not_fit_is_a_sentence():
+    case = make_case()
+    objectives = build(case, start(1))
+    with pytest.raises(CheckpointError, match=r"the checkpoint has nothing for weight of the class centers 'tags'"):
+        objectives.load_state({})
+    state = {key: torch.zeros(36, 6) for key in ("weight", "exp_avg", "exp_avg_sq", "steps")}
+    with pytest.raises(
+        CheckpointError, match=r"has shape \[36, 6\] for weight .* needs \[37, 6\] of 37 classes x 6; set"
+    ):
+        objectives.load_state({NAME: state})
