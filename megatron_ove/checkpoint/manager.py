@@ -230,9 +230,9 @@ def _clause(error: BaseException) -> str:
         return "the disk is full; free some space or lower checkpoint.keep"
     if isinstance(error, OSError):
         return f"{error.strerror or error} ({error.filename})" if error.filename else str(error.strerror or error)
-    # torch's zip writer hides the cause of a failed write behind an internal assertion.
     text = str(error.args[0]) if error.args else type(error).__name__
-    if "PytorchStreamWriter failed writing file" in text or "unexpected pos" in text:
+    # How torch's zip writer reports a failed write; the system's own reason is lost in it.
+    if any(sign in text for sign in ("iostream error", "PytorchStreamWriter failed writing file", "unexpected pos")):
         return "the disk refused a write, most likely because it is full; free some space or lower checkpoint.keep"
     return text.splitlines()[0]
 

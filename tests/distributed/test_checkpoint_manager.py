@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -193,8 +194,48 @@ def test_a_full_disk_is_a_sentence_on_every_rank_and_harms_nothing(tmp_path, fai
     assert run_distributed(load_latest, 2, str(tmp_path))[0] == ("step_00000002", [], True)
 
 
+def save_with_small_files_only(rank: int, world_size: int, folder: str, limit: int) -> None:
+    """Every write beyond `limit` bytes of a file fails in the operating system, as on a full disk."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        save_steps(rank, world_size, folder, [4])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("limit", [100, 1000, 2000])
+def test_a_write_that_the_system_refuses_is_a_sentence(tmp_path, limit):
+    texts = run_distributed(error_text, 2, save_with_small_files_only, str(tmp_path), limit)
+    assert len(set(texts)) == 1 and texts[0] is not None
+    assert texts[0].startswith(f"cannot save the checkpoint of step 4 to {tmp_path}: ")
+    assert "File too large" in texts[0] or "the disk refused a write" in texts[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_on_a_disk_with_a_quota(rank: int, world_size: int, folder: str) -> None:
+    """The system reports free space that this user may not have, as it does under a quota."""
+    manager_module.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9)
+    save_steps(rank, world_size, folder, [4])
+
+
+@pytest.mark.parametrize("size_kib", [4, 8, 16])
+def test_a_disk_that_is_really_full_is_a_sentence(tmp_path, size_kib):
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        texts = run_distributed(error_text, 2, save_on_a_disk_with_a_quota, str(tmp_path))
+        assert len(set(texts)) == 1 and texts[0] is not None
+        assert "the disk is full" in texts[0] or "the disk refused a write, most likely because it is full" in texts[0]
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_a_folder_that_is_no_checkpoint_is_a_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot read .*common.pt .*is not a checkpoint of this program"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*common.pt .*is not a checkpoint of this program"):
         read_common_state(tmp_path)
 
 

@@ -19,7 +19,6 @@ from tests.support.tiny_run import check, tiny_config, write_config, write_tiny_
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "one_process": (1, {}, "fp32"),
     "bf16_tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, "bf16"),
-    "dp2_distributed_optimizer": (2, {"use_distributed_optimizer": True}, "fp32"),
     "bf16_dp2_distributed_optimizer": (2, {"use_distributed_optimizer": True}, "bf16"),
     "pp2_vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, "fp32"),
 }
@@ -149,7 +148,7 @@ def command(path: Path) -> list[str]:
 
 
 def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     path = run_dir / "metrics.jsonl"
     while not path.exists() or len(path.read_text().splitlines()) < count:
         assert process.poll() is None, "the run ended before it was killed"
@@ -161,27 +160,27 @@ def test_a_run_killed_between_two_saves_ends_as_if_it_had_not_been(sources, tmp_
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     paths = {}
     for name in ("whole", "killed"):
-        data = config(sources, tmp_path / name, {}, "fp32", num_steps=40)
-        data["checkpoint"] = {"interval_steps": 12}
+        data = config(sources, tmp_path / name, {}, "fp32", num_steps=24)
+        data["checkpoint"] = {"interval_steps": 6}
         paths[name] = write_config(data, tmp_path / f"{name}.yaml")
     whole = subprocess.Popen(command(paths["whole"]), env=environment, stdout=subprocess.DEVNULL)
     killed = subprocess.Popen(command(paths["killed"]), env=environment, stdout=subprocess.DEVNULL, process_group=0)
     try:
-        wait_for_rows(tmp_path / "killed", 15, killed)
+        wait_for_rows(tmp_path / "killed", 8, killed)
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait(10)
         logged = len(rows(tmp_path / "killed"))
         saved = sorted(path.name for path in (tmp_path / "killed/checkpoints").iterdir())
-        assert "step_00000012" in saved and "step_00000040" not in saved
-        assert logged > 12
-        again = subprocess.run(command(paths["killed"]), env=environment, timeout=120, capture_output=True, text=True)
+        assert "step_00000006" in saved and "step_00000024" not in saved
+        assert logged > 6
+        again = subprocess.run(command(paths["killed"]), env=environment, timeout=240, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr
         assert "Resumed from" in again.stderr
-        assert whole.wait(120) == 0
+        assert whole.wait(240) == 0
     finally:
         for process in (whole, killed):
             process.kill()
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, 41))
-    last = "checkpoints/step_00000040"
+    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, 25))
+    last = "checkpoints/step_00000024"
     assert_equal_checkpoints(tmp_path / "whole" / last, tmp_path / "killed" / last)

@@ -19,7 +19,7 @@ from tests.support.tiny_run import tiny_config, write_config, write_tiny_sources
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def call(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def call(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_ove", *arguments]
     return subprocess.run(command, env=ENVIRONMENT, timeout=timeout_s, capture_output=True, text=True, check=False)
 
@@ -140,7 +140,7 @@ def test_sigterm_saves_and_ends_with_status_0(sources, tmp_path):
     command = [sys.executable, "-m", "megatron_ove", "train", str(path)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 200
         metrics = tmp_path / "run/metrics.jsonl"
         while not metrics.exists() or not metrics.read_text():
             assert time.monotonic() < deadline and process.poll() is None
