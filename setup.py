@@ -36,11 +36,13 @@ REQUIRED = [
     # photographs, fonts and curves of the quick start and the report
     "scikit-image==0.26.0",
     "matplotlib==3.11.2",
+    "matplotlib-fontja==1.1.0",  # IPAex Gothic: Japanese and traditional Chinese pages
 ]
 
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
     "ocr-paddle": ["paddleocr==3.7.0", "paddlepaddle==3.3.1"],
+    "icu": ["PyICU==2.17"],  # word breaks of Japanese and Thai; builds from source against Debian's libicu-dev
     "wandb": ["wandb>=0.19"],
     "dev": [
         "pytest==9.2.0",
