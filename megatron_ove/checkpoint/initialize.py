@@ -41,7 +41,8 @@ def load_encoder_weights(path: str | Path, state: ShardedStateDict, *, encoder: 
             f"init_from = {path} holds another encoder: {'; '.join(differences)}; set the fields as they are there"
         )
     try:
-        return dist_checkpointing.load(state, str(path))
+        loaded: Any = dist_checkpointing.load(state, str(path))
+        return loaded
     except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
         raise _agreed(f"init_from = {path} cannot be read ({error}); use another checkpoint") from error
 

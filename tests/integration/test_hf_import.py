@@ -165,6 +165,10 @@ BAD_FOLDERS = {
         edit_config(layer_norm_type="rms_norm"),
         r"has layer_norm_type = 'rms_norm', but this encoder has 'lay",
     ),
+    "dropout": (
+        edit_config(attention_dropout=0.1),
+        r"has attention_dropout = 0\.1, but this encoder has 0\.0 only, so",
+    ),
     "another activation": (
         edit_config(hidden_act="relu"),
         r"has hidden_act = 'relu', but this encoder has 'gelu' only",
