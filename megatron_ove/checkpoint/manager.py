@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -95,10 +95,10 @@ class CheckpointManager:
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
         try:
             self._on_writer(lambda: _make_empty_folder(partial))
-            sharded, common = save_preprocess(state)
+            sharded, common = cast(tuple[ShardedStateDict, StateDict], save_preprocess(state))
             self._require_space(step, sharded)
             self._on_writer(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)))
-            self._together(lambda: self._strategy.save(sharded, str(partial)))
+            self._together(lambda: self._strategy.save(sharded, partial))
             self._on_writer(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(partial)))
             checksums = self._share_files(data_files(partial), lambda name: _describe_file(partial / name))
             self._on_writer(lambda: write_manifest(partial, step=step, files=checksums, extra=manifest_extra or {}))
@@ -151,7 +151,7 @@ class CheckpointManager:
             CheckpointError: on all ranks, when a tensor is missing or has another shape.
         """
         try:
-            return self._together(lambda: dist_checkpointing.load(state, str(path)))
+            return cast(StateDict, self._together(lambda: dist_checkpointing.load(state, str(path))))
         except CheckpointError as error:
             raise _agreed(
                 f"cannot load the checkpoint {path}: {error}; use the configuration it was saved with, or another "
@@ -200,7 +200,7 @@ class CheckpointManager:
 
     def _from_writer(self, action: Callable[[], T]) -> T:
         result = self._together(lambda: action() if self._is_writer else None)
-        return _gather(result)[0]
+        return cast(T, _gather(result)[0])
 
     def _together(self, action: Callable[[], T]) -> T:
         """Runs `action` on this rank; if it failed on any rank, raises the same CheckpointError on all."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
 
 def sharded_rng_state(*, rank: int, world_size: int) -> ShardedObject:
@@ -24,7 +24,7 @@ def sharded_rng_state(*, rank: int, world_size: int) -> ShardedObject:
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), cached),
         "python": random.getstate(),
-        "tensor_parallel": dict(get_cuda_rng_tracker().get_states()),
+        "tensor_parallel": dict(_tensor_parallel_tracker().get_states()),
     }
     return ShardedObject("rng", state, (world_size,), (rank,))
 
@@ -38,4 +38,10 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+    _tensor_parallel_tracker().set_states(state["tensor_parallel"])
+
+
+def _tensor_parallel_tracker() -> CudaRNGStatesTracker:
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None, "the topology seeds megatron-core's generators before anything else"
+    return tracker

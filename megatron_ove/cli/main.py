@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from typing import TextIO
 
 from megatron_ove import __version__
 from megatron_ove.errors import MegatronOveError
+
+_REPEAT_DELAY_S = 2.0
 
 SUBCOMMANDS = ("train", "convert", "evaluate", "inspect", "report")
 
@@ -31,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except MegatronOveError as error:
-        if rank == 0 or not error.on_every_rank:
-            sys.stderr.write(f"megatron-ove: {_prefix(rank, world_size)}{error}\n")
+        _print_sentence(error, rank, world_size)
         return _leave(2, world_size)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left, e.g. `| head`
@@ -85,6 +87,16 @@ def set_up_logging(rank: int, *, verbose: bool) -> None:
 
 def _prefix(rank: int, world_size: int) -> str:
     return f"[rank {rank}] " if world_size > 1 else ""
+
+
+def _print_sentence(error: MegatronOveError, rank: int, world_size: int) -> None:
+    """Prints a user's error once: on rank 0, or on the only rank that has it."""
+    if rank and error.on_every_rank:
+        return
+    if rank:
+        # Most errors happen on all ranks alike. Rank 0 then ends first, and its launcher ends us before we repeat it.
+        time.sleep(_REPEAT_DELAY_S)
+    sys.stderr.write(f"megatron-ove: {_prefix(rank, world_size)}{error}\n")
 
 
 def _describe_failure(error: Exception, rank: int, world_size: int) -> None:

@@ -46,29 +46,31 @@ def run(arguments: argparse.Namespace) -> int:
         error.on_every_rank = True
         raise
     if arguments.nproc > 1 and "RANK" not in os.environ:
-        _start_processes(arguments)
+        return _start_processes(arguments)
+    text = dump_config(config)
     if is_main:
-        text = dump_config(config)
         sys.stdout.write(text)
         sys.stdout.flush()
-        _prepare_run_dir(Path(config.run_dir), text)
+        _open_run_dir(Path(config.run_dir))
 
     from megatron_ove.parallel.topology import destroy_topology, initialize_topology
     from megatron_ove.training.trainer import Trainer
 
     topology = initialize_topology(config.parallel, seed=config.seed)
-    Trainer(config, topology).run()
+    trainer = Trainer(config, topology)
+    if is_main:  # only now, so that a command that cannot continue the run leaves the run's own configuration alone
+        (Path(config.run_dir) / "config.resolved.yaml").write_text(text, encoding="utf-8")
+    trainer.run()
     destroy_topology()
     return 0
 
 
-def _prepare_run_dir(run_dir: Path, config_text: str) -> None:
-    """Makes the run folder, saves the resolved configuration and starts console.log."""
+def _open_run_dir(run_dir: Path) -> None:
+    """Makes the run folder and starts console.log."""
     from megatron_ove.errors import ConfigError
 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.resolved.yaml").write_text(config_text, encoding="utf-8")
         handler = logging.FileHandler(run_dir / "console.log", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
@@ -79,11 +81,21 @@ def _prepare_run_dir(run_dir: Path, config_text: str) -> None:
     logging.getLogger().addHandler(handler)
 
 
-def _start_processes(arguments: argparse.Namespace) -> None:
-    """Replaces this process by torchrun with the same command on `--nproc` processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.nproc}"]
-    command += ["-m", "megatron_ove", "train", arguments.config]
+def _start_processes(arguments: argparse.Namespace) -> int:
+    """Runs the same command on `--nproc` processes under torch's launcher; returns the exit status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the ranks themselves say what went wrong
+    command = ["--standalone", f"--nproc-per-node={arguments.nproc}", "-m", "megatron_ove", "train", arguments.config]
     for override in arguments.overrides:
         command += ["--set", override]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.execv(sys.executable, command)
+    try:
+        launch(command)
+    except ChildFailedError as error:
+        return max(1, next(iter(error.failures.values())).exitcode)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0

@@ -51,6 +51,6 @@ def build_model_chunks(
 def encoder_of(chunk: DistributedDataParallel) -> VisionEncoder:
     """Returns the encoder inside a wrapped chunk."""
     module = chunk.module
-    if isinstance(module, Float16Module):
-        module = module.module
-    return module.encoder
+    model = module.module if isinstance(module, Float16Module) else module
+    assert isinstance(model, PretrainModel)
+    return model.encoder

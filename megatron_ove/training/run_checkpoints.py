@@ -18,6 +18,7 @@ from megatron_ove.checkpoint.initialize import load_encoder_weights
 from megatron_ove.checkpoint.manager import CheckpointManager, read_common_state
 from megatron_ove.checkpoint.rng_state import restore_rng_state, sharded_rng_state
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.errors import CheckpointError
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.optim.optimizer import SHARDING_METADATA, EncoderOptimizer
 from megatron_ove.parallel.topology import ParallelTopology
@@ -91,7 +92,11 @@ class RunCheckpoints:
         if path is None:
             return None
         common = read_common_state(path)
-        check_fits(path, common["config"], self._plain_config)
+        try:
+            check_fits(path, common["config"], self._plain_config)
+        except CheckpointError as error:
+            error.on_every_rank = True  # all ranks compare the same two configurations
+            raise
         if self._topology.global_rank == 0:
             for sentence in exactness_warnings(common["config"], self._plain_config):
                 logger.warning("%s", sentence)

@@ -87,7 +87,7 @@ class TrainStep:
             tokens_per_microbatch: P, the fixed number of patches of a microbatch.
         """
         self._topology = topology
-        self._chunks = list(chunks)
+        self._chunks: list[torch.nn.Module] = list(chunks)
         self._objectives = objectives
         self._optimizer = optimizer
         self._tokens = tokens_per_microbatch
