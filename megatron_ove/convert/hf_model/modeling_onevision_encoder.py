@@ -130,13 +130,10 @@ class OneVisionEncoderAttention(nn.Module):
             project(states).unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, n, S, d]
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended, weights = _attend(
-            _rotate(query, cos, sin),
-            _rotate(key, cos, sin),
-            value,
-            implementation=self.config._attn_implementation,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-        )
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        attended, weights = _attend(query, key, value, implementation=implementation, dropout=dropout)
         return self.out_proj(attended), weights
 
 
@@ -162,6 +159,19 @@ class OneVisionEncoderStack(nn.Module):
     def __init__(self, config: OneVisionEncoderConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList([OneVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(
+        self, states: Tensor, cos: Tensor, sin: Tensor, *, keep_states: bool, keep_weights: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None]:
+        """Returns the last layer's output, and if kept the input and every output, and the attention weights."""
+        kept_states, kept_weights = [states], []
+        for layer in self.layers:
+            states, weights = layer(states, cos, sin)
+            if keep_states:
+                kept_states.append(states)
+            if keep_weights:
+                kept_weights.append(weights)
+        return states, tuple(kept_states) if keep_states else None, tuple(kept_weights) if keep_weights else None
 
 
 class OneVisionEncoderPoolingAttention(nn.Module):
@@ -340,7 +350,6 @@ class OneVisionEncoderModel(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Encodes a batch.
 
@@ -356,9 +365,8 @@ class OneVisionEncoderModel(PreTrainedModel):
             return_dict: False for a plain tuple.
 
         Returns:
-            last_hidden_state [B, S, D] (after the final norm if the model has its head), pooler_output [B, D] (None
-            without head), hidden_states (num_hidden_layers + 1 times [B, S, D], before the final norm), attentions
-            (num_hidden_layers times [B, n, S, S]).
+            last_hidden_state [B, S, D] (after the final norm if there is a head), pooler_output [B, D] (None without
+            head), hidden_states (layers + 1 times [B, S, D], before the final norm), attentions ([B, n, S, S] a layer).
 
         Raises:
             ValueError: shapes or indices that do not fit the picture.
@@ -368,10 +376,7 @@ class OneVisionEncoderModel(PreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
         if output_attentions and config._attn_implementation == "sdpa":
-            raise ValueError(
-                "output_attentions = True, but attn_implementation = 'sdpa' never forms attention weights; load the "
-                "model with attn_implementation='eager'"
-            )
+            raise ValueError("sdpa never forms attention weights; load the model with attn_implementation='eager'")
         frames, grid = _split_frames(pixel_values, config)
         states = self.layernorm_pre(self.embeddings(frames))  # [B, T*Hp*Wp, D]
         chosen = _choose_patches(visible_indices, grid)
@@ -379,19 +384,15 @@ class OneVisionEncoderModel(PreTrainedModel):
             states = states.gather(1, chosen.unsqueeze(-1).expand(-1, -1, states.shape[-1]))  # [B, S, D]
         positions = _token_positions(visible_indices, patch_positions, states.shape[1], grid, states.device)
         cos, sin = _rotary_tables(config, positions, states.dtype)
-        hidden_states, attentions = [states], []
-        for layer in self.encoder.layers:
-            states, weights = layer(states, cos, sin)
-            if output_hidden_states:
-                hidden_states.append(states)
-            if output_attentions:
-                attentions.append(weights)
+        states, hidden_states, attentions = self.encoder(
+            states, cos, sin, keep_states=output_hidden_states, keep_weights=output_attentions
+        )
         if self.layernorm_post is not None:
             states = self.layernorm_post(states)
         output = BaseModelOutputWithPooling(
             last_hidden_state=states,
             pooler_output=self.head(states) if self.head is not None else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=hidden_states,
+            attentions=attentions,
         )
         return output if return_dict else output.to_tuple()
