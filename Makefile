@@ -10,6 +10,10 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A second transformers, off sys.path: exports are tested under both (tests/integration/test_hf_transformers5.py).
+TRANSFORMERS5 := $(VENV)/transformers5
+TRANSFORMERS5_PACKAGES := transformers==5.23.0 huggingface_hub==2.4.0 tokenizers==0.23.3 httpx2==2.16.2 httpcore2==2.16.2 \
+	typer==0.29.2 annotated-doc==0.0.7 anyio==4.16.0 truststore==0.10.5 h11==0.16.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # make demo FAST=1 IMAGES=dir PAGES=dir VIDEOS=dir
@@ -21,7 +25,7 @@ DEMO_ARGS := $(if $(FAST),--fast) $(if $(IMAGES),--images "$(IMAGES)") $(if $(PA
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(STAMP) ## install everything into .venv (done by the other targets too)
+setup: $(STAMP) $(TRANSFORMERS5)/.installed ## install everything into .venv (done by the other targets too)
 
 $(STAMP): setup.py
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and was not found; install one or run make PYTHON=/path/to/python3.12" >&2; exit 1; }
@@ -32,10 +36,15 @@ $(STAMP): setup.py
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+$(TRANSFORMERS5)/.installed: Makefile | $(STAMP)
+	@echo "Installing a second transformers for the tests"
+	@$(PIP) --no-deps --upgrade --target $(TRANSFORMERS5) $(TRANSFORMERS5_PACKAGES)
+	@touch $@
+
 demo: $(STAMP) ## the whole path on real input: preprocess, train, resume, export, report
 	@$(BIN)/python examples/quickstart/demo.py $(DEMO_ARGS)
 
-test: $(STAMP) ## all CPU tests
+test: $(STAMP) $(TRANSFORMERS5)/.installed ## all CPU tests
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: $(STAMP) ## kernels on a CUDA machine
