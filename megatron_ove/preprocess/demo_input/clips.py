@@ -16,6 +16,11 @@ from megatron_ove.preprocess.demo_input.photographs import load_photograph, phot
 
 _SIZES = ((160, 160), (192, 144), (144, 192), (208, 160))  # (width, height)
 _RATE = 25
+# Both make a later cut of a scene look unlike an earlier one, so that a picture's mean colours do not give it away.
+_DRIFT = 0.25
+"""Farthest way of the camera over a scene, as a part of the photograph's sides."""
+_EXPOSURE = 0.15
+"""Largest change of brightness, and of each colour's share, up or down."""
 VideoCodec = Literal["libx264", "libx265"]
 
 
@@ -53,8 +58,11 @@ def draw_scene(index: int, random: np.random.Generator, *, num_frames: int) -> I
     width, height = _SIZES[int(random.integers(len(_SIZES)))]
     others = [name for name in names if name != names[index % len(names)]]
     objects = [_draw_object(others, random, min(width, height)) for _ in range(int(random.integers(1, 3)))]
-    start, drift = random.uniform(0.35, 0.65, 2), random.uniform(-0.12, 0.12, 2)
-    zoom_start, zoom_end = random.uniform(0.45, 0.75, 2)
+    heading = random.uniform(0.0, 2 * np.pi)
+    drift = _DRIFT * random.uniform(0.6, 1.0) * np.array([np.cos(heading), np.sin(heading)])
+    start = 0.5 - drift / 2 + random.uniform(-0.08, 0.08, 2)
+    zoom_start, zoom_end = random.uniform(0.4, 0.75, 2)
+    exposure_start, exposure_end = _draw_exposure(random), _draw_exposure(random)
     turn = random.uniform(-6.0, 6.0)  # degrees over the whole scene
     for number in range(num_frames):
         progress = number / max(num_frames - 1, 1)
@@ -62,7 +70,14 @@ def draw_scene(index: int, random: np.random.Generator, *, num_frames: int) -> I
         frame = _look(background, start + drift * progress, zoom, turn * progress, width, height)
         for item in objects:
             item.draw(frame, progress)
-        yield frame
+        exposure = exposure_start + (exposure_end - exposure_start) * progress
+        yield np.clip(frame * exposure, 0, 255).astype(np.uint8)
+
+
+def _draw_exposure(random: np.random.Generator) -> np.ndarray:
+    """Returns [3] factors of red, green and blue: brightness and white balance."""
+    low, high = 1 - _EXPOSURE, 1 + _EXPOSURE
+    return random.uniform(low, high) * random.uniform(low, high, 3)
 
 
 def _draw_object(names: list[str], random: np.random.Generator, shorter: int) -> _MovingObject:
