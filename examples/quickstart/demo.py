@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def run_demo(arguments: argparse.Namespace, sizes: DemoSizes) -> None:
         stopped_at = training.train_until(sizes.stop_at)
     with phases.phase("resume", f"Resume from the checkpoint of step {stopped_at}"):
         training.resume()
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch)\b")
     # Imported late: torch, megatron-core and transformers are not needed before.
     from results import evaluate_run, export_run, write_page, write_summary
 
@@ -101,7 +103,11 @@ def _clip_shape(config: TrainConfig) -> ClipShape:
 
 def _overrides(run_dir: Path, num_classes: dict[str, int], sizes: DemoSizes) -> list[str]:
     """What is not known before the data is: paths, sizes of the class tables, and the length of this form."""
-    overrides = [f"run_dir={run_dir}", f"train.num_steps={sizes.steps}"]
+    overrides = [
+        f"run_dir={run_dir}",
+        f"train.num_steps={sizes.steps}",
+        f"train.log_interval_steps={sizes.log_interval}",
+    ]
     overrides += [
         f"data.sources.{kind}.path={run_dir / 'data' / kind / 'train'}" for kind in ("images", "pages", "clips")
     ]

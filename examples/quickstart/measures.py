@@ -30,6 +30,7 @@ from megatron_ove.evaluation.retrieval import (
     reciprocal_rank,
     same_group,
 )
+from megatron_ove.parallel.topology import destroy_topology
 
 _CLIP_NAME = r"^(.+?)(?:-cut\d+)?-[0-9a-f]{10}$"
 
@@ -70,7 +71,6 @@ def export_difference(
     """
     exported = load_exported_model(export_dir)
     encoder, _ = load_encoder_for_inference(checkpoint)
-    encoder.eval()
     differences = {}
     for name, shards in shard_sets.items():
         (batch,) = iterate_batches(shards, settings, np.array([0]), torch.device("cpu"))
@@ -80,6 +80,7 @@ def export_difference(
         pooled = (ours.pooled - theirs.pooler_output).abs().max()
         tokens = (ours.tokens[:, 0] - theirs.last_hidden_state[0]).abs().max()
         differences[name] = max(float(pooled), float(tokens))
+    destroy_topology()
     return differences
 
 
@@ -128,7 +129,9 @@ def retrieval_figures(held_out: HeldOut, model: Model) -> dict[str, dict[str, fl
     pages, images = held_out.pages, held_out.images
     return {
         "page_to_words": label_retrieval(pages.embeddings, model.centers["page_words"], pages.labels, k=50),
-        "image_to_clusters": label_retrieval(images.embeddings, model.centers["image_clusters"], images.labels, k=10),
+        "image_to_clusters": label_retrieval(
+            images.embeddings, model.centers["image_clusters"], images.labels, k=images.labels.shape[1]
+        ),
         "clip_to_other_cut": other_cut_figures(held_out.clips, held_out.train_clips),
     }
 

@@ -14,7 +14,9 @@ from sizes import DemoSizes
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet
 
-_SAMPLES_PER_CLUSTER = 2  # fewer would make a cluster a single file
+# Images are told apart by kind, so clusters hold several; clips one by one, so that cuts of a clip find one another.
+_SAMPLES_PER_CLUSTER = {"images": 3, "clips": 1}
+_NUM_LABELS = {"images": 10, "clips": 4}
 _FEW_PAGES = 20
 
 
@@ -143,21 +145,18 @@ class Preprocessing:
     def _cluster(self, descriptors: Path, kind: str, split: str, wanted: int) -> Path:
         """Trains centers on the training split, uses them on the other; fewer centers when there are few files."""
         labels, centers = self.labels / f"{kind}_{split}_labels.npz", self.labels / f"{kind}_centers.npz"
-        if split != "train":
-            run_tool("tools/clustering/2_cluster_descriptors.py", descriptors, labels, f"--use-centers={centers}")
-            return labels
-        vectors = DescriptorSet.load(descriptors).descriptors
+        vectors = DescriptorSet.load(self.labels / f"{kind}_train.npz").descriptors
         different = len(np.unique(vectors, axis=0))
-        count = min(wanted, max(2, different // _SAMPLES_PER_CLUSTER))
-        if count < wanted:
-            say(f"      {different} different {kind} are too few for {wanted} clusters: {count} are made")
         if different < 2:
             raise DemoError(f"the {kind} to train on are all the same, so there is nothing to tell apart; give others")
+        count = min(wanted, max(2, different // _SAMPLES_PER_CLUSTER[kind]))
+        num_labels = min(_NUM_LABELS[kind], max(1, count // 3))
+        source = (f"--use-centers={centers}",)
+        if split == "train":
+            source = (f"--clusters={count}", f"--centers={centers}")
+            if count < wanted:
+                say(f"      {different} different {kind} are too few for {wanted} clusters: {count} are made")
         run_tool(
-            "tools/clustering/2_cluster_descriptors.py",
-            descriptors,
-            labels,
-            f"--clusters={count}",
-            f"--centers={centers}",
+            "tools/clustering/2_cluster_descriptors.py", descriptors, labels, *source, f"--num-labels={num_labels}"
         )
         return labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,7 @@ _PACKAGES = (
 # figure of summary.json -> (the measure that is shown, its words)
 _SHOWN = {
     "page_to_words": ("mean_average_precision", "page → its words, mean average precision"),
-    "image_to_clusters": ("recall_at_10", "image → its 10 clusters, recall@10"),
+    "image_to_clusters": ("recall_at_{labels}", "image → its {labels} clusters, recall@{labels}"),
     "clip_to_other_cut": ("recall_at_1", "clip → another cut of it, recall@1"),
 }
 
@@ -55,6 +55,15 @@ class Results:
     held_out: Mapping[str, HeldOut]
     models: Mapping[str, Model]
     export_difference: Mapping[str, float]
+
+    def shown(self) -> Iterator[tuple[str, float, float, float | None]]:
+        """Yields (words, before, after, chance or None) of the figures that people are shown."""
+        num_labels = self.held_out[STAGES[1]].images.labels.shape[1]
+        for name, (measure, words) in _SHOWN.items():
+            key = measure.format(labels=num_labels)
+            before, after = (self.figures[stage][name] for stage in STAGES)
+            chance = after.get(f"chance_{key}")
+            yield words.format(labels=num_labels), before[key], after[key], chance
 
 
 def export_run(run_dir: Path, num_steps: int) -> dict[str, tuple[Path, Path]]:
@@ -91,12 +100,12 @@ def evaluate_run(run_dir: Path, config: TrainConfig, exports: Mapping[str, tuple
         models[stage] = load_model(folder, checkpoint, list(config.objectives), config.encoder.patch_size)
         held_out[stage] = embed_held_out(models[stage], data, settings)
         figures[stage] = retrieval_figures(held_out[stage], models[stage])
-    for name, (measure, words) in _SHOWN.items():
-        before, after = (figures[stage][name][measure] for stage in STAGES)
+    results = Results(figures, held_out, models, difference)
+    for words, before, after, _ in results.shown():
         say(f"      {words}: {before:.3f} -> {after:.3f}")
         if not after > before:
             say("      training did not improve this; with so little data that can happen: see README.md")
-    return Results(figures, held_out, models, difference)
+    return results
 
 
 def sample_settings(config: TrainConfig) -> SampleSettings:
@@ -140,7 +149,10 @@ def write_page(
 ) -> Path:
     """Writes the extras of the report and the report; returns its path."""
     folder = run_dir / Path(EXTRAS_FILE).parent
-    shown = _shown_rows(results)
+    shown = [
+        [words, f"{before:.2f}", f"{after:.2f}", "" if chance is None else f"{chance:.2f}"]
+        for words, before, after, chance in results.shown()
+    ]
     extras = ReportExtras(
         title="Quick start: images, pages and clips in one encoder",
         introduction="A small encoder with every part of the large one, trained from nothing for "
@@ -157,9 +169,7 @@ def write_page(
             Section(
                 title="Before and after training",
                 text="On data that training never saw: other crops of photographs, other pages, other cuts of clips.",
-                blocks=[
-                    TableBlock(header=["held-out", "before", "after", "by chance"], rows=[list(row) for row in shown])
-                ],
+                blocks=[TableBlock(header=["held-out", "before", "after", "by chance"], rows=shown)],
             ),
             page_section(
                 preprocessing.labels / "pages_held_out.jsonl",
@@ -175,15 +185,6 @@ def write_page(
     )
     write_extras(run_dir, extras)
     return write_run_report(run_dir)
-
-
-def _shown_rows(results: Results) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for name, (measure, words) in _SHOWN.items():
-        before, after = (results.figures[stage][name] for stage in STAGES)
-        chance = next((f"{value:.2f}" for key, value in after.items() if key.startswith("chance")), "")
-        rows.append((words, f"{before[measure]:.2f}", f"{after[measure]:.2f}", chance))
-    return rows
 
 
 def _time_table(seconds: Mapping[str, float]) -> TableBlock:

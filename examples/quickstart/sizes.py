@@ -15,7 +15,7 @@ class DemoSizes:
     held_out_pages: int = 24
     clips: int = 48
     image_clusters: int = 64
-    clip_clusters: int = 24
+    clip_clusters: int = 48
     vocabulary: int = 600
     steps: int = 300
 
@@ -23,6 +23,11 @@ class DemoSizes:
     def stop_at(self) -> int:
         """Step at which the run is cut short."""
         return self.steps // 2
+
+    @property
+    def log_interval(self) -> int:
+        """Steps between logged rows: about 60 rows, and whole ones within the 20 steps that are compared."""
+        return max(1, self.steps // 60)
 
     def input_options(self) -> list[str]:
         """Returns the amounts as options of make_demo_input.py."""
@@ -44,7 +49,7 @@ SIZES = {
         held_out_pages=12,
         clips=24,
         image_clusters=40,
-        clip_clusters=12,
+        clip_clusters=24,
         vocabulary=400,
         steps=120,
     ),
@@ -55,7 +60,7 @@ SIZES = {
         held_out_pages=4,
         clips=10,
         image_clusters=12,
-        clip_clusters=4,
+        clip_clusters=10,
         vocabulary=150,
         steps=12,
     ),

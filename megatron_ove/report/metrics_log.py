@@ -28,8 +28,8 @@ class LossChange:
 
     @property
     def fall(self) -> float:
-        """Share of the first loss that is gone; negative when the loss rose."""
-        return 1.0 - self.last_loss / self.first_loss
+        """Share of the first loss that is gone; negative when the loss rose, 0 when there was none to lose."""
+        return 1.0 - self.last_loss / self.first_loss if self.first_loss else 0.0
 
 
 @dataclass(frozen=True)
