@@ -6,14 +6,19 @@ import logging
 import sys
 from collections.abc import Mapping
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
 
 class ProgressDisplay:
-    """Shows steps, loss per objective, throughput, share of time spent waiting for data, and gradient norm."""
+    """Shows steps, loss per objective, throughput, share of time spent waiting for data, and gradient norm.
+
+    On a terminal: a bar with the times, and below it the figures, which wrap where the terminal is narrow.
+    """
 
     def __init__(self, *, num_steps: int, start_step: int, console: Console | None = None) -> None:
         """
@@ -24,37 +29,32 @@ class ProgressDisplay:
         """
         console = console or Console(file=sys.stderr)
         self._num_steps = num_steps
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self._task = self._bar.add_task("train", total=num_steps, completed=start_step, figures="first step ...")
-            self._bar.start()
+            times = (TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=40), *times)
+            self._task = self._bar.add_task("train", total=num_steps, completed=start_step)
+            self._figures = Text("first step ...")
+            self._live = Live(Group(self._bar, self._figures), console=console, refresh_per_second=4)
+            self._live.start()
 
     def step_done(self, step: int) -> None:
         """Moves the bar; `step` is the number of steps done."""
-        if self._bar is not None:
+        if self._live is not None:
             self._bar.update(self._task, completed=step)
 
     def report(self, row: Mapping[str, float]) -> None:
         """Shows a row of figures. On a terminal the line goes to the log file only."""
         figures = describe_row(row)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=int(row["step"]), figures=figures)
-        level = logging.DEBUG if self._bar is not None else logging.INFO
+        if self._live is not None:
+            self._figures.plain = figures
+        level = logging.DEBUG if self._live is not None else logging.INFO
         logger.log(level, "step %d/%d  %s", int(row["step"]), self._num_steps, figures)
 
     def close(self) -> None:
-        """Leaves the bar as it is and gives the terminal back."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Leaves the last figures standing and gives the terminal back."""
+        if self._live is not None:
+            self._live.stop()
 
 
 def describe_row(row: Mapping[str, float]) -> str:

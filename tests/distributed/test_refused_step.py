@@ -1,0 +1,121 @@
+"""Agreement of ranks about a step: one rank's NaN refuses it for all, one rank's stop request stops all."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.distributed import run_distributed
+from tests.support.tiny_run import check, tiny_config, write_tiny_sources
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_tiny_sources(tmp_path_factory.mktemp("sources"))
+
+
+def build(data: dict[str, Any]):
+    from megatron_ove.parallel.topology import initialize_topology
+    from megatron_ove.training.trainer import Trainer
+
+    config = check(data)
+    return Trainer(config, initialize_topology(config.parallel, seed=config.seed))
+
+
+def everything(trainer: Any) -> dict[str, torch.Tensor]:
+    """Returns copies of all weights, moments and tables of this rank."""
+    from megatron_ove.training.build_model import encoder_of
+
+    state = {f"model.{name}": value for name, value in encoder_of(trainer.chunks[0]).state_dict().items()}
+    inner = trainer.optimizer._optimizer.optimizer
+    for number, values in inner.state_dict()["state"].items():
+        state |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+    for name in trainer.objectives:
+        centers = trainer.objectives[name].centers
+        for part in ("weight", "exp_avg", "exp_avg_sq", "steps"):
+            state[f"{name}.{part}"] = getattr(centers, part)
+    return {name: value.clone() for name, value in state.items() if torch.is_tensor(value)}
+
+
+def train_with_one_bad_step(rank: int, world_size: int, data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Step 3 of 4 is spoilt on rank 1 only. Returns what changed in each step, and the messages."""
+    trainer = build(data)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("megatron_ove.training").addHandler(handler)
+    changed, forward, gradient_norm = [], trainer.objectives.forward, trainer.optimizer.gradient_norm
+
+    def spoilt_forward(features, batch, scales):
+        output = forward(features, batch, scales)
+        if trainer.state.step == 2 and rank == 1:
+            loss, count = output.metrics["ocr_labels/loss"]
+            return replace(output, loss=output.loss * float("nan"), metrics={"ocr_labels/loss": (loss / 0, count)})
+        return output
+
+    def spoilt_norm():
+        norm = gradient_norm()
+        return float("inf") if trainer.state.step == 2 and rank == 1 else norm
+
+    if where == "loss":
+        trainer.objectives.forward = spoilt_forward
+    else:
+        trainer.optimizer.gradient_norm = spoilt_norm
+    one_step = trainer._one_step
+
+    def watched(*args: Any) -> Any:
+        before = everything(trainer)
+        result = one_step(*args)
+        after = everything(trainer)
+        changed.append(sorted(name for name in after if name in before and not torch.equal(before[name], after[name])))
+        return result
+
+    trainer._one_step = watched
+    state = trainer.run()
+    return {"changed": changed, "messages": messages, "state": state.state_dict(), "names": sorted(everything(trainer))}
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient norm"])
+def test_a_refused_step_changes_nothing_on_any_rank(sources, tmp_path, where):
+    data = tiny_config(sources, tmp_path, train={"num_steps": 4})
+    results = run_distributed(train_with_one_bad_step, 2, data, where)
+    for result in results:
+        # exp_avg etc. exist from the first step on, so the steps after it can change all of them.
+        assert result["changed"][2] == []
+        for step in (1, 3):
+            assert set(result["names"]) - set(result["changed"][step]) == set()
+        assert result["state"] == {"step": 4, "samples_seen": 24, "refused_steps": 1, "refused_in_a_row": 0}
+    refusals = [text for text in results[0]["messages"] if "was refused" in text]
+    assert len(refusals) == 1 and refusals[0].startswith("Step 3 was refused and changed nothing: ")
+    if where == "loss":
+        assert "the loss of objective 'ocr_labels' is" in refusals[0]
+        assert "in a microbatch with these samples of source 'ocr': ocr0000" in refusals[0]
+    else:
+        assert "the gradient norm of the encoder is inf" in refusals[0]
+    assert not any("was refused" in text for text in results[1]["messages"])
+
+
+def stop_on_one_rank(rank: int, world_size: int, data: dict[str, Any], asking_rank: int) -> int:
+    trainer = build(data)
+    step_batches = trainer.loader.step_batches
+
+    def asking(step: int) -> Any:
+        if rank == asking_rank and step == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return step_batches(step)
+
+    import signal
+
+    trainer.loader.step_batches = asking
+    return trainer.run().step
+
+
+def test_a_stop_request_on_one_rank_stops_all_at_the_same_step(sources, tmp_path):
+    data = tiny_config(sources, tmp_path, train={"num_steps": 50}, parallel={"pipeline_model_parallel_size": 2})
+    steps = run_distributed(stop_on_one_rank, 2, data, 1)
+    assert steps[0] == steps[1] and steps[0] in (3, 4)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{steps[0]:08d}"]
