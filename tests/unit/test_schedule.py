@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_cosine_is_the_cosine():
 
 def test_no_jump_anywhere():
     values = rates(kind="cosine", warmup_steps=10)
-    assert max(abs(b - a) for a, b in zip(values, values[1:], strict=False)) < 2.0 / 10
+    assert max(abs(b - a) for a, b in pairwise(values)) < 2.0 / 10
 
 
 def test_warm_up_longer_than_the_run_is_still_defined():
