@@ -166,7 +166,7 @@ def _build_pipeline(device: torch.device, num_threads: int, resizes: bool) -> Pi
                 output_type=types.RGB,
             )
             picture = fn.resize(picture, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-            picture = fn.flip(picture, horizontal=mirror)
+            picture = fn.flip(picture, horizontal=mirror)  # pyright: ignore[reportCallIssue, reportArgumentType]
         else:
             picture = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
         pipeline.set_outputs(picture)

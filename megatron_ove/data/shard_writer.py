@@ -63,10 +63,7 @@ class ShardWriter:
         """
         self.directory = Path(directory)
         self._temporary = self.directory.with_name(f"{self.directory.name}.tmp-{os.getpid()}")
-        if self.directory.exists():
-            raise DataError(f"{self.directory} exists already and is not overwritten; remove it or write elsewhere")
-        if samples_per_shard < 1:
-            raise DataError(f"samples_per_shard = {samples_per_shard} must be at least 1; correct it for {directory}")
+        _check_target(self.directory, samples_per_shard)
         is_video = kind == "video"
         self._info = layout.DatasetInfo(
             kind=kind,
@@ -88,9 +85,7 @@ class ShardWriter:
         self._columns = {name: array(code) for name, code in zip(INDEX_FILES[:-1], "QIIiiii", strict=True)}
         self._shard: _OpenShard | None = None
         self._first_reason = ""
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        (self._temporary / "shards").mkdir(parents=True)
-        (self._temporary / "index").mkdir()
+        _make_folders(self._temporary)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -232,6 +227,19 @@ class ShardWriter:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
+
+
+def _check_target(directory: Path, samples_per_shard: int) -> None:
+    if directory.exists():
+        raise DataError(f"{directory} exists already and is not overwritten; remove it or write elsewhere")
+    if samples_per_shard < 1:
+        raise DataError(f"samples_per_shard = {samples_per_shard} must be at least 1; correct it for {directory}")
+
+
+def _make_folders(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "shards").mkdir(parents=True)
+    (temporary / "index").mkdir()
 
 
 def _check_settings(info: layout.DatasetInfo, directory: Path) -> None:

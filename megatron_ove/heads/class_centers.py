@@ -104,13 +104,14 @@ class ClassCenters:
         Returns:
             Scalar float64, the same on every rank that shares the table, whatever their number.
         """
-        if self._norm is None:
+        norm = self._norm
+        if norm is None:
             self._gradient = self._gradient_of_rows()
             square = torch.linalg.vector_norm(self._gradient, dtype=torch.float64).square()
             if self._class_group.size() > 1:
                 dist.all_reduce(square, group=self._class_group)
-            self._norm = square.sqrt()
-        return self._norm
+            norm = self._norm = square.sqrt()
+        return norm
 
     def apply_update(self, lr: float) -> None:
         """Clips by the norm over the whole table and updates the active rows; ends the step. Collective.

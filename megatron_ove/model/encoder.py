@@ -60,8 +60,8 @@ class VisionEncoder(MegatronModule):
         self.pre_process, self.post_process = topology.is_first_chunk(vp_stage), topology.is_last_chunk(vp_stage)
         self.pg_collection, self.tp_group = topology.process_groups, topology.tensor_group
         self.layer_offset = get_transformer_layer_offset(transformer_config, vp_stage, topology.pipeline_rank)
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
-        self._frequencies = tuple(axis.to(topology.device) for axis in frequencies)
+        time, height, width = inverse_frequencies(config.head_dim, config.rope_theta)
+        self._frequencies = (time.to(topology.device), height.to(topology.device), width.to(topology.device))
         placement = {"device": topology.device, "dtype": transformer_config.params_dtype}
         if self.pre_process:
             self.patch_embed = PatchEmbed(config.patch_size, config.hidden_size, **placement)
@@ -86,7 +86,8 @@ class VisionEncoder(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Takes what the previous stage sent: [P(/tp under sequence parallelism), 1, h]."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        received: Any = input_tensor[0] if isinstance(input_tensor, list) else input_tensor  # None on the first stage
+        self.decoder.set_input_tensor(received)
 
     def forward(self, batch: Batch) -> Tensor | VisionFeatures:
         """Encodes one microbatch.

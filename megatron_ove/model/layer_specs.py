@@ -30,6 +30,9 @@ from megatron_ove.model.transformer_config import LayerSpecKind
 
 logger = logging.getLogger(__name__)
 
+# megatron-core's submodule fields are annotated more narrowly than what it accepts there.
+_RESIDUAL_ADD: Any = get_bias_dropout_add
+
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):
     """LayerNorm whose gradients are summed over the tensor group when each rank sees its part of the sequence.
@@ -83,7 +86,8 @@ def _transformer_engine_obstacle(device: torch.device) -> str | None:
 def build_block_submodules(kind: LayerSpecKind, num_layers: int) -> TransformerBlockSubmodules:
     """Returns what megatron-core's TransformerBlock is built of: `num_layers` equal layers and the final norm."""
     layer = _local_layer() if kind == "local" else _transformer_engine_layer()
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=SequenceParallelLayerNorm)
+    final_norm: Any = SequenceParallelLayerNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
 
 
 def _local_layer() -> ModuleSpec:
@@ -92,10 +96,10 @@ def _local_layer() -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=SequenceParallelLayerNorm,
             self_attention=_attention(ColumnParallelLinear, PackedAttention, RowParallelLinear),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=_RESIDUAL_ADD,
             pre_mlp_layernorm=SequenceParallelLayerNorm,
             mlp=_mlp(ColumnParallelLinear, RowParallelLinear),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_RESIDUAL_ADD,
             # Checkpoints carry Transformer Engine's names, so that either kind of layer reads them.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -128,10 +132,10 @@ def _transformer_engine_layer() -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=_attention(TELayerNormColumnParallelLinear, RotaryDotProductAttention, TERowParallelLinear),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=_RESIDUAL_ADD,
             pre_mlp_layernorm=IdentityOp,  # both norms live inside the linear layers that follow them
             mlp=_mlp(TELayerNormColumnParallelLinear, TERowParallelLinear),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_RESIDUAL_ADD,
         ),
     )
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import overload
 
 import numpy as np
 import torch
@@ -31,6 +32,10 @@ def stateless_generator(seed: int, *names: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(stateless_seed(seed, *names))
 
 
+@overload
+def mix64(*values: int | np.ndarray) -> np.ndarray: ...
+@overload
+def mix64(*values: int | Tensor) -> Tensor: ...
 def mix64(*values: int | np.ndarray | Tensor) -> np.ndarray | Tensor:
     """Hashes integers to 64 well-mixed bits, elementwise, with broadcasting.
 
@@ -50,6 +55,10 @@ def mix64(*values: int | np.ndarray | Tensor) -> np.ndarray | Tensor:
     return state
 
 
+@overload
+def unit_interval(bits: np.ndarray) -> np.ndarray: ...
+@overload
+def unit_interval(bits: Tensor) -> Tensor: ...
 def unit_interval(bits: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """Maps 64 mixed bits to float64 in [0, 1), uniformly, from the upper 53 bits."""
     if isinstance(bits, Tensor):

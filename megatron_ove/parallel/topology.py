@@ -186,6 +186,12 @@ def _initialize_communication(config: ParallelConfig, rank: int, world_size: int
 
 
 def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:
+    groups: dict[str, Any] = {
+        "tensor_group": parallel_state.get_tensor_model_parallel_group(),
+        "pipeline_group": parallel_state.get_pipeline_model_parallel_group(),
+        "data_group": parallel_state.get_data_parallel_group(),
+        "class_group": parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+    }
     return ParallelTopology(
         world_size=dist.get_world_size(),
         global_rank=dist.get_rank(),
@@ -198,9 +204,6 @@ def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:
         data_rank=parallel_state.get_data_parallel_rank(),
         sequence_parallel=config.sequence_parallel,
         device=device,
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
-        class_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         process_groups=ProcessGroupCollection.use_mpu_process_groups(),
+        **groups,
     )
