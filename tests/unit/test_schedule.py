@@ -22,7 +22,7 @@ def test_warm_up_starts_small_and_ends_at_the_base_rate(kind):
     assert values[0] == pytest.approx(2.0 / 10)  # not 0, and not the base rate
     assert values[8] == pytest.approx(2.0 * 9 / 10)
     assert values[9] == 2.0
-    assert all(later > earlier for earlier, later in zip(values[:9], values[1:10], strict=True))
+    assert all(later > earlier for earlier, later in pairwise(values[:10]))
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "polynomial", "constant"])
@@ -43,7 +43,7 @@ def test_decay_ends_at_the_floor_and_stays_there(kind):
     values = rates(kind=kind, min_lr_ratio=0.1, decay_steps=60, warmup_steps=5)
     assert values[60] == pytest.approx(0.2)
     assert values[61:] == pytest.approx([0.2] * 40)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(values[5:], values[6:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values[5:]))
 
 
 def test_cosine_is_the_cosine():
