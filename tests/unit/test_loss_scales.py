@@ -26,7 +26,7 @@ def step_gradient(split: list[list[list[tuple[str, float]]]]) -> tuple[float, fl
             for name, value in microbatch:
                 loss = loss + scales[name] * value * x / num_microbatches / data_size
     loss.backward()
-    return float(loss), float(x.grad)
+    return float(loss.detach()), float(x.grad)
 
 
 SAMPLES = [("image", 3.0), ("image", 5.0), ("ocr", 1.0), ("image", 4.0), ("ocr", 7.0), ("ocr", 2.0), ("ocr", 6.0)]
