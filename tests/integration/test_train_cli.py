@@ -119,7 +119,8 @@ def test_inspect_describes_a_shard_set(sources, tmp_path, capsys):
 def test_a_wrong_configuration_is_a_sentence_at_once(sources, tmp_path):
     data = tiny_config(sources, tmp_path / "run", train={"num_step": 3})
     path = write_config(data, tmp_path / "config.yaml")
-    code = f"import sys; from megatron_ove.cli.main import main; print(main(['train', {str(path)!r}]), 'torch' in sys.modules)"
+    call_main = f"print(main(['train', {str(path)!r}]), 'torch' in sys.modules)"
+    code = f"import sys; from megatron_ove.cli.main import main; {call_main}"
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert result.stdout == "2 False\n"  # without torch a mistake is found in a fraction of a second
     assert result.stderr.startswith("megatron-ove: ") and "did you mean 'num_steps'" in result.stderr
