@@ -22,7 +22,7 @@ from megatron_ove.preprocess.folders import list_clips, list_pictures
 
 KINDS = ("images", "pages", "clips")
 SPLITS = ("train", "held_out")
-MIN_FILES = 10
+MIN_FILES = 5
 _HELD_OUT_SHARE = 5
 _LONGEST_SIDE = 320  # pixels of a cut; the encoder sees less
 _OPTION = {"images": "IMAGES", "pages": "PAGES", "clips": "VIDEOS"}

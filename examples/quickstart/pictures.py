@@ -11,7 +11,7 @@ from measures import HeldOut, Model
 from torch import Tensor
 
 from megatron_ove.data.shard_index import ShardSet
-from megatron_ove.evaluation.retrieval import cosine_scores, labels_to_relevant
+from megatron_ove.evaluation.retrieval import average_precision, cosine_scores, labels_to_relevant
 from megatron_ove.preprocess.codec.clip_store import StoredClip, load_clip
 from megatron_ove.preprocess.codec.mosaic import contact_sheet
 from megatron_ove.preprocess.ocr.recognition import PageRecord
@@ -40,9 +40,9 @@ _SHEET_FRAME_WIDTH = 104
 def page_section(
     lines: Path, folder: Path, held_out: Mapping[str, HeldOut], models: Mapping[str, Model], words: list[str]
 ) -> Section:
-    """A held-out page with its boxes and tags, and the words whose class centers lie nearest to it."""
+    """The held-out page of median quality with its boxes and tags, and the words whose centers lie nearest to it."""
     pages = held_out[STAGES[1]].pages
-    row = int((pages.labels >= 0).sum(dim=1).argmax())
+    row = _median_page(held_out[STAGES[1]], models[STAGES[1]])
     ids = [int(label) for label in pages.labels[row] if label >= 0]
     records = [
         PageRecord.from_record(record) for record in read_records(lines, made_by="tools/ocr/1_recognize_pages.py")
@@ -55,11 +55,8 @@ def page_section(
     picture = Picture(
         file="page_boxes.jpg",
         alt=f"A page of text with {len(page.lines)} recognized lines outlined",
-        caption=f"{len(page.lines)} lines read by OCR; green: lines with words of the vocabulary.",
-    )
-    tags = WordColumn(
-        title=f"Its {len(ids)} tags, most visible first",
-        words=[Word(text=words[label], right=True) for label in ids],
+        caption=f"{len(page.lines)} lines read by OCR; green: lines with words of the vocabulary. Its {len(ids)} tags, "
+        f"most visible first: {', '.join(words[label] for label in ids)}.",
     )
     columns = [
         _nearest_words(
@@ -71,9 +68,17 @@ def page_section(
         title="A held-back page and its words",
         text="The encoder never saw this page. What it makes of it is compared with the class center of every word "
         f"of the vocabulary; below are the {_NUM_WORDS} nearest words with their cosine. A word is right when OCR "
-        "found it on the page.",
-        blocks=[PictureBlock(items=[picture], size="half"), WordBlock(columns=columns), WordBlock(columns=[tags])],
+        "found it on the page. Of the held-back pages this is the one of median average precision.",
+        blocks=[PictureBlock(items=[picture], size="half"), WordBlock(columns=columns)],
     )
+
+
+def _median_page(held_out: HeldOut, model: Model) -> int:
+    """Returns the held-out page that is neither the best nor the worst example."""
+    centers = model.centers["page_words"]
+    relevant = labels_to_relevant(held_out.pages.labels, len(centers))
+    order = average_precision(cosine_scores(held_out.pages.embeddings, centers), relevant).argsort()
+    return int(order[len(order) // 2])
 
 
 def _nearest_words(stage: str, embedding: Tensor, centers: Tensor, right: set[int], words: list[str]) -> WordColumn:
@@ -138,7 +143,7 @@ def neighbour_section(data_dir: Path, folder: Path, held_out: Mapping[str, HeldO
     return Section(
         title="Nearest neighbours of held-back images",
         text="Left the held-back image, then the training images nearest to it by cosine. A neighbour is right when it "
-        "shares at least half of the image's clusters.",
+        "shares at least half of the image's clusters; the number says how many.",
         blocks=[GalleryBlock(rows=rows)],
     )
 
@@ -156,6 +161,4 @@ def _thumbnail(shards: ShardSet, index: int, folder: Path, shared: int | None) -
     count = int((shards.labels[index] >= 0).sum())
     if shared is None:
         return Picture(file=file, alt=f"Held-back image {key}", caption="held back")
-    return Picture(
-        file=file, alt=f"Training image {key}", caption=f"{shared} of {count} shared", right=2 * shared >= count
-    )
+    return Picture(file=file, alt=f"Training image {key}", caption=f"{shared} of {count}", right=2 * shared >= count)

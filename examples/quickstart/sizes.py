@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PAGE_SIDE = 320
+"""Pixels; within 256 patches a page is seen at 224, where its letters are still about a patch high."""
+
 
 @dataclass(frozen=True)
 class DemoSizes:
@@ -11,13 +14,13 @@ class DemoSizes:
 
     images: int = 320
     held_out_images: int = 64
-    pages: int = 64
+    pages: int = 96
     held_out_pages: int = 24
-    clips: int = 48
+    clips: int = 60
     image_clusters: int = 64
-    clip_clusters: int = 48
+    clip_clusters: int = 60
     vocabulary: int = 600
-    steps: int = 300
+    steps: int = 280
 
     @property
     def stop_at(self) -> int:
@@ -36,6 +39,8 @@ class DemoSizes:
             f"--held-out-images={self.held_out_images}",
             f"--pages={self.pages}",
             f"--held-out-pages={self.held_out_pages}",
+            f"--page-width={PAGE_SIDE}",
+            f"--page-height={PAGE_SIDE}",
             f"--clips={self.clips}",
         ]
 
@@ -45,7 +50,7 @@ SIZES = {
     "fast": DemoSizes(
         images=160,
         held_out_images=32,
-        pages=32,
+        pages=48,
         held_out_pages=12,
         clips=24,
         image_clusters=40,

@@ -23,8 +23,7 @@ class TrainingRun:
 
     def __init__(self, config: Path, overrides: Sequence[str], run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        self._command += [f"--nproc-per-node={NUM_PROCESSES}", "-m", "megatron_ove", "train", str(config)]
+        self._command = [sys.executable, "-m", "megatron_ove", "train", str(config), f"--nproc={NUM_PROCESSES}"]
         for override in overrides:
             self._command += ["--set", override]
 
@@ -37,7 +36,7 @@ class TrainingRun:
         Raises:
             DemoError: the launch failed, or ended before it could be stopped.
         """
-        say(f"      torchrun {' '.join(self._command[3:])}")
+        say(f"      megatron-ove {' '.join(self._command[3:])}")
         with self._launched() as process:
             while last_logged_step(self._run_dir) < step:
                 if process.poll() is not None:

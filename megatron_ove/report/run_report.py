@@ -25,7 +25,7 @@ _COMMON_CURVES = [
     ("lr", "Learning rate", "", True),
     ("samples_per_s", "Throughput", "samples / s", True),
     ("tokens_per_s", "Throughput", "patches / s", True),
-    ("grad_norm", "Gradient norm of the encoder", "before clipping", True),
+    ("grad_norm", "Gradient norm", "encoder, before clipping", True),
     ("data_wait_share", "Waiting for data", "share of step time", True),
     ("padding_share", "Padding", "share of patches", True),
 ]
@@ -99,7 +99,8 @@ def _head_norm_charts(log: MetricsLog, markers: Sequence[Marker]) -> list[str]:
     return [
         line_chart(
             *log.series(f"grad_norm/{name}"),
-            title=f"Gradient norm of the class centers: {name}",
+            title=f"Gradient norm: {name}",
+            unit="class centers",
             from_zero=True,
             markers=markers,
             color=_COLORS[i % len(_COLORS)],

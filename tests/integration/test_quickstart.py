@@ -71,7 +71,7 @@ def test_a_folder_with_too_little_is_one_sentence(tmp_path: Path) -> None:
     result = run_demo("--images", folder, "--run-dir", tmp_path / "run", timeout_s=60)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        f"demo: IMAGES={folder} holds 1 usable file names, but the demo needs at least 10 to train on some and hold "
+        f"demo: IMAGES={folder} holds 1 usable file names, but the demo needs at least 5 to train on some and hold "
         "others out; add files, or leave IMAGES away to use the demo's own"
     ]
 

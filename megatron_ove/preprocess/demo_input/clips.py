@@ -17,9 +17,9 @@ from megatron_ove.preprocess.demo_input.photographs import load_photograph, phot
 _SIZES = ((160, 160), (192, 144), (144, 192), (208, 160))  # (width, height)
 _RATE = 25
 # Both make a later cut of a scene look unlike an earlier one, so that a picture's mean colours do not give it away.
-_DRIFT = 0.25
+_DRIFT = 0.3
 """Farthest way of the camera over a scene, as a part of the photograph's sides."""
-_EXPOSURE = 0.15
+_EXPOSURE = 0.2
 """Largest change of brightness, and of each colour's share, up or down."""
 VideoCodec = Literal["libx264", "libx265"]
 
