@@ -111,7 +111,7 @@ class CheckpointManager:
                 f"cannot save the checkpoint of step {step} to {self.directory}: {error}; earlier checkpoints are "
                 "untouched, so start the same command again when this is repaired"
             ) from error
-        self._on_writer(self._prune)
+        self._on_writer(lambda: self._prune(step))
         self.last_save_s = time.monotonic() - started
         return final
 
@@ -186,9 +186,13 @@ class CheckpointManager:
         parts = _gather(self._together(lambda: {name: action(name) for name in mine}))
         return {name: result for part in parts for name, result in part.items()}
 
-    def _prune(self) -> None:
+    def _prune(self, newest_step: int) -> None:
+        """Deletes what is not kept. Steps beyond `newest_step` are damaged ones that `latest` skipped: counted among
+        the kept ones they would push out the checkpoint that was just written, so they are left alone."""
         folders = list_checkpoints(self.directory)
-        finished = [path for step, path in folders if step > 0 and not path.name.endswith(PARTIAL_SUFFIX)]
+        finished = [
+            path for step, path in folders if 0 < step <= newest_step and not path.name.endswith(PARTIAL_SUFFIX)
+        ]
         unfinished = [path for _, path in folders if path.name.endswith(PARTIAL_SUFFIX)]
         for path in finished[self._keep :] + unfinished:
             # Without its manifest a folder that is only half deleted cannot be taken for a checkpoint.

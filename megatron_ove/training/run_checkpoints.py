@@ -63,7 +63,7 @@ class RunCheckpoints:
         Raises:
             CheckpointError: it could not be written; earlier ones are untouched.
         """
-        content = self._sharded_state(state.step, is_loading=False)
+        content = self._sharded_state(has_moments=state.samples_seen > 0, is_loading=False)
         content |= {
             "step": state.step,
             "config": self._plain_config,
@@ -100,7 +100,7 @@ class RunCheckpoints:
         if self._topology.global_rank == 0:
             for sentence in exactness_warnings(common["config"], self._plain_config):
                 logger.warning("%s", sentence)
-        template = self._sharded_state(common["step"], is_loading=True)
+        template = self._sharded_state(has_moments=common["train_state"]["samples_seen"] > 0, is_loading=True)
         same_layout = common["layout"] == self._layout()
         if same_layout:
             template["rng"] = sharded_rng_state(rank=self._topology.global_rank, world_size=self._topology.world_size)
@@ -140,10 +140,12 @@ class RunCheckpoints:
             for index, chunk in enumerate(self._chunks)
         }
 
-    def _sharded_state(self, step: int, *, is_loading: bool) -> dict[str, Any]:
+    def _sharded_state(self, *, has_moments: bool, is_loading: bool) -> dict[str, Any]:
+        """`has_moments`: whether a step was ever accepted. Before that AdamW has none, and its master weights are the
+        model's weights."""
         model = self._model_state()
         state: dict[str, Any] = {"model": model}
-        if step > 0:  # before the first step the optimizer has no moments, and its master weights are the weights
+        if has_moments:
             state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading=is_loading)
         if self._objectives is not None:
             state["objectives"] = self._objectives.sharded_state_dict("objectives.")

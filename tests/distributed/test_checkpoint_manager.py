@@ -84,6 +84,14 @@ def test_older_checkpoints_are_pruned_and_step_zero_stays(tmp_path):
     assert names == ["step_00000000", "step_00000002", "step_00000003"]
 
 
+def test_a_skipped_damaged_checkpoint_does_not_push_out_the_newly_written_one(tmp_path):
+    run_distributed(save_steps, 1, str(tmp_path), [2, 4], 2)
+    flip_bit(tmp_path / "step_00000004" / "__0_0.distcp")
+    (names,) = run_distributed(save_steps, 1, str(tmp_path), [3], 1)
+    assert names == ["step_00000003", "step_00000004"]
+    assert run_distributed(load_latest, 1, str(tmp_path))[0][0] == "step_00000003"
+
+
 def test_manifest_lists_every_file(tmp_path):
     run_distributed(save_steps, 2, str(tmp_path), [1])
     folder = tmp_path / "step_00000001"

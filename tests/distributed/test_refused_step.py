@@ -119,3 +119,25 @@ def test_a_stop_request_on_one_rank_stops_all_at_the_same_step(sources, tmp_path
     steps = run_distributed(stop_on_one_rank, 2, data, 1)
     assert steps[0] == steps[1] and steps[0] in (3, 4)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{steps[0]:08d}"]
+
+
+def train_with_refused_first_steps(
+    rank: int, world_size: int, data: dict[str, Any], num_refused: int
+) -> dict[str, int]:
+    trainer = build(data)
+    gradient_norm = trainer.optimizer.gradient_norm
+    trainer.optimizer.gradient_norm = lambda: (
+        gradient_norm() if trainer.state.step >= num_refused else gradient_norm() * float("inf")
+    )
+    return trainer.run().state_dict()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_continues_from_a_checkpoint_before_its_first_accepted_step(sources, tmp_path, precision):
+    """AdamW makes its moments in its first update, so such a checkpoint has none."""
+    train = {"num_steps": 4, "precision": precision}
+    data = tiny_config(sources, tmp_path, train={**train, "stop_after_steps": 2})
+    (state,) = run_distributed(train_with_refused_first_steps, 1, data, 2)
+    assert state == {"step": 2, "samples_seen": 0, "refused_steps": 2, "refused_in_a_row": 2}
+    (state,) = run_distributed(train_with_refused_first_steps, 1, tiny_config(sources, tmp_path, train=train), 2)
+    assert state == {"step": 4, "samples_seen": 16, "refused_steps": 2, "refused_in_a_row": 0}
