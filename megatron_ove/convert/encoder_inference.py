@@ -33,7 +33,7 @@ def load_encoder_for_inference(
     here = config.model_copy(update={"layer_spec": "auto", "recompute": "none", "fp8": "off"})
     dtype = next(iter(state.values())).dtype
     encoder = build_encoder(here, topology, dtype=dtype, seed=0)
-    own = encoder.state_dict()  # Transformer Engine layers name their norms otherwise and have extra state
-    own |= {name: state[canonical_name(name)] for name in own if not name.endswith("_extra_state")}
-    encoder.load_state_dict(own)
+    # Transformer Engine layers name their norms otherwise.
+    names = [name for name in encoder.state_dict() if not name.endswith("_extra_state")]
+    encoder.load_state_dict({name: state[canonical_name(name)] for name in names})
     return encoder.eval().requires_grad_(False), config

@@ -83,6 +83,7 @@ class VisionEncoder(MegatronModule):
         self.head = AttentionPoolingHead(config, **placement) if self.post_process and config.use_head else None
         for parameter in self.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        self.register_load_state_dict_post_hook(_extra_state_may_be_missing)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Takes what the previous stage sent: [P(/tp under sequence parallelism), 1, h]."""
@@ -140,6 +141,12 @@ class VisionEncoder(MegatronModule):
         if self.config.fp8:
             return state
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def _extra_state_may_be_missing(module: torch.nn.Module, incompatible_keys: Any) -> None:
+    """Transformer Engine's layers ask for FP8 scaling history even without FP8; without any they start a fresh one."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [name for name in missing if not name.endswith("_extra_state")]
 
 
 def build_encoder(

@@ -125,7 +125,12 @@ class RunCheckpoints:
         Raises:
             CheckpointError: it is not a whole checkpoint, or holds another encoder.
         """
-        loaded = load_encoder_weights(path, self._model_state(), encoder=self._plain_config["encoder"])
+        # FP8 scaling history belongs to the run that made it, and an imported model has none.
+        template = {
+            chunk: {name: item for name, item in state.items() if not name.endswith("_extra_state")}
+            for chunk, state in self._model_state().items()
+        }
+        loaded = load_encoder_weights(path, template, encoder=self._plain_config["encoder"])
         self._load_weights(loaded)
         self._optimizer.reload_model_params()
 

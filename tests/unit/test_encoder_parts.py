@@ -208,3 +208,18 @@ def test_auto_says_what_is_lost(caplog: pytest.LogCaptureFixture, monkeypatch: p
     assert "because Transformer Engine is not installed;" in caplog.messages[-1]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert resolve_layer_spec(config, torch.device("cuda")) == "transformer_engine"
+
+
+def test_weights_load_into_layers_with_extra_state(topology: ParallelTopology, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's linear layers insist on an extra state, which checkpoints leave out unless FP8 is on."""
+    monkeypatch.setattr(torch.nn.LayerNorm, "get_extra_state", lambda self: torch.empty(0), raising=False)
+    monkeypatch.setattr(torch.nn.LayerNorm, "set_extra_state", lambda self, state: None, raising=False)
+    encoder, other = build(topology), build(topology, seed=1)
+    assert any(name.endswith("_layernorm._extra_state") for name in encoder.state_dict())
+    weights = {name: tensor.data for name, tensor in other.sharded_state_dict().items()}
+    assert not any(name.endswith("_extra_state") for name in weights)
+    encoder.load_state_dict(weights)
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), other.parameters(), strict=True))
+    del weights["patch_embed.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "patch_embed.weight"'):
+        encoder.load_state_dict(weights)
