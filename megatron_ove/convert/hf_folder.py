@@ -14,13 +14,12 @@ from torch import Tensor
 
 from megatron_ove.convert.new_folder import new_folder
 from megatron_ove.errors import CheckpointError
+from megatron_ove.model.patch_embed import CLIP_MEAN, CLIP_STD
 
 _MODELING_CODE = ("configuration_onevision_encoder.py", "modeling_onevision_encoder.py")
 _CODE_DIR = Path(__file__).parent / "hf_model"
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _BICUBIC = 3  # PIL's number
-_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def write_hf_folder(
@@ -90,8 +89,8 @@ def image_processor_config(image_size: int) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": _CLIP_MEAN,
-        "image_std": _CLIP_STD,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
     }
 
 

@@ -87,8 +87,6 @@ class StepLoader:
         """
         self.last_wait_s = 0.0
         """Seconds the last `step_batches` took: waiting for the decoder, broadcast and copies."""
-        self.last_padding_share = 0.0
-        """Share of the last step's tokens, over all replicas, that are padding."""
         self._planner = planner
         self._sources = tuple(sources)
         self._names = tuple(source.name for source in sources)
@@ -123,7 +121,6 @@ class StepLoader:
         tensors = self._share(tensors)
         batches = self._assemble(plan, tensors)
         self._next_step += 1
-        self.last_padding_share = plan.padding_share
         self.last_wait_s = time.perf_counter() - started
         return batches
 

@@ -76,11 +76,6 @@ class MicrobatchPlan:
         """Returns the microbatches of a replica."""
         return range(data_rank, self.num_microbatches, data_size)
 
-    @property
-    def padding_share(self) -> float:
-        """Share of the step's tokens, over all replicas, that are padding."""
-        return 1.0 - int(self.num_tokens.sum()) / (self.num_microbatches * self.tokens_per_microbatch)
-
 
 class MicrobatchPlanner:
     """Makes the plan of any step."""

@@ -41,18 +41,17 @@ def read_patches(patches: Tensor, rows: int, columns: int) -> Tensor:
     return grid.reshape(rows * side, columns * side, 3)
 
 
-def grid_positions(rows: int, columns: int, *, frame: int = 0, first_row: int = 0) -> np.ndarray:
+def grid_positions(rows: int, columns: int, *, frame: int = 0) -> np.ndarray:
     """Returns the (t, h, w), [rows * columns, 3] int32, of a full grid in row-major order.
 
     Args:
         rows: patches from top to bottom.
         columns: patches from left to right.
         frame: t of every patch.
-        first_row: h of the first row.
     """
     result = np.empty((rows, columns, 3), dtype=np.int32)
     result[..., 0] = frame
-    result[..., 1] = np.arange(first_row, first_row + rows)[:, None]
+    result[..., 1] = np.arange(rows)[:, None]
     result[..., 2] = np.arange(columns)
     return result.reshape(-1, 3)
 

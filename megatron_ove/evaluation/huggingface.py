@@ -12,9 +12,7 @@ from torch import Tensor
 from megatron_ove.batch import Batch
 from megatron_ove.errors import ConfigError
 from megatron_ove.evaluation.embedding import EncoderCallable
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from megatron_ove.model.patch_embed import CLIP_MEAN, CLIP_STD
 
 
 def load_exported_model(folder: str | Path) -> Any:

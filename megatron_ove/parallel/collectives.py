@@ -13,17 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather_row_counts(num_rows: int, group: dist.ProcessGroup, device: torch.device | None = None) -> list[int]:
-    """Returns every rank's `num_rows`, in rank order; waits for the answer on the host."""
-    if group.size() == 1:
-        return [num_rows]
-    mine = torch.tensor([num_rows], dtype=torch.int64, device=device)
-    counts = torch.empty(group.size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, mine, group=group)
-    return counts.tolist()
-
-
-def all_gather_rows(x: Tensor, group: dist.ProcessGroup, row_counts: Sequence[int] | None = None) -> Tensor:
+def all_gather_rows(x: Tensor, group: dist.ProcessGroup, row_counts: Sequence[int]) -> Tensor:
     """Concatenates every rank's rows, in rank order.
 
     Backward: each rank receives the sum over ranks of the gradients of its own rows (a reduce-scatter), so the ranks'
@@ -32,39 +22,20 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup, row_counts: Sequence[in
     Args:
         x: [n_rank, ...], sharded over `group` along dim 0; n_rank may differ and be 0.
         group: the ranks to gather over.
-        row_counts: n of every rank, if known; else it is exchanged, which waits on the host.
+        row_counts: n of every rank, in rank order.
 
     Returns:
         [sum of n_rank, ...], replicated over `group`.
     """
     if group.size() == 1:
         return x
-    counts = list(row_counts) if row_counts is not None else gather_row_counts(x.shape[0], group, x.device)
+    counts = list(row_counts)
     if len(counts) != group.size() or counts[group.rank()] != x.shape[0]:
         raise ValueError(
             f"all_gather_rows: row_counts {counts} do not fit rank {group.rank()} of {group.size()} with "
             f"{x.shape[0]} rows"
         )
     return _AllGatherRows.apply(x, group, counts)
-
-
-def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup, row_counts: Sequence[int]) -> Tensor:
-    """Sums `x` over ranks and keeps this rank's rows. Backward: all-gather of the row gradients.
-
-    Args:
-        x: [sum of row_counts, ...], one addend per rank.
-        group: the ranks to sum over.
-        row_counts: rows that each rank keeps, in rank order.
-
-    Returns:
-        [row_counts[rank], ...], sharded over `group`.
-    """
-    return x if group.size() == 1 else _ReduceScatterRows.apply(x, group, list(row_counts))
-
-
-def sum_over_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sums `x` over ranks. Backward: identity, right when every rank goes on with the same value to the same loss."""
-    return x if group.size() == 1 else _SumForward.apply(x, group)
 
 
 def sum_gradient_over_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -106,29 +77,6 @@ class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return (_scatter(gradient, ctx.group, ctx.counts) if max(ctx.counts) else gradient), None, None
-
-
-class _ReduceScatterRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, counts: list[int]) -> Tensor:
-        ctx.group, ctx.counts = group, counts
-        return _scatter(x, group, counts) if max(counts) else x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return (_gather(gradient, ctx.group, ctx.counts) if max(ctx.counts) else gradient), None, None
-
-
-class _SumForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 class _SumBackward(torch.autograd.Function):

@@ -99,11 +99,10 @@ def test_a_step_holds_the_same_samples_for_any_number_of_replicas(replicas: int,
     assert sum(map(len, shared)) == many.num_microbatches
 
 
-def test_microbatches_fit_and_padding_is_counted() -> None:
+def test_microbatches_fit() -> None:
     plan = planner([FakeSource("image", 1.0, 100)], batch=50, tokens=32, replicas=4).plan(3)
     filled = np.bincount(plan.microbatch_index, weights=plan.num_tokens, minlength=plan.num_microbatches)
     assert filled.max() <= 32
-    assert plan.padding_share == pytest.approx(1 - filled.mean() / 32)
     assert np.array_equal(plan.samples_of(1), np.sort(plan.samples_of(1)))
 
 
