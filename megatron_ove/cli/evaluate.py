@@ -25,11 +25,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--objective", help="objective of the checkpoint whose class centers are meant")
     parser.add_argument("--group-pattern", help="regular expression; its first group, found in a key, names the group")
     parser.add_argument("--k", type=int, default=10, help="cut-off of rankings (default 10)")
-    parser.add_argument("--image-size", type=int, default=224, help="side of images in pixels (default 224)")
+    parser.add_argument("--image-size", type=int, help="side of images in pixels (default: that of the training)")
     parser.add_argument("--max-patches", type=int, default=1024, help="most patches of a page or clip (default 1024)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--output", help="also write the figures to this JSON file")
     parser.set_defaults(run=run)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"--device {name} cannot be used ({reason}); give cpu or a device that is there") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,14 +50,20 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ove.evaluation.evaluate_shards import evaluate_embeddings, format_figures
     from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model
 
-    if arguments.k < 1:
-        raise ConfigError(f"--k {arguments.k} looks at no result; give at least 1")
+    for name in ("k", "image_size", "max_patches"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} looks at nothing; give at least 1")
+    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
+        raise ConfigError(f"--output {arguments.output} lies in a folder that does not exist; make it first")
+    _check_device(arguments.device)
     if bool(arguments.checkpoint) != bool(arguments.objective):
         raise ConfigError("--checkpoint and --objective name a table of class centers together; give both or neither")
     shards = ShardSet.open(arguments.shards)
     model = load_exported_model(arguments.model).to(arguments.device)
     patch_size = int(model.config.patch_size)
-    settings = SampleSettings(patch_size=patch_size, image_size=arguments.image_size, max_patches=arguments.max_patches)
+    image_size = int(model.config.image_size) if arguments.image_size is None else arguments.image_size
+    settings = SampleSettings(patch_size=patch_size, image_size=image_size, max_patches=arguments.max_patches)
     embedded = embed_shard_set(huggingface_encoder(model, patch_size), shards, settings, device=arguments.device)
     centers = load_class_centers(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
     figures = evaluate_embeddings(embedded, k=arguments.k, class_centers=centers, group_pattern=arguments.group_pattern)

@@ -1,0 +1,70 @@
+"""`megatron-ove evaluate` on an exported model: what it prints and writes, and at which picture size it looks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ove.cli.main import main
+from megatron_ove.convert.hf_config import to_hf_config
+from megatron_ove.convert.hf_folder import write_hf_folder
+from megatron_ove.data.synthetic import write_synthetic_shard_set
+from megatron_ove.evaluation import embedding
+from tests.support.reference_encoder import ReferenceEncoder
+from tests.support.tiny import tiny_encoder_config
+
+IMAGE_SIZE = 40
+CONFIG = tiny_encoder_config(num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state: dict[str, Tensor] = {name: value.detach() for name, value in ReferenceEncoder(CONFIG).state_dict().items()}
+    values = to_hf_config(CONFIG, image_size=IMAGE_SIZE, dtype=torch.float32)
+    return write_hf_folder(tmp_path_factory.mktemp("model") / "encoder", state, values, model_card="# test\n")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "images"
+    return write_synthetic_shard_set(folder, kind="image", num_samples=12, num_classes=4, label_width=2)
+
+
+@pytest.mark.parametrize(("options", "side"), [([], IMAGE_SIZE), (["--image-size", "28"], 28)])
+def test_figures_at_the_size_of_the_training_unless_told(
+    model: Path,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    side: int,
+) -> None:
+    patches: list[int] = []
+    make_batch = embedding._make_batch
+
+    def watched(source: Any, rows: Any, counts: Any) -> Any:
+        patches.extend(counts.tolist())
+        return make_batch(source, rows, counts)
+
+    monkeypatch.setattr(embedding, "_make_batch", watched)
+    output = tmp_path / "figures.json"
+    command = ["evaluate", "--model", str(model), "--shards", str(shards), "--k", "2", "--output", str(output)]
+    assert main([*command, "--group-pattern", "^image(....)", *options]) == 0
+    assert patches == [(side // CONFIG.patch_size) ** 2] * 12
+    figures = json.loads(output.read_text())
+    assert set(figures) == {"neighbours", "groups"}
+    assert figures["neighbours"]["queries"] == 12
+    assert all(math.isfinite(value) for family in figures.values() for value in family.values())
+    assert capsys.readouterr().out.startswith(f"12 samples of {shards}\nneighbours  label overlap at 2 ")
+
+
+def test_a_checkpoint_needs_its_objective(model: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--model", str(model), "--shards", str(shards), "--checkpoint", "somewhere"]) == 2
+    assert "--checkpoint and --objective name a table of class centers together; give both" in capsys.readouterr().err
