@@ -26,7 +26,9 @@ _ARCHITECTURE_FIELDS = (
 )
 
 # Paths whose value decides which samples a step sees or what is drawn for them.
-_EXACTNESS_PATHS = ("seed", "train.global_batch_size", "train.precision", "data.tokens_per_microbatch", "data.sources")
+_EXACTNESS_PATHS = ("seed", "train.global_batch_size", "data.tokens_per_microbatch", "data.sources")
+# Fields of an objective that do the same. Margins, scales and weights may be tuned in the course of a run.
+_OBJECTIVE_FIELDS = ("source", "labels_per_step", "sample_rate", "negatives")
 
 
 def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -79,7 +81,8 @@ def _objective_differences(saved: Mapping[str, Any], current: Mapping[str, Any])
 def exactness_warnings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Returns one sentence for every setting that makes the resumed run differ from an uninterrupted one."""
     warnings = []
-    for path in _EXACTNESS_PATHS:
+    names = sorted(saved["objectives"].keys() & current["objectives"].keys())
+    for path in (*_EXACTNESS_PATHS, *(f"objectives.{name}.{field}" for name in names for field in _OBJECTIVE_FIELDS)):
         before, now = _lookup(saved, path), _lookup(current, path)
         for field, old, new in _leaf_differences(path, before, now):
             warnings.append(
@@ -87,6 +90,21 @@ def exactness_warnings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
                 "samples or draws than an uninterrupted one; set it back if you need the same result"
             )
     return warnings
+
+
+def size_warnings(saved: Mapping[str, int], current: Mapping[str, int]) -> list[str]:
+    """Returns one sentence for every source whose number of samples has changed, and with it its order.
+
+    Args:
+        saved: source -> samples when the checkpoint was saved; may be empty.
+        current: source -> samples now.
+    """
+    return [
+        f"data.sources.{name} had {saved[name]} samples when the checkpoint was saved and has {count} now, so from here on "
+        "their order is another one and some may come again early; use the same shard set if you need the same result"
+        for name, count in current.items()
+        if saved.get(name, count) != count
+    ]
 
 
 def _lookup(tree: Mapping[str, Any], path: str) -> Any:

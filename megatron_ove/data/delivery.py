@@ -101,6 +101,11 @@ class StepLoader:
             self._thread.start()
             atexit.register(self.close)  # an interpreter that ends under a decoding thread can crash
 
+    @property
+    def source_sizes(self) -> dict[str, int]:
+        """Source name -> number of samples: with the seed and the step, what decides the order."""
+        return {source.name: source.size for source in self._sources}
+
     def step_batches(self, step: int) -> list[Batch]:
         """Returns this replica's microbatches of a step, in order. Collective over the tensor-parallel group.
 

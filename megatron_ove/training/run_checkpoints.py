@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_ove.checkpoint.compatibility import check_fits, exactness_warnings
+from megatron_ove.checkpoint.compatibility import check_fits, exactness_warnings, size_warnings
 from megatron_ove.checkpoint.initialize import load_encoder_weights
 from megatron_ove.checkpoint.manager import CheckpointManager, read_common_state
 from megatron_ove.checkpoint.rng_state import restore_rng_state, sharded_rng_state
@@ -45,6 +45,7 @@ class RunCheckpoints:
         self._objectives = objectives
         self._optimizer = optimizer
         self._plain_config = config.model_dump(mode="json")
+        self._restored_sizes: Mapping[str, int] = {}
         self._manager = CheckpointManager(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint.keep,
@@ -57,8 +58,13 @@ class RunCheckpoints:
         """Seconds that the last save took."""
         return self._manager.last_save_s
 
-    def save(self, state: TrainState, *, lr: float) -> Path:
+    def save(self, state: TrainState, *, lr: float, source_sizes: Mapping[str, int]) -> Path:
         """Writes a checkpoint; returns its folder.
+
+        Args:
+            state: counters.
+            lr: rate of the next step; for information.
+            source_sizes: source -> number of samples.
 
         Raises:
             CheckpointError: it could not be written; earlier ones are untouched.
@@ -68,7 +74,7 @@ class RunCheckpoints:
             "step": state.step,
             "config": self._plain_config,
             "train_state": state.state_dict(),
-            "sampler": sampler_state(self._config, state.step),
+            "sampler": sampler_state(self._config, state.step, source_sizes),
             "schedule": {"next_lr": lr},
             "layout": self._layout(),
         }
@@ -117,7 +123,12 @@ class RunCheckpoints:
         if same_layout:
             restore_rng_state(loaded["rng"])
         state.load_state_dict(common["train_state"])
+        self._restored_sizes = common["sampler"].get("source_sizes", {})
         return path
+
+    def size_warnings(self, source_sizes: Mapping[str, int]) -> list[str]:
+        """Returns one sentence for every source that has another number of samples than in what was restored."""
+        return size_warnings(self._restored_sizes, source_sizes)
 
     def initialize(self, path: str) -> None:
         """Gives the encoder the weights of another checkpoint; step, moments and class centers stay at their start.

@@ -47,14 +47,20 @@ class TrainState:
             setattr(self, field.name, state[field.name])
 
 
-def sampler_state(config: TrainConfig, step: int) -> dict[str, Any]:
-    """Returns all there is to say about the data order: it is a function of seed, step and the sources' settings."""
+def sampler_state(config: TrainConfig, step: int, source_sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Returns all there is to say about the data order: a function of seed, step, the sources' settings and sizes."""
     order = {
         "seed": config.seed,
         "global_batch_size": config.train.global_batch_size,
         "sources": {name: source.model_dump(mode="json") for name, source in config.data.sources.items()},
+        "source_sizes": dict(source_sizes),
     }
-    return {"seed": config.seed, "step": step, "fingerprint": fingerprint(order)}
+    return {
+        "seed": config.seed,
+        "step": step,
+        "source_sizes": dict(source_sizes),
+        "fingerprint": fingerprint(order),
+    }
 
 
 def fingerprint(values: Any) -> str:

@@ -71,6 +71,9 @@ class Trainer:
         self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer)
         self._restore()
         self.loader = build_loader(config, topology, start_step=self.state.step)
+        if self._is_main:
+            for sentence in self.checkpoints.size_warnings(self.loader.source_sizes):
+                logger.warning("%s", sentence)
         self.reporter = RunReporter(config, is_main=self._is_main, start_step=self.state.step)
 
     def run(self) -> TrainState:
@@ -156,7 +159,7 @@ class Trainer:
                 logger.info("Resumed from %s at step %d.", path, self.state.step)
 
     def _save(self) -> None:
-        path = self.checkpoints.save(self.state, lr=self._lr(self.state.step))
+        path = self.checkpoints.save(self.state, lr=self._lr(self.state.step), source_sizes=self.loader.source_sizes)
         if self._is_main:
             logger.info("Saved %s in %.1f s.", path, self.checkpoints.last_save_s)
 

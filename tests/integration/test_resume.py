@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from megatron_ove.data.synthetic import write_synthetic_shard_set
 from tests.support.distributed import run_distributed
-from tests.support.tiny_run import check, tiny_config, write_config, write_tiny_sources
+from tests.support.tiny_run import NUM_CLASSES, check, tiny_config, write_config, write_tiny_sources
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "one_process": (1, {}, "fp32"),
@@ -141,6 +142,30 @@ def test_a_run_continues_from_its_untrained_checkpoint(sources, tmp_path):
     run_distributed(train, 1, data)
     assert rows(tmp_path / "run") == expected
     assert_equal_checkpoints(tmp_path / "moved", folder / "step_00000004")
+
+
+def train_and_listen(rank: int, world_size: int, data: dict[str, Any]) -> list[str]:
+    import logging
+
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("megatron_ove").addHandler(handler)
+    train(rank, world_size, data)
+    return messages
+
+
+def test_a_shard_set_that_has_grown_is_noticed(sources, tmp_path):
+    data = config(sources, tmp_path / "run", {}, "fp32")
+    assert run_distributed(train_and_listen, 1, {**data, "train": {**data["train"], "stop_after_steps": 1}}) == [[]]
+    grown = tmp_path / "grown"
+    write_synthetic_shard_set(grown, kind="image", num_classes=NUM_CLASSES["image"], num_samples=25)
+    data["data"]["sources"]["image"]["path"] = str(grown)
+    ((moved, size),) = run_distributed(train_and_listen, 1, data)
+    assert moved.startswith("data.sources.image.path was ")
+    assert size.startswith(
+        "data.sources.image had 24 samples when the checkpoint was saved and has 25 now, so from here"
+    )
 
 
 def command(path: Path) -> list[str]:

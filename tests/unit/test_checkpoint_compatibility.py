@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ove.checkpoint.compatibility import check_fits, exactness_warnings
+from megatron_ove.checkpoint.compatibility import check_fits, exactness_warnings, size_warnings
 from megatron_ove.errors import CheckpointError
 
 PATH = Path("runs/x/checkpoints/step_00000100")
@@ -26,7 +26,7 @@ CONFIG = {
         "use_head": True,
         "recompute": "none",
     },
-    "objectives": {"pages": {"num_classes": 20, "margin": 0.3}},
+    "objectives": {"pages": {"num_classes": 20, "margin": 0.3, "sample_rate": 0.1}},
     "parallel": {"use_distributed_optimizer": False, "tensor_model_parallel_size": 2},
     "train": {"precision": "fp32", "global_batch_size": 8, "num_steps": 10},
     "data": {"tokens_per_microbatch": 128, "sources": {"a": {"weight": 1.0, "path": "x"}}},
@@ -90,6 +90,11 @@ def test_what_may_change_is_accepted_in_silence(path):
         ("seed", 2, "seed was 1 when the checkpoint was saved and is 2 now"),
         ("train.global_batch_size", 16, "train.global_batch_size was 8 when"),
         ("data.sources.a.weight", 2.0, "data.sources.a.weight was 1.0 when the checkpoint was saved and is 2.0 now"),
+        (
+            "objectives.pages.sample_rate",
+            0.2,
+            "objectives.pages.sample_rate was 0.1 when the checkpoint was saved and is",
+        ),
         ("data.sources.b", {"path": "y"}, "data.sources.b was absent when the checkpoint was saved and is {'path': "),
     ],
 )
@@ -97,3 +102,11 @@ def test_what_ends_exactness_is_warned_about(path, value, start):
     (sentence,) = exactness_warnings(CONFIG, changed(path, value))
     assert sentence.startswith(start)
     assert sentence.endswith("set it back if you need the same result")
+
+
+def test_another_number_of_samples_is_warned_about():
+    (sentence,) = size_warnings({"a": 10, "b": 3}, {"a": 12, "b": 3, "new": 5})
+    assert sentence.startswith(
+        "data.sources.a had 10 samples when the checkpoint was saved and has 12 now, so from here on"
+    )
+    assert size_warnings({}, {"a": 12}) == []

@@ -169,7 +169,9 @@ def test_counters_survive_a_round_trip():
 
 def test_the_sampler_fingerprint_follows_what_decides_the_data_order(tmp_path):
     base = config(tmp_path)
-    state = sampler_state(base, 7)
+    sizes = {"a": 10}
+    state = sampler_state(base, 7, sizes)
     assert (state["seed"], state["step"]) == (0, 7)
-    assert sampler_state(base.model_copy(update={"seed": 1}), 7)["fingerprint"] != state["fingerprint"]
-    assert sampler_state(base.model_copy(update={"name": "other"}), 8)["fingerprint"] == state["fingerprint"]
+    assert sampler_state(base.model_copy(update={"seed": 1}), 7, sizes)["fingerprint"] != state["fingerprint"]
+    assert sampler_state(base.model_copy(update={"name": "other"}), 8, sizes)["fingerprint"] == state["fingerprint"]
+    assert sampler_state(base, 7, {"a": 11})["fingerprint"] != state["fingerprint"]
