@@ -101,6 +101,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def structural_problem(directory: Path) -> str | None:
     """Says in a clause why a folder is not a complete checkpoint; None when it is. Reads no file but the manifest."""
+    if not directory.is_dir():
+        return "there is no such folder"
     if directory.name.endswith(PARTIAL_SUFFIX):
         return "it was not finished (its name still ends in .tmp), probably because the run was killed while saving"
     if not (directory / MANIFEST_NAME).exists():

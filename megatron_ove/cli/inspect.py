@@ -25,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ove.errors import DataError
 
     path = Path(arguments.path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist, so there is nothing to describe; check the path")
     if (path / "dataset.json").exists():
         return _print(f"shard set {path}", *_describe_shard_set(path, verify=arguments.verify))
     if not (path / MANIFEST_NAME).exists():

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from megatron_ove import __version__
-from megatron_ove.errors import MegatronOveError
+from megatron_ove.errors import ConfigError, MegatronOveError, file_system_sentence
 
 _REPEAT_DELAY_S = 2.0
 
@@ -29,9 +29,10 @@ SUBCOMMANDS = ("train", "convert", "evaluate", "inspect", "report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit status: 0 done, 1 failed, 2 the user has to change something."""
     parsed = build_parser().parse_args(arguments)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    set_up_logging(rank, verbose=parsed.verbose)
+    rank, world_size = 0, 1
     try:
+        rank, world_size = _read_number("RANK", 0), _read_number("WORLD_SIZE", 1)
+        set_up_logging(rank, verbose=parsed.verbose)
         return parsed.run(parsed)
     except MegatronOveError as error:
         _print_sentence(error, rank, world_size)
@@ -43,10 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("megatron-ove: interrupted\n")
         return _leave(130, world_size)
     except Exception as error:
+        sentence = file_system_sentence(error) if isinstance(error, OSError) else None
+        if sentence is not None:
+            logging.getLogger(__name__).debug("the error was", exc_info=True)  # shown with --verbose
+            _print_sentence(MegatronOveError(sentence), rank, world_size)
+            return _leave(2, world_size)
         if world_size == 1:
             raise
         _describe_failure(error, rank, world_size)
         return _leave(1, world_size)
+
+
+def _read_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(
+            f"the environment has {name} = '{text}', which is no number, so this process cannot know its place; "
+            "start it with torchrun, or unset the variable"
+        )
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -37,8 +37,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains; returns the exit status."""
     from megatron_ove.config.loader import dump_config, load_config
-    from megatron_ove.errors import MegatronOveError
+    from megatron_ove.errors import ConfigError, MegatronOveError
 
+    if arguments.nproc < 1:
+        raise ConfigError(f"--nproc {arguments.nproc} starts no process; give at least 1")
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -70,12 +72,12 @@ def _open_run_dir(run_dir: Path) -> None:
     from megatron_ove.errors import ConfigError
 
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)  # now rather than after the first hours
         handler = logging.FileHandler(run_dir / "console.log", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"run_dir = {run_dir} cannot be written ({error.strerror}), so the run could keep nothing; "
-            "choose a folder where you may write"
+            f"run_dir = {run_dir} cannot be written ({error.strerror}: {error.filename}), so the run could keep "
+            "nothing; choose a folder where you may write"
         ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)

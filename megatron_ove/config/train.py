@@ -61,7 +61,7 @@ class TrainConfig(StrictModel):
     """Name of the run."""
     run_dir: str
     """Folder for checkpoints, metrics and logs."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of weights, data order, augmentation, label slots and negatives."""
     init_from: str | None = None
     """Checkpoint folder (of a run, or from `megatron-ove convert import`) whose encoder a new run starts with; null =

@@ -5,7 +5,9 @@ PyYAML follows YAML 1.1, where `1e-3` (no dot) is a string, and silently keeps t
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,11 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise ConfigError(
+                    f"{node.start_mark.name}, line {line}: the key {key!r} is a list or a section, but a key is a "
+                    "name; give it one"
+                )
             if key in seen:
                 raise ConfigError(
                     f"{node.start_mark.name}: key '{key}' is given twice, on lines {seen[key]} and {line}, and only "
@@ -52,17 +59,27 @@ def parse_yaml(text: str, name: str) -> Any:
     Raises:
         ConfigError: bad syntax or a duplicate key, with the line.
     """
-    loader = _Loader(text)
-    loader.name = name
     try:
-        return loader.get_single_data()
+        return _load(text, name)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(
             f"{name}, line {line}: this is not valid YAML ({error.problem}); check indentation, colons and quotes there"
         ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters, a 13th month, a node in itself
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"{name}: this is not valid YAML ({reason}); correct the file or the path") from error
+
+
+def _load(text: str, name: str) -> Any:
+    loader = _Loader(text)
+    try:
+        loader.name = name
+        data = loader.get_single_data()
     finally:
         loader.dispose()
+    json.dumps(data, default=str, skipkeys=True)  # refuses an anchor that holds itself, which merging could not end
+    return data
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -75,6 +76,26 @@ def parse_tar_header(block: bytes) -> tuple[str, int]:
     """
     entry = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     return entry.name, entry.size
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_list_of_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+_ENTRY_CHECKS: Mapping[str, Callable[[object], bool]] = {
+    "num_samples": _is_count,
+    "num_classes": lambda value: _is_count(value) and value != 0,
+    "label_width": lambda value: _is_count(value) and value != 0,
+    "patch_size": lambda value: _is_count(value) and value != 0,
+    "frames": _is_count,
+    "grid_height": lambda value: value is None or _is_count(value),
+    "grid_width": lambda value: value is None or _is_count(value),
+    "members": _is_list_of_names,
+}
 
 
 @dataclass(frozen=True)
@@ -151,6 +172,11 @@ class DatasetInfo:
         if set(data) != names:
             odd = sorted(set(data) ^ names)
             raise DataError(f"{path} lacks or has unknown entries ({', '.join(odd)}); write the shard set again")
+        wrong = [name for name, accepts in _ENTRY_CHECKS.items() if not accepts(data[name])]
+        if wrong:
+            raise DataError(
+                f"{path} has {wrong[0]} = {data[wrong[0]]!r}, which no shard set has; write the shard set again"
+            )
         info = cls(**{**data, "members": tuple(data["members"])})
         if info.kind not in get_args(Kind) or info.members != member_names(info.kind, info.frames):
             raise DataError(

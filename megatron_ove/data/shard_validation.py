@@ -28,12 +28,30 @@ _MAX_SHARDS_PROBED = 256
 """Shards whose first and last header are read when a set is opened; the sizes of all shards are compared."""
 _MAX_LABELS_SCANNED = 1 << 24
 """Labels whose range is checked when a set is opened (64 MiB); training checks every row that it uses."""
+_COLUMN_TYPES = {
+    "offsets": ("u", 2),
+    "sizes": ("u", 2),
+    "shard": ("u", 1),
+    "labels": ("i", 2),
+    "width": ("i", 1),
+    "height": ("i", 1),
+    "num_patches": ("i", 1),
+    "keys": ("S", 1),
+}
+"""NumPy kind (unsigned, signed, bytes) and dimensions of each index array."""
 _CHUNK = 1 << 20
 """Index rows looked at in one go."""
 
 
 def index_problems(info: layout.DatasetInfo, columns: Columns, directory: Path) -> list[str]:
     """Returns what is wrong with the index itself: lengths, and shapes against dataset.json."""
+    for name, column in columns.items():
+        kind, dimensions = _COLUMN_TYPES[name]
+        if column.dtype.kind not in kind or column.ndim != dimensions:
+            return [
+                f"{directory}/index/{name}.npy holds {column.dtype} in {column.ndim} dimensions, which is not what a "
+                "shard writer puts there, so the file is damaged or has another array's name; write the shard set again"
+            ]
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
@@ -100,6 +118,11 @@ def shard_problems(info: layout.DatasetInfo, columns: Columns, directory: Path) 
     shard = columns["shard"]
     if not _is_sorted(shard):
         return [f"{directory}/index/shard.npy is not sorted, so it is damaged; write the shard set again"]
+    if int(shard[-1]) >= len(shard):
+        return [
+            f"{directory}/index/shard.npy names shard {int(shard[-1])}, more than there are samples, so it is damaged; "
+            "write the shard set again"
+        ]
     ranges = shard_ranges(shard)
     probes = set(np.linspace(0, len(ranges) - 1, _MAX_SHARDS_PROBED).astype(int).tolist())
     problems = []

@@ -7,6 +7,7 @@ run, so it is rejected too, with its type, and logged with its traceback.
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import time
@@ -21,11 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_ove.errors import DataError
-from megatron_ove.rejects import RejectsFile
+from megatron_ove.rejects import RejectsFile, printable
 
 _log = logging.getLogger(__name__)
 _PLAIN_INTERVAL_S = 5.0
 _MAX_CHUNK = 16
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Task = Callable[[Any], Any]
 _Item = TypeVar("_Item")
@@ -59,6 +61,7 @@ def run_over_files(
 
     Raises:
         DataError: a worker process died.
+        OSError: the disk is full, which would refuse every further file as well.
     """
     workers = max(1, min(workers, len(files)))
     for file, (result, reason) in zip(
@@ -100,10 +103,16 @@ def _call_worker(file: Path) -> tuple[Any, str | None]:
 
 
 def _outcome(task: Task, file: Path) -> tuple[Any, str | None]:
+    if printable(str(file)) != str(file):
+        return None, f"the name of {printable(str(file))} is not UTF-8, so records cannot hold it; rename the file"
     try:
         return task(file), None
     except DataError as error:
         return None, str(error)
+    except OSError as error:
+        if error.errno in _DISK_IS_FULL:
+            raise
+        return None, f"{file} could not be processed ({error.strerror or error}); check the path and its permissions"
     except Exception as error:  # see the module header
         _log.warning("unexpected error on %s", file, exc_info=True)
         return None, f"unexpected {type(error).__name__} while processing {file}: {error}"

@@ -66,4 +66,4 @@ def sample_key(path: Path, root: str | Path) -> str:
     """Returns a key for `path` that is unique under `root`, free of dots, and the same wherever `root` lies."""
     relative = path.relative_to(root).as_posix()
     readable = re.sub(r"[^0-9A-Za-z_-]+", "_", relative.rsplit(".", 1)[0])[-40:].strip("_")
-    return f"{readable}-{hashlib.sha256(relative.encode()).hexdigest()[:10]}"
+    return f"{readable}-{hashlib.sha256(os.fsencode(relative)).hexdigest()[:10]}"

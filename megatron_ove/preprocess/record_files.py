@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_ove.errors import DataError
-from megatron_ove.rejects import RejectsFile
+from megatron_ove.rejects import RejectsFile, printable, read_rejects
 
 
-def read_records(path: str | Path, *, made_by: str) -> list[dict[str, Any]]:
+def read_records(path: str | Path, *, made_by: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Reads a JSON-lines file; a last line that a kill cut off is left out.
 
     Args:
         path: the file.
         made_by: the script that makes such files, for the error sentence.
+        fields: what every record must have.
 
     Raises:
         DataError: no such file, or a broken line that is not the last.
@@ -27,17 +28,24 @@ def read_records(path: str | Path, *, made_by: str) -> list[dict[str, Any]]:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{file} does not exist; make it with {made_by}")
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
-            if number == len(lines):
+            if number == len(lines) and line.startswith(b"{"):  # cut off by a kill
                 break
             raise DataError(
                 f"line {number} of {file} is not JSON ({error}); make the file again with {made_by}"
             ) from error
+        missing = [name for name in fields if not isinstance(record, dict) or name not in record]
+        if missing:
+            raise DataError(
+                f"line {number} of {file} has no {', '.join(missing)}, so the file is something else; give a file made "
+                f"with {made_by}"
+            )
+        records.append(record)
     return records
 
 
@@ -78,28 +86,26 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def file_state(path: Path) -> list[int]:
-    """Returns [size in bytes, modification time in ns]: equal states mean that a file need not be done again."""
-    status = path.stat()
+    """Returns [size in bytes, modification time in ns]: equal states mean that a file need not be done again.
+
+    A file that is not there (a link to nothing) gets [-1, -1]; whoever reads it gives the reason.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return [-1, -1]
     return [status.st_size, status.st_mtime_ns]
 
 
 def open_rejects(path: str | Path, *, stage: str, files: Collection[str | Path]) -> RejectsFile:
     """Opens a rejects file for a stage that judges `files` (again): their earlier lines of this stage are taken out."""
     target = Path(path)
-    if target.exists():
-        judged = {str(file) for file in files}
-        lines = target.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if not _is_judged_again(line, stage, judged)]
-        if len(kept) < len(lines):
-            write_whole(target, "".join(line + "\n" for line in kept).encode())
+    judged = {printable(str(file)) for file in files}
+    records = read_rejects(target)
+    kept = [record for record in records if record["stage"] != stage or record["file"] not in judged]
+    if len(kept) < len(records):
+        write_whole(target, "".join(map(_line, kept)).encode())
     return RejectsFile(target, stage=stage)
-
-
-def _is_judged_again(line: str, stage: str, files: Collection[str]) -> bool:
-    if not line.strip():
-        return True
-    record = json.loads(line)
-    return record["stage"] == stage and record["file"] in files
 
 
 @contextmanager

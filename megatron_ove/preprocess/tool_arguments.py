@@ -10,14 +10,30 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ove.errors import MegatronOveError
+from megatron_ove.errors import MegatronOveError, file_system_sentence
+
+
+def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Returns an argparse type: a whole number in a range."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum or (maximum is not None and value > maximum):
+            bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number {bounds}")
+        return value
+
+    return parse
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds --workers and --rejects."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument(
-        "--workers", type=int, default=cores, help="processes (default: one per core, here %(default)s)"
+        "--workers", type=whole_number(1), default=cores, help="processes (default: one per core, here %(default)s)"
     )
     parser.add_argument(
         "--rejects",
@@ -30,7 +46,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_shard_options(parser: argparse.ArgumentParser) -> None:
     """Adds what every shard-writing script takes."""
     parser.add_argument(
-        "--samples-per-shard", type=int, default=4096, help="samples in a tar file (default: %(default)s)"
+        "--samples-per-shard", type=whole_number(1), default=4096, help="samples in a tar file (default: %(default)s)"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing shard set once the new one is whole"
@@ -41,25 +57,42 @@ def add_picture_options(parser: argparse.ArgumentParser, *, longest_side: int) -
     """Adds how pictures are stored."""
     parser.add_argument(
         "--longest-side",
-        type=int,
+        type=whole_number(1),
         default=longest_side,
         help="scale larger pictures down to this (default: %(default)s)",
     )
     parser.add_argument(
-        "--quality", type=int, default=92, help="JPEG quality of re-encoded pictures (default: %(default)s)"
+        "--quality",
+        type=whole_number(1, 95),
+        default=92,
+        help="JPEG quality of re-encoded pictures (default: %(default)s)",
     )
-    parser.add_argument("--patch-size", type=int, default=14, help="side of a patch in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--patch-size", type=whole_number(1), default=14, help="side of a patch in pixels (default: %(default)s)"
+    )
 
 
 def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """Runs a tool; returns 0, or 2 after showing the sentence of a user error."""
+    """Runs a tool; returns 0, 2 after showing the sentence of a user error, or 130 when it was interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         work(arguments)
     except MegatronOveError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", highlight=False, markup=False)
-        return 2
+        return _show_error(str(error))
+    except OSError as error:
+        sentence = file_system_sentence(error)
+        if sentence is None:
+            raise
+        return _show_error(sentence)
+    except KeyboardInterrupt:
+        _show_error("interrupted; what is finished is kept, the same command continues or starts again")
+        return 130
     return 0
+
+
+def _show_error(sentence: str) -> int:
+    Console(stderr=True, soft_wrap=True).print(f"error: {sentence}", highlight=False, markup=False)
+    return 2
 
 
 def report(message: str) -> None:

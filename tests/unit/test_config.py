@@ -67,6 +67,13 @@ def test_scientific_notation_is_a_number(text: str) -> None:
     assert parse_yaml(f"lr: {text}", "test")["lr"] == pytest.approx(1e-3)
 
 
+def test_scientific_notation_reaches_the_configuration_from_file_and_command_line(tmp_path: Path) -> None:
+    text = yaml.safe_dump(valid_config()) + "optim: {lr: 1e-3, weight_decay: 0.5}\n"
+    path = write(tmp_path, "run.yaml", text)
+    assert load_config(path).optim.lr == 0.001
+    assert load_config(path, ["optim.weight_decay=5e-2"]).optim.weight_decay == 0.05
+
+
 @pytest.mark.parametrize("text", ["1e", "e3", "v1e-3", "1.2.3", "-", "2026-01-01x"])
 def test_texts_stay_texts(text: str) -> None:
     assert isinstance(parse_yaml(f"{{a: '{text}'}}", "test")["a"], str)
@@ -82,10 +89,15 @@ def test_texts_stay_texts(text: str) -> None:
         ("data.sources.images.image_sise", 28, "did you mean 'image_size'?"),
         ("optim.lr", "fast", "optim.lr = 'fast' is a text, but a number is needed; correct the value"),
         ("train.num_steps", 1.5, "train.num_steps = 1.5 is a number, but a whole number is needed; correct the value"),
+        ("train", None, "train = None is empty, but a section (a mapping of keys to values) is needed; correct"),
+        ("data.sources", ["a"], "data.sources = ('a',) is a list, but a section (a mapping of keys to values) is need"),
+        ("name", 7, "name = 7 is a whole number, but a text is needed; correct the value"),
+        ("seed", 2**32, "seed = 4294967296 is not allowed: it should be less than 4294967296"),
         ("train.num_steps", 0, "train.num_steps = 0 is not allowed: it should be greater than 0"),
         ("parallel.sequence_parallel", "yes please", "is a text, but true or false is needed"),
         ("train.precision", "fp16", "train.precision = 'fp16' is not one of the known values; use fp32 or bf16"),
         ("data.sources.images.kind", "picture", "data.sources.images.kind = 'picture' is not one of the known values"),
+        ("encoder.ffn_hidden_size", 0, "encoder.ffn_hidden_size = 0 is not allowed: it should be greater than 0"),
         ("encoder.hidden_size", 65, "encoder: hidden_size = 65 is not divisible by num_attention_heads = 2"),
         ("encoder.hidden_size", 96, "head dim = hidden_size / num_attention_heads = 48 is not divisible by 32"),
         (
@@ -163,7 +175,12 @@ def test_several_cross_checks_are_reported_at_once() -> None:
     ("text", "message"),
     [
         ("a: 1\nb: 2\na: 3\n", "key 'a' is given twice, on lines 1 and 3"),
+        ("a: 1\nb:\n  c: 2\n  c: 3\n", "key 'c' is given twice, on lines 3 and 4, and only one of them could count"),
         ("a: [1\nb: 2\n", "this is not valid YAML"),
+        ("? [1, 2]\n: 3\n", "line 1: the key [1, 2] is a list or a section, but a key is a name; give it one"),
+        ("a: &a [*a]\n", "this is not valid YAML (Circular reference detected); correct the file or the path"),
+        ("a: 2026-13-01\n", "this is not valid YAML (month must be in 1..12)"),
+        ("a: b\x00\n", "this is not valid YAML (unacceptable character #x0000: special characters are not allowed)"),
         ("- a\n- b\n", "holds a list at its top level"),
         ("extends: base.yaml\n", "extends = 'base.yaml' is not a list of file names"),
     ],
@@ -177,6 +194,9 @@ def test_wrong_yaml_gets_its_sentence(tmp_path: Path, text: str, message: str) -
 def test_missing_file_and_circular_extends(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere\.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: gr\xfcn\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: it is not UTF-8 text; check the path"):
+        load_config(tmp_path / "latin.yaml")
     write(tmp_path, "a.yaml", {"extends": ["b.yaml"]})
     path = write(tmp_path, "b.yaml", {"extends": ["a.yaml"]})
     with pytest.raises(ConfigError, match="'extends' goes in a circle"):
@@ -189,6 +209,8 @@ def test_missing_file_and_circular_extends(tmp_path: Path) -> None:
         ("optim.lr", "is not of the form path=value"),
         ("seed.x=1", "'seed' is the value 0, not a section"),
         ("optim..lr=1", "is not of the form path=value"),
+        ("optim.lr=1e-3x", "optim.lr = '1e-3x' is a text, but a number is needed; correct the value"),
+        ("optim.lr=.nan", "optim.lr = nan is not allowed"),
         ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'lr'?"),
     ],
 )

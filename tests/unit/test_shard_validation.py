@@ -31,6 +31,13 @@ def change_column(directory: Path, name: str, change: Callable[[np.ndarray], np.
     np.save(path, change(np.load(path)))
 
 
+def swap_columns(directory: Path, first: str, second: str) -> None:
+    one, other = (directory / "index" / f"{name}.npy" for name in (first, second))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
 def change_info(directory: Path, **values: object) -> None:
     path = directory / "dataset.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -72,6 +79,21 @@ FAULTS = [
     (lambda d: (d / "index" / "sizes.npy").unlink(), r"index file .*sizes\.npy is missing or unreadable"),
     (lambda d: (d / "index" / "sizes.npy").write_bytes(b"xx"), r"index file .*sizes\.npy is missing or unreadable"),
     (lambda d: change_column(d, "shard", lambda s: s[::-1]), r"shard\.npy is not sorted"),
+    (
+        lambda d: change_column(d, "sizes", lambda s: s.astype(float)),
+        r"sizes\.npy holds float64 in 2 dimensions, which is not what a shard writer puts there, so the file is dam",
+    ),
+    (lambda d: change_column(d, "width", lambda w: w[:, None]), r"width\.npy holds int32 in 2 dimensions, which"),
+    (lambda d: change_column(d, "offsets", lambda o: np.array(3)), r"offsets\.npy holds int64 in 0 dimensions, which"),
+    (lambda d: change_column(d, "keys", lambda k: k.astype(str)), r"keys\.npy holds <U\d+ in 1 dimensions, which"),
+    (lambda d: swap_columns(d, "offsets", "sizes"), r"does not match its shard 000000\.tar: it places image0\.jpg"),
+    (lambda d: swap_columns(d, "width", "shard"), r"shard\.npy holds int32 in 1 dimensions|width\.npy holds uint32"),
+    (lambda d: swap_columns(d, "labels", "num_patches"), r"(labels|num_patches)\.npy holds int32 in [12] dimensions"),
+    (lambda d: change_column(d, "shard", lambda s: s + 10**9), r"shard\.npy names shard 1000000002, more than there"),
+    (lambda d: change_info(d, num_classes="many"), r"has num_classes = 'many', which no shard set has; write the"),
+    (lambda d: change_info(d, num_classes=0), r"has num_classes = 0, which no shard set has"),
+    (lambda d: change_info(d, members=None), r"has members = None, which no shard set has"),
+    (lambda d: change_info(d, patch_size=0), r"has patch_size = 0, which no shard set has"),
     (
         lambda d: change_column(d, "keys", lambda k: np.roll(k, 1)),
         r"does not match its shard 000000\.tar: it places image9\.jpg .* where the shard has image0\.jpg",

@@ -14,7 +14,7 @@ from megatron_ove.errors import DataError
 from megatron_ove.preprocess.clustering.descriptor_sets import Centers, DescriptorSet, LabelSet
 from megatron_ove.preprocess.clustering.kmeans import train_centers
 from megatron_ove.preprocess.clustering.nearest import NUM_LABELS, nearest_centers
-from megatron_ove.preprocess.tool_arguments import report, run_tool
+from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,13 +22,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("descriptors", type=Path, help="descriptors.npz of step 1")
     parser.add_argument("labels", type=Path, help="labels.npz to write")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--clusters", type=int, help="number of clusters to train")
+    source.add_argument("--clusters", type=whole_number(1), help="number of clusters to train")
     source.add_argument("--use-centers", type=Path, help="centers.npz of an earlier run")
     parser.add_argument("--centers", type=Path, help="centers.npz to write (needed with --clusters)")
-    parser.add_argument("--iterations", type=int, default=20, help="k-means iterations (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting centers (default: %(default)s)")
-    parser.add_argument("--num-labels", type=int, default=NUM_LABELS, help="labels per sample (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--iterations", type=whole_number(1), default=20, help="k-means iterations (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of the starting centers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-labels", type=whole_number(1), default=NUM_LABELS, help="labels per sample (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=whole_number(1), default=2, help="CPU threads (default: %(default)s)")
     return parser
 
 

@@ -19,7 +19,7 @@ from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_clips
 from megatron_ove.preprocess.pictures import encode_jpeg
 from megatron_ove.preprocess.record_files import open_rejects, write_whole
-from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool
+from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool, whole_number
 
 _BUDGET_SHARE = 8  # the default budget is an eighth of all patches: 2,048 of 16,384 at 224 x 224
 
@@ -29,13 +29,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path, help="folder of video files, searched recursively")
     parser.add_argument("output", type=Path, help="folder for the .npz files and clips.jsonl")
-    parser.add_argument("--frame-height", type=int, default=defaults.frame_height, help="default: %(default)s")
-    parser.add_argument("--frame-width", type=int, default=defaults.frame_width, help="default: %(default)s")
-    parser.add_argument("--patch-size", type=int, default=defaults.patch_size, help="default: %(default)s")
     parser.add_argument(
-        "--frames", type=int, default=defaults.num_frames, help="of the time grid (default: %(default)s)"
+        "--frame-height", type=whole_number(1), default=defaults.frame_height, help="default: %(default)s"
     )
-    parser.add_argument("--patch-budget", type=int, help="most patches of a clip (default: an eighth of all)")
+    parser.add_argument(
+        "--frame-width", type=whole_number(1), default=defaults.frame_width, help="default: %(default)s"
+    )
+    parser.add_argument("--patch-size", type=whole_number(1), default=defaults.patch_size, help="default: %(default)s")
+    parser.add_argument(
+        "--frames", type=whole_number(1), default=defaults.num_frames, help="of the time grid (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--patch-budget", type=whole_number(1), help="most patches of a clip (default: an eighth of all)"
+    )
     parser.add_argument("--fit", choices=["crop", "letterbox"], default=defaults.fit, help="default: %(default)s")
     parser.add_argument(
         "--min-score",

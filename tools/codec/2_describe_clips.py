@@ -12,9 +12,10 @@ import numpy as np
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet, StoredClipDescriber
 from megatron_ove.preprocess.clustering.descriptors import build_describer
+from megatron_ove.preprocess.codec.clip_store import CLIP_FIELDS
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.record_files import open_rejects, read_records
-from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool
+from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool, whole_number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,7 +23,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("clips", type=Path, help="folder that step 1 wrote")
     parser.add_argument("output", type=Path, help="descriptors.npz to write")
     parser.add_argument(
-        "--describe-frames", type=int, default=4, help="frames whose descriptors are joined (default: %(default)s)"
+        "--describe-frames",
+        type=whole_number(1),
+        default=4,
+        help="frames whose descriptors are joined (default: %(default)s)",
     )
     parser.add_argument(
         "--model-folder",
@@ -34,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    records = read_records(arguments.clips / "clips.jsonl", made_by="tools/codec/1_select_patches.py")
+    records = read_records(
+        arguments.clips / "clips.jsonl", made_by="tools/codec/1_select_patches.py", fields=CLIP_FIELDS
+    )
     files = [arguments.clips / record["stored"] for record in records]
     name = f"{build_describer(arguments.model_folder).name} x {arguments.describe_frames} frames"
     make_task = functools.partial(StoredClipDescriber, arguments.model_folder, arguments.describe_frames)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
-from megatron_ove.preprocess.codec.clip_store import load_clip
+from megatron_ove.preprocess.codec.clip_store import CLIP_FIELDS, load_clip
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from megatron_ove.preprocess.file_runs import show_progress
 from megatron_ove.preprocess.record_files import open_rejects, read_records, replacement_folder, write_whole
@@ -39,7 +39,9 @@ def _common_settings(records: list[dict[str, object]], folder: Path) -> CodecSet
 def _work(arguments: argparse.Namespace) -> None:
     from megatron_ove.data.shard_index import ShardWriter
 
-    records = read_records(arguments.clips / "clips.jsonl", made_by="tools/codec/1_select_patches.py")
+    records = read_records(
+        arguments.clips / "clips.jsonl", made_by="tools/codec/1_select_patches.py", fields=CLIP_FIELDS
+    )
     settings = _common_settings(records, arguments.clips)
     labelled = LabelSet.load(arguments.labels)
     rows = {key: row for row, key in enumerate(labelled.keys.tolist())}
@@ -66,7 +68,11 @@ def _work(arguments: argparse.Namespace) -> None:
                 if key not in rows:
                     rejects.add(file, f"the clip {key} has no labels in {arguments.labels}; run step 2 again")
                     continue
-                clip = load_clip(arguments.clips / record["stored"])
+                try:
+                    clip = load_clip(arguments.clips / record["stored"])
+                except DataError as error:
+                    rejects.add(file, str(error))
+                    continue
                 members = {"codec.jpg": clip.mosaic, "positions.npy": clip.positions_npy()}
                 members |= {f"frame{index:02d}.jpg": frame for index, frame in enumerate(clip.frames)}
                 writer.add(key, members, labelled.labels[rows[key]], source=file)

@@ -18,7 +18,7 @@ from megatron_ove.errors import DataError
 from megatron_ove.preprocess.demo_input.writer import DemoSizes, DemoWriter, demo_files, write_truth
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.record_files import open_rejects, write_whole
-from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool
+from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool, whole_number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,7 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to make")
     for name, value in defaults.as_record().items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=whole_number(0), default=value, help="default: %(default)s"
+        )
     add_run_options(parser)
     return parser
 
@@ -43,6 +45,7 @@ def _work(arguments: argparse.Namespace) -> None:
             f"{arguments.output} is not empty and holds something else than these options would make; remove it or "
             "choose another folder"
         )
+    arguments.output.mkdir(parents=True, exist_ok=True)  # now, so that a wrong path is one error and not one a file
     files = demo_files(arguments.output, sizes)
     with open_rejects(arguments.rejects, stage="demo input", files=files) as rejects:
         truths = [

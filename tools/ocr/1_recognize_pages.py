@@ -17,7 +17,9 @@ from megatron_ove.preprocess.folders import list_pictures, sample_key
 from megatron_ove.preprocess.ocr.engines import DETECTION_SIDE
 from megatron_ove.preprocess.ocr.recognition import PageRecognizer
 from megatron_ove.preprocess.record_files import RecordFile, file_state, open_rejects, read_records
-from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool
+from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool, whole_number
+
+_FIELDS = ("file", "key", "file_state", "run_settings")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", choices=["rapidocr", "paddleocr"], default="rapidocr", help="default: %(default)s")
     parser.add_argument(
         "--detection-side",
-        type=int,
+        type=whole_number(1),
         default=DETECTION_SIDE,
         help="pages are scaled to at most this many pixels to find lines (default: %(default)s)",
     )
@@ -56,7 +58,7 @@ def _work(arguments: argparse.Namespace) -> None:
     files = list_pictures(arguments.pages)
     keys = {file: sample_key(file, arguments.pages) for file in files}
     settings = {"engine": arguments.engine, **{k: str(v) for k, v in _engine_options(arguments).items()}}
-    earlier = read_records(arguments.output, made_by="this script") if arguments.output.exists() else []
+    earlier = read_records(arguments.output, made_by="this script", fields=_FIELDS) if arguments.output.exists() else []
     states = {str(file): (keys[file], file_state(file), settings) for file in files}
     keep = [r for r in earlier if states.get(r["file"]) == (r["key"], r["file_state"], r["run_settings"])]
     done = {record["file"] for record in keep}

@@ -9,21 +9,23 @@ from pathlib import Path
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import show_progress
 from megatron_ove.preprocess.ocr.lines import MIN_SCORE
-from megatron_ove.preprocess.ocr.recognition import PageRecord
+from megatron_ove.preprocess.ocr.recognition import PAGE_FIELDS, PageRecord
 from megatron_ove.preprocess.ocr.tags import rank_words
 from megatron_ove.preprocess.ocr.vocabulary import MAX_WORDS, build_vocabulary
 from megatron_ove.preprocess.ocr.words import segmentation_name
 from megatron_ove.preprocess.record_files import read_records
-from megatron_ove.preprocess.tool_arguments import report, run_tool
+from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("lines", type=Path, nargs="+", help="lines.jsonl files of step 1")
     parser.add_argument("--output", type=Path, required=True, help="vocabulary.json to write")
-    parser.add_argument("--max-words", type=int, default=MAX_WORDS, help="most words kept (default: %(default)s)")
     parser.add_argument(
-        "--min-pages", type=int, default=2, help="a word must be on so many pages (default: %(default)s)"
+        "--max-words", type=whole_number(1), default=MAX_WORDS, help="most words kept (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--min-pages", type=whole_number(1), default=2, help="a word must be on so many pages (default: %(default)s)"
     )
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="least line score (default: %(default)s)")
     parser.add_argument(
@@ -32,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         default="permuted",
         help="permuted spreads frequent words over the ranks of a sharded head (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the permutation (default: %(default)s)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the permutation (default: %(default)s)")
     return parser
 
 
@@ -40,7 +42,7 @@ def _work(arguments: argparse.Namespace) -> None:
     pages = [
         PageRecord.from_record(record)
         for path in arguments.lines
-        for record in read_records(path, made_by="tools/ocr/1_recognize_pages.py")
+        for record in read_records(path, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS)
     ]
     engines = [page.engine for page in pages]
     if any(engine != engines[0] for engine in engines):

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.ocr.lines import MIN_SCORE
-from megatron_ove.preprocess.ocr.recognition import PageRecord
+from megatron_ove.preprocess.ocr.recognition import PAGE_FIELDS, PageRecord
 from megatron_ove.preprocess.ocr.tags import NUM_TAGS, page_tags
 from megatron_ove.preprocess.ocr.vocabulary import Vocabulary
 from megatron_ove.preprocess.ocr.words import segmentation_name
@@ -24,6 +24,7 @@ from megatron_ove.preprocess.tool_arguments import (
     add_shard_options,
     report,
     run_tool,
+    whole_number,
 )
 
 
@@ -32,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("lines", type=Path, help="lines.jsonl of step 1")
     parser.add_argument("output", type=Path, help="folder of the shard set to write")
     parser.add_argument("--vocabulary", type=Path, required=True, help="vocabulary.json of step 2")
-    parser.add_argument("--num-tags", type=int, default=NUM_TAGS, help="label slots of a page (default: %(default)s)")
+    parser.add_argument(
+        "--num-tags", type=whole_number(1), default=NUM_TAGS, help="label slots of a page (default: %(default)s)"
+    )
     parser.add_argument(
         "--fill",
         choices=["none", "cyclic"],
@@ -66,7 +69,7 @@ def _work(arguments: argparse.Namespace) -> None:
     from megatron_ove.data.shard_index import ShardWriter
 
     vocabulary = Vocabulary.load(arguments.vocabulary)
-    records = read_records(arguments.lines, made_by="tools/ocr/1_recognize_pages.py")
+    records = read_records(arguments.lines, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS)
     pages = sorted(map(PageRecord.from_record, records), key=lambda page: page.file)
     _check_origin(vocabulary, pages, arguments.vocabulary)
     with open_rejects(arguments.rejects, stage="page shards", files=[page.file for page in pages]) as rejects:

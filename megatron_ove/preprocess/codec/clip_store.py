@@ -22,6 +22,8 @@ from megatron_ove.preprocess.record_files import file_state, write_whole
 
 MOSAIC_QUALITY = 95  # patches of side 14 straddle JPEG's 8 x 8 blocks, so less would bleed between neighbours
 FRAME_QUALITY = 90
+CLIP_FIELDS = ("stored", "key", "file", "settings")
+"""What a line of clips.jsonl must have."""
 
 
 @dataclass(frozen=True)

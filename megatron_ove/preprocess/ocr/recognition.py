@@ -31,6 +31,10 @@ class PageRecognizer:
         }
 
 
+PAGE_FIELDS = ("key", "file", "width", "height", "engine", "lines")
+"""What a line of lines.jsonl must have."""
+
+
 @dataclass(frozen=True)
 class PageRecord:
     """A recognized page as stored between the OCR steps.

@@ -1,0 +1,145 @@
+"""rejects.jsonl: every rejected record with file and reason, still readable after a kill, counted in the summary."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.file_runs import run_over_files
+from megatron_ove.preprocess.folders import list_pictures, sample_key
+from megatron_ove.preprocess.record_files import file_state, open_rejects, read_records
+from megatron_ove.rejects import RejectsFile, count_rejects, read_rejects
+
+QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
+
+
+def write_three(path: Path) -> Path:
+    for stage, file in (("ocr", "a.jpg"), ("ocr", "b.jpg"), ("clips", "c.mp4")):
+        with RejectsFile(path, stage=stage) as rejects:
+            rejects.add(file, "it is empty")
+    return path
+
+
+def test_file_and_reason_are_kept_and_counted_per_stage(tmp_path: Path) -> None:
+    path = write_three(tmp_path / "new" / "rejects.jsonl")
+    assert read_rejects(path)[0] == {"stage": "ocr", "file": "a.jpg", "reason": "it is empty"}
+    assert count_rejects(path) == {"ocr": 2, "clips": 1}
+    assert count_rejects(tmp_path / "none.jsonl") == {}
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The demo's module that writes summary.json; it is a script's neighbour, not a package."""
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    before = set(sys.modules)
+    import results
+
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(QUICKSTART)):
+            monkeypatch.delitem(sys.modules, name)
+    return results
+
+
+def test_the_summary_counts_rejects(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_three(tmp_path / "rejects.jsonl")
+    monkeypatch.setattr(results, "_data", lambda run_dir: {})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 8, "loss": 1.0, "time": 0.0}\n')
+    config = SimpleNamespace(objectives={}, train=SimpleNamespace(num_steps=1))
+    outcome = SimpleNamespace(export_difference={"all": 0.0}, figures={stage: {} for stage in results.STAGES})
+    results.write_summary(tmp_path, config, outcome, stopped_at=1, seconds={"training": 1.0})
+    assert json.loads((tmp_path / "summary.json").read_text())["rejects"] == {"ocr": 2, "clips": 1}
+
+
+def test_a_line_cut_off_by_a_kill_costs_only_itself(tmp_path: Path) -> None:
+    path = write_three(tmp_path / "rejects.jsonl")
+    path.write_bytes(path.read_bytes()[:-9])
+    with RejectsFile(path, stage="images") as rejects:
+        rejects.add("d.jpg", "it is not a picture")
+    assert count_rejects(path) == {"ocr": 2, "images": 1}
+    with open_rejects(path, stage="ocr", files=["a.jpg"]):
+        pass
+    assert [record["file"] for record in read_rejects(path)] == ["b.jpg", "d.jpg"]
+
+
+@pytest.mark.parametrize("content", [b"nonsense\n", b'{"file": "a.jpg"}\n', b"[1]\n", b"\xff\xd8\xff\xe0\x00"])
+def test_another_file_is_not_taken_for_rejects(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "mine"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"line 1 of .*mine is no record of a rejected file, so the file is something"):
+        open_rejects(path, stage="ocr", files=[])
+    assert path.read_bytes() == content
+
+
+def touch(file: Path) -> str:
+    return file.name
+
+
+def fail(file: Path) -> str:
+    raise OSError(errno.EACCES if file.name == "a.jpg" else errno.ENOSPC, "refused", str(file))
+
+
+def run(make_task, files: list[Path], path: Path, workers: int = 1) -> list[str]:
+    with RejectsFile(path, stage="images") as rejects:
+        return [result for _, result in run_over_files(make_task, files, title="t", workers=workers, rejects=rejects)]
+
+
+def make_touch():
+    return touch
+
+
+def make_fail():
+    return fail
+
+
+def test_a_name_that_is_not_utf8_is_rejected_and_the_others_go_on(tmp_path: Path) -> None:
+    for name in (b"bad\xff.jpg", "gr\u00fc\u00df e [1].jpg".encode()):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
+    files = list_pictures(tmp_path)
+    assert len({sample_key(file, tmp_path) for file in files}) == 2
+    assert run(make_touch, files, tmp_path / "rejects.jsonl") == ["gr\u00fc\u00df e [1].jpg"]
+    (record,) = read_rejects(tmp_path / "rejects.jsonl")
+    assert record["file"].endswith(r"bad\udcff.jpg")
+    assert record["reason"].endswith(r"bad\udcff.jpg is not UTF-8, so records cannot hold it; rename the file")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_ends_the_work_instead_of_rejecting_every_file(tmp_path: Path, workers: int) -> None:
+    files = [tmp_path / "a.jpg", tmp_path / "b.jpg", tmp_path / "c.jpg"]
+    with pytest.raises(OSError, match="refused") as caught:
+        run(make_fail, files, tmp_path / "rejects.jsonl", workers)
+    assert caught.value.errno == errno.ENOSPC
+    (record,) = read_rejects(tmp_path / "rejects.jsonl")
+    assert record["reason"] == f"{files[0]} could not be processed (refused); check the path and its permissions"
+
+
+def test_a_link_to_nothing_has_a_state_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone")
+    assert file_state(tmp_path / "link.jpg") == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b'{"key": "a"}\n{"key": "b"}\n', "line 1 of .* has no file, so the file is something else; give a file made"),
+        (b"[]\n", "line 1 of .* has no key, file, so the file is something else"),
+        (b"\x9d\x00\n", r"line 1 of .* is not JSON \(.*\); make the file again with tools/x\.py"),
+        (b'{"key": \n{"key": "b", "file": "c"}\n', "line 1 of .* is not JSON"),
+    ],
+)
+def test_records_of_another_kind_are_refused(tmp_path: Path, content: bytes, text: str) -> None:
+    (tmp_path / "lines.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=text):
+        read_records(tmp_path / "lines.jsonl", made_by="tools/x.py", fields=("key", "file"))
+
+
+def test_a_last_record_cut_off_by_a_kill_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text('{"key": "a", "file": "b"}\n{"key": "c", "fi')
+    records = read_records(tmp_path / "lines.jsonl", made_by="tools/x.py", fields=("key", "file"))
+    assert records == [{"key": "a", "file": "b"}]
