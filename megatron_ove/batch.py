@@ -23,7 +23,8 @@ class Batch:
 
     Attributes:
         positions: [P, 3] int32, (t, h, w) of each patch on its own grid; t of a video on the 64-frame grid.
-        cu_seqlens: [b + 1] int32, sample boundaries in the patch dim.
+        cu_seqlens: [b + 1] int32, sample boundaries in the patch dim. Always on the CPU: the host plans the attention
+            with them, and reading them back would wait for the device in every forward.
         source_index: [b] int32, index into `source_names` of each sample.
         source_names: every source of the run, in configuration order.
         sample_keys: b keys, for messages.
@@ -55,9 +56,11 @@ class Batch:
         return torch.nonzero(self.source_index == self.source_names.index(source)).flatten()
 
     def to(self, device: torch.device) -> Batch:
-        """Returns the batch with every tensor on `device` (asynchronous copy from pinned memory)."""
+        """Returns the batch with every tensor but `cu_seqlens` on `device` (asynchronous copy from pinned memory)."""
         move = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "cu_seqlens"
         }
         labels = {name: value.to(device, non_blocking=True) for name, value in self.labels.items()}
         return replace(self, **move, labels=labels)

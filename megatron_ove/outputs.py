@@ -18,7 +18,7 @@ class VisionFeatures:
     Attributes:
         tokens: [P, 1, h], after the final norm; rows `cu_seqlens[-1]..P` are padding.
         pooled: [b, h], attention-pooled, not normalized.
-        cu_seqlens: [b + 1] int32.
+        cu_seqlens: [b + 1] int32, on the CPU.
     """
 
     tokens: Tensor

@@ -100,8 +100,8 @@ def size_warnings(saved: Mapping[str, int], current: Mapping[str, int]) -> list[
         current: source -> samples now.
     """
     return [
-        f"data.sources.{name} had {saved[name]} samples when the checkpoint was saved and has {count} now, so from here on "
-        "their order is another one and some may come again early; use the same shard set if you need the same result"
+        f"data.sources.{name} had {saved[name]} samples when the checkpoint was saved and has {count} now, so from "
+        "here on its samples come in another order, some of them again early; keep the set if you need the same result"
         for name, count in current.items()
         if saved.get(name, count) != count
     ]

@@ -280,7 +280,7 @@ class StepLoader:
             batches.append(
                 Batch(
                     positions=tensors.positions[i],
-                    cu_seqlens=self._to_device(boundaries, torch.int32),
+                    cu_seqlens=torch.from_numpy(boundaries).to(torch.int32),
                     source_index=self._to_device(plan.source_index[samples], torch.int32),
                     source_names=self._names,
                     sample_keys=tuple(self._key(plan, place) for place in samples),

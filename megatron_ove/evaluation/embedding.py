@@ -155,7 +155,7 @@ def _make_batch(source: DataSource, rows: np.ndarray, counts: np.ndarray) -> Bat
     positions = np.concatenate([source.positions(int(row), 0) for row in rows])
     return Batch(
         positions=torch.from_numpy(positions).to(source.device),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=source.device),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         source_index=torch.zeros(len(rows), dtype=torch.int32, device=source.device),
         source_names=(source.name,),
         sample_keys=tuple(source.shards.key(int(row)) for row in rows),

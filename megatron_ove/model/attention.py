@@ -57,7 +57,7 @@ def build_segments(cu_seqlens: Tensor, angles: Tensor, dtype: torch.dtype) -> Pa
     """Plans the attention of one microbatch.
 
     Args:
-        cu_seqlens: [b + 1] int32, sample boundaries; tokens from `cu_seqlens[-1]` on are padding.
+        cu_seqlens: [b + 1] int32 on the CPU, sample boundaries; tokens from `cu_seqlens[-1]` on are padding.
         angles: [P, d] fp32, rotary angles of every token, padding included.
         dtype: of queries and keys.
 
@@ -72,7 +72,7 @@ def build_segments(cu_seqlens: Tensor, angles: Tensor, dtype: torch.dtype) -> Pa
     padding_lengths = [PADDING_SEGMENT] * (num_padding // PADDING_SEGMENT)
     padding_lengths += [num_padding % PADDING_SEGMENT] * (num_padding % PADDING_SEGMENT > 0)
     covering = torch.tensor([0, *lengths, *padding_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    covering = covering.to(cu_seqlens.device)
+    covering = covering.to(angles.device, non_blocking=True)
     longest = max(lengths + padding_lengths, default=0)
     return PatchSegments(
         qkv_format="thd",

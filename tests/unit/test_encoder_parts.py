@@ -42,6 +42,13 @@ def test_segments_cover_samples_and_padding() -> None:
     assert segments.padding_runs == [SegmentRun(5, 2, PADDING_SEGMENT), SegmentRun(5 + 2 * PADDING_SEGMENT, 1, 7)]
 
 
+def test_segments_follow_the_angles_to_their_device() -> None:
+    """Boundaries stay on the host, where they are read without waiting for the device."""
+    angles = torch.zeros(8, 32, device="meta")
+    segments = build_segments(torch.tensor([0, 3, 5], dtype=torch.int32), angles, torch.float32)
+    assert segments.cu_seqlens_q.device.type == segments.cos.device.type == "meta"
+
+
 @pytest.mark.parametrize("bounds", [[0, 3, 3], [0, 9], [0, 4, 2]])
 def test_senseless_boundaries_are_refused(bounds: list[int]) -> None:
     with pytest.raises(
