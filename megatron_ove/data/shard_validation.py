@@ -159,7 +159,10 @@ def _is_sorted(values: np.ndarray) -> bool:
 
 def header_problems(info: layout.DatasetInfo, columns: Columns, path: Path, rows: Iterable[int]) -> list[str]:
     """Compares tar headers of one shard with the index; returns a sentence for the first that differs."""
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        return [f"the shard {path} cannot be opened ({error.strerror}); check its permissions"]
     try:
         for row in rows:
             key = bytes(columns["keys"][row]).decode(errors="replace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -15,28 +14,14 @@ from megatron_ove.data.shard_index import ShardSet, validate_shard_set
 from megatron_ove.preprocess.ocr.vocabulary import Vocabulary
 from megatron_ove.preprocess.ocr.words import segment_words
 from tests.support.clips import moving_square, write_sound, write_video
+from tests.support.tool_scripts import reject_reasons, run_script
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SAMPLES = _ROOT.parent / "shared" / "samples"
 
 
-def _run(script: str, *arguments: object) -> int:
-    """Loads tools/`script` and calls its main."""
-    path = _ROOT / "tools" / script
-    spec = importlib.util.spec_from_file_location("tool_" + path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
-
-
 def _ok(script: str, *arguments: object) -> None:
-    assert _run(script, *arguments) == 0, script
-
-
-def _reasons(path: Path) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {Path(record["file"]).name: record["reason"] for record in map(json.loads, lines)}
+    assert run_script(script, *arguments) == 0, script
 
 
 def _add_bad_files(folder: Path, *, kind: str) -> None:
@@ -74,7 +59,7 @@ def test_demo_input_is_the_same_again_and_a_rerun_does_nothing(demo: Path, tmp_p
         assert (demo / name).read_bytes() == (other / name).read_bytes(), name
     _ok("demo_input/make_demo_input.py", other, *sizes, "--rejects", tmp_path / "r.jsonl")
     assert "nothing to do" in capsys.readouterr().out
-    assert _run("demo_input/make_demo_input.py", other, "--seed", 1, "--rejects", tmp_path / "r.jsonl") == 2
+    assert run_script("demo_input/make_demo_input.py", other, "--seed", 1, "--rejects", tmp_path / "r.jsonl") == 2
     assert "is not empty and holds something else" in capsys.readouterr().err
 
 
@@ -89,7 +74,7 @@ def test_pages_become_a_shard_set(demo: Path, tmp_path: Path, capsys) -> None:
     shards = [lines, tmp_path / "shards", "--vocabulary", tmp_path / "vocabulary.json", *common]
     _ok("ocr/3_write_page_shards.py", *shards)
     vocabulary = Vocabulary.load(tmp_path / "vocabulary.json")
-    reasons = _reasons(rejects)
+    reasons = reject_reasons(rejects)
     assert set(reasons) == {"notes.jpg", "cut_off.jpg", "blank.png"}
     assert reasons["notes.jpg"].endswith("which no picture format does, whatever the file is called; remove it")
     assert "is a truncated or damaged picture (2000 bytes" in reasons["cut_off.jpg"]
@@ -112,10 +97,10 @@ def test_pages_become_a_shard_set(demo: Path, tmp_path: Path, capsys) -> None:
     capsys.readouterr()
     _ok("ocr/1_recognize_pages.py", pages, lines, *common)
     assert "11 pages: 0 read now, 9 kept, 2 rejected" in capsys.readouterr().out
-    assert _run("ocr/3_write_page_shards.py", *shards) == 2
+    assert run_script("ocr/3_write_page_shards.py", *shards) == 2
     assert "exists already and is not overwritten" in capsys.readouterr().err
     _ok("ocr/3_write_page_shards.py", *shards, "--overwrite")
-    assert len(_reasons(rejects)) == 3
+    assert len(reject_reasons(rejects)) == 3
     assert len(rejects.read_text().splitlines()) == 3  # judged again, not counted twice
 
 
@@ -128,7 +113,7 @@ def test_images_become_a_shard_set_and_held_out_ones_use_its_centers(demo: Path,
     cluster = "clustering/2_cluster_descriptors.py"
     _ok(cluster, tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 12, "--centers", tmp_path / "c.npz")
     _ok("clustering/3_write_image_shards.py", tmp_path / "l.npz", tmp_path / "shards", *common)
-    assert set(_reasons(rejects)) == {"notes.jpg", "cut_off.jpg"}
+    assert set(reject_reasons(rejects)) == {"notes.jpg", "cut_off.jpg"}
     assert not validate_shard_set(tmp_path / "shards", deep=True)
     stored = ShardSet.open(tmp_path / "shards")
     assert stored.labels.shape == (30, 10)
@@ -140,9 +125,12 @@ def test_images_become_a_shard_set_and_held_out_ones_use_its_centers(demo: Path,
     assert ShardSet.open(tmp_path / "held").info.num_classes == 12
 
     capsys.readouterr()
-    assert _run(cluster, tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 99, "--centers", tmp_path / "x.npz") == 2
+    assert (
+        run_script(cluster, tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 99, "--centers", tmp_path / "x.npz")
+        == 2
+    )
     assert "30 samples cannot make num_clusters = 99 clusters" in capsys.readouterr().err
-    assert _run(cluster, tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 3) == 2
+    assert run_script(cluster, tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 3) == 2
     assert "--centers must say where to keep them" in capsys.readouterr().err
 
 
@@ -154,7 +142,7 @@ def test_clips_become_a_shard_set(demo: Path, tmp_path: Path) -> None:
     common = ["--workers", 1, "--rejects", rejects]
     select = ["codec/1_select_patches.py", clips, tmp_path / "selected", "--frame-height", 112, "--frame-width", 112]
     _ok(*select, "--contact-sheets", tmp_path / "sheets", *common)
-    reasons = _reasons(rejects)
+    reasons = reject_reasons(rejects)
     assert set(reasons) == {"notes.mp4", "song.mp4", "cut_off.mp4"}
     assert "has no video stream (it holds audio)" in reasons["song.mp4"]
     assert len(list((tmp_path / "sheets").glob("*.jpg"))) == 5
@@ -186,7 +174,7 @@ def test_clips_become_a_shard_set(demo: Path, tmp_path: Path) -> None:
 )
 def test_empty_folders(script: str, arguments: list[str], sentence: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "IN").mkdir()
-    assert _run(script, *(tmp_path / a for a in arguments), "--rejects", tmp_path / "r.jsonl") == 2
+    assert run_script(script, *(tmp_path / a for a in arguments), "--rejects", tmp_path / "r.jsonl") == 2
     error = capsys.readouterr().err
     assert f"error: {sentence}" in error
     assert "not even in its subfolders" in error
@@ -204,9 +192,9 @@ def test_folder_with_nothing_usable(script: str, name: str, sentence: str, tmp_p
     (tmp_path / "IN").mkdir()
     (tmp_path / "IN" / name).write_text("just text")
     arguments = (tmp_path / "IN", tmp_path / "OUT", "--workers", 1, "--rejects", tmp_path / "r.jsonl")
-    assert _run(script, *arguments) == 2
+    assert run_script(script, *arguments) == 2
     assert sentence in capsys.readouterr().err
-    assert name in _reasons(tmp_path / "r.jsonl")
+    assert name in reject_reasons(tmp_path / "r.jsonl")
 
 
 def test_workers_share_the_work_and_report_the_same(demo: Path, tmp_path: Path) -> None:
@@ -252,4 +240,4 @@ def test_real_files_go_through_all_tools(tmp_path: Path) -> None:
     tags = {words[i] for row in np.asarray(pages.labels) for i in row if i >= 0}
     assert 9 <= len(pages.labels) <= 12  # the pictures without text are rejected with a reason
     assert len(tags) > 100
-    assert set(_reasons(tmp_path / "rejects.jsonl")) >= {"skimage_coffee.png"}
+    assert set(reject_reasons(tmp_path / "rejects.jsonl")) >= {"skimage_coffee.png"}

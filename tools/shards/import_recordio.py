@@ -16,7 +16,8 @@ from pathlib import Path
 from megatron_ove.data.recordio import integer_labels, read_records
 from megatron_ove.data.shard_format import Kind
 from megatron_ove.data.shard_index import ShardWriter
-from megatron_ove.errors import DataError, MegatronOveError
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.tool_arguments import run_tool, whole_number
 from megatron_ove.rejects import RejectsFile
 
 
@@ -56,22 +57,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help=".rec files, each with its .idx beside it")
     parser.add_argument("--kind", choices=("image", "ocr"), required=True, help="what the pictures are")
-    parser.add_argument("--num-classes", type=int, required=True, help="label ids are 0 .. num_classes - 1")
+    parser.add_argument("--num-classes", type=whole_number(1), required=True, help="label ids are 0 .. num_classes - 1")
     parser.add_argument("--output", type=Path, required=True, help="folder of the new shard set; must not exist")
-    parser.add_argument("--samples-per-shard", type=int, default=4096)
-    args = parser.parse_args()
-    try:
-        import_records(
-            args.files,
-            args.output,
-            kind=args.kind,
-            num_classes=args.num_classes,
-            samples_per_shard=args.samples_per_shard,
-        )
-    except MegatronOveError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--samples-per-shard", type=whole_number(1), default=4096)
+    return run_tool(_work, parser.parse_args())
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    import_records(
+        arguments.files,
+        arguments.output,
+        kind=arguments.kind,
+        num_classes=arguments.num_classes,
+        samples_per_shard=arguments.samples_per_shard,
+    )
 
 
 if __name__ == "__main__":
