@@ -164,6 +164,12 @@ def _video_mismatches(config: TrainConfig, place: str, source: VideoSourceConfig
             f"of {info.patch_size} pixels and are not resized; use patch_size: {info.patch_size} or write the shard "
             "set again"
         )
+    if info.frames != config.encoder.rope_temporal_size:
+        problems.append(
+            f"encoder.rope_temporal_size = {config.encoder.rope_temporal_size}, but the clips of {source.path} lie on "
+            f"a time grid of {info.frames} frames, so an exported model would place frames elsewhere than training did; "
+            f"set it to {info.frames} or write the shard set again"
+        )
     if info.frames % source.num_frames:
         problems.append(
             f"{place}.num_frames = {source.num_frames} does not divide the {info.frames} stored frames of "

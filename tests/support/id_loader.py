@@ -39,7 +39,10 @@ def id_config(directory: Path, *, changes: dict[str, dict[str, object]] | None =
             "name": "id",
             "run_dir": str(directory / "run"),
             "seed": options.get("seed", 3),
-            "encoder": {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 1, "ffn_hidden_size": 64},
+            "encoder": {
+                **{"hidden_size": 32, "num_layers": 2, "num_attention_heads": 1, "ffn_hidden_size": 64},
+                "rope_temporal_size": 16,
+            },
             "objectives": {kind: {"source": kind, "num_classes": NUM_CLASSES} for kind in KINDS},
             "data": {
                 "sources": sources,

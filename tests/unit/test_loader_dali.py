@@ -189,7 +189,7 @@ def test_mismatches_are_sentences(directory: Path, changes: dict[str, dict[str, 
 
 
 def test_all_mismatches_are_told_at_once(directory: Path, tmp_path: Path) -> None:
-    write_synthetic_shard_set(tmp_path / "clips", kind="video", num_samples=2, patch_size=16, frames=16)
+    write_synthetic_shard_set(tmp_path / "clips", kind="video", num_samples=2, patch_size=16, frames=32)
     config = id_config(directory, changes={"video": {"path": str(tmp_path / "clips"), "num_frames": 3}})
     objectives = {
         **config.objectives,
@@ -199,12 +199,16 @@ def test_all_mismatches_are_told_at_once(directory: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as caught:
         build_loader(config, single_process(), start_step=0)
     lines = str(caught.value).split("\n")
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[0].startswith("objectives.image.num_classes = 100 is smaller than the 256 classes of ")
     assert lines[1].startswith("encoder.patch_size = 14, but the clips of ")
     assert "are stored as patches of 16 pixels and are not resized; use patch_size: 16" in lines[1]
-    assert "num_frames = 3 does not divide the 16 stored frames" in lines[2]
-    assert "num_frames = 3 frames of 4 x 4 patches make 48 patches, more than data.tokens_per_microbatch" in lines[3]
+    assert lines[2].startswith(
+        f"encoder.rope_temporal_size = 16, but the clips of {tmp_path / 'clips'} lie on a time grid of"
+    )
+    assert "32 frames, so an exported model would place frames elsewhere than training did; set it to 32" in lines[2]
+    assert "num_frames = 3 does not divide the 32 stored frames" in lines[3]
+    assert "num_frames = 3 frames of 4 x 4 patches make 48 patches, more than data.tokens_per_microbatch" in lines[4]
 
 
 def test_synthetic_pictures_can_be_told_apart_by_class(tmp_path: Path) -> None:
