@@ -167,8 +167,8 @@ def _video_mismatches(config: TrainConfig, place: str, source: VideoSourceConfig
     if info.frames != config.encoder.rope_temporal_size:
         problems.append(
             f"encoder.rope_temporal_size = {config.encoder.rope_temporal_size}, but the clips of {source.path} lie on "
-            f"a time grid of {info.frames} frames, so an exported model would place frames elsewhere than training did; "
-            f"set it to {info.frames} or write the shard set again"
+            f"a time grid of {info.frames} frames, so an exported model would place frames elsewhere than training "
+            f"did; set it to {info.frames} or write the shard set again"
         )
     if info.frames % source.num_frames:
         problems.append(
