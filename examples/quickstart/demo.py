@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from inputs import prepare_inputs
+from inputs import KINDS, prepare_inputs
 from phases import ROOT, DemoError, PhaseLog, say
 from preprocessing import ClipShape, Preprocessing
 from sizes import SIZES, DemoSizes
@@ -26,6 +26,7 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import MegatronOveError
 
 CONFIG = Path(__file__).with_name("config.yaml")
+DEFAULT_RUN_DIR = ROOT / "runs/quickstart"  # what config.yaml says, seen from the repository's folder
 MARKER = "made_by_the_quick_start"
 
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--videos", type=Path, help="folder of your own video files")
     parser.add_argument("--fast", action="store_true", help="less of everything, for continuous integration")
     parser.add_argument("--size", choices=SIZES, default="full", help="how much (default: %(default)s)")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/quickstart", help="default: runs/quickstart")
+    parser.add_argument("--run-dir", type=Path, default=DEFAULT_RUN_DIR, help="default: runs/quickstart")
     return parser
 
 
@@ -102,16 +103,13 @@ def _clip_shape(config: TrainConfig) -> ClipShape:
 
 
 def _overrides(run_dir: Path, num_classes: dict[str, int], sizes: DemoSizes) -> list[str]:
-    """What is not known before the data is: paths, sizes of the class tables, and the length of this form."""
-    overrides = [
-        f"run_dir={run_dir}",
-        f"train.num_steps={sizes.steps}",
-        f"train.log_interval_steps={sizes.log_interval}",
-    ]
-    overrides += [
-        f"data.sources.{kind}.path={run_dir / 'data' / kind / 'train'}" for kind in ("images", "pages", "clips")
-    ]
-    return overrides + [f"objectives.{name}.num_classes={count}" for name, count in num_classes.items()]
+    """What is not known before the data is: sizes of the class tables, the length of this form, and another folder."""
+    overrides = [f"objectives.{name}.num_classes={count}" for name, count in num_classes.items()]
+    overrides += [f"train.num_steps={sizes.steps}", f"train.log_interval_steps={sizes.log_interval}"]
+    if run_dir != DEFAULT_RUN_DIR.resolve():
+        overrides.append(f"run_dir={run_dir}")
+        overrides += [f"data.sources.{kind}.path={run_dir / 'data' / kind / 'train'}" for kind in KINDS]
+    return overrides
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ class DemoSizes:
     clips: int = 60
     image_clusters: int = 64
     clip_clusters: int = 60
-    vocabulary: int = 600
-    steps: int = 280
+    vocabulary: int = 400
+    steps: int = 260
 
     @property
     def stop_at(self) -> int:
@@ -50,12 +50,12 @@ SIZES = {
     "fast": DemoSizes(
         images=160,
         held_out_images=32,
-        pages=48,
+        pages=40,
         held_out_pages=12,
-        clips=24,
+        clips=30,
         image_clusters=40,
-        clip_clusters=24,
-        vocabulary=400,
+        clip_clusters=30,
+        vocabulary=300,
         steps=120,
     ),
     "tiny": DemoSizes(

@@ -57,7 +57,7 @@ def test_tiny_demo_from_input_to_page(tmp_path: Path) -> None:
     assert all(head["last_loss"] < head["first_loss"] for head in summary["heads"].values())
     assert 0 < summary["export_difference"] <= 1e-5
     assert 0 < summary["stopped_at_step"] < summary["steps"] == 12
-    assert summary["samples"] == 12 * 24
+    assert summary["samples"] == 12 * 32
     assert summary["rejects"] == {}
     assert set(summary["seconds"]) == {"input", "preprocessing", "training", "resume", "export", "evaluation"}
     console = (tmp_path / "run/console.log").read_text(encoding="utf-8")
@@ -105,6 +105,9 @@ def test_configuration_loads_and_keeps_every_part_of_the_large_encoder() -> None
     assert config.encoder.use_head
     assert config.parallel.tensor_model_parallel_size == 2
     assert config.checkpoint.save_initial
+    assert [source.path for source in config.data.sources.values()] == [
+        f"{config.run_dir}/data/{kind}/train" for kind in config.data.sources
+    ]
 
 
 @pytest.mark.parametrize(("size", "hidden", "layers"), [("base", 768, 12), ("large", 1024, 24), ("huge", 1280, 32)])
