@@ -19,8 +19,9 @@ def load_exported_model(folder: str | Path) -> Any:
     """Loads an exported encoder with its own modelling code, in fp32, ready for evaluation.
 
     Raises:
-        ConfigError: the folder holds no exported model.
+        ConfigError: the folder holds no exported model, or a damaged one.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     if not (Path(folder) / "config.json").is_file():
@@ -28,7 +29,15 @@ def load_exported_model(folder: str | Path) -> Any:
             f"{folder} is not an exported model, because it holds no config.json; make one with "
             "megatron-ove convert export"
         )
-    return AutoModel.from_pretrained(str(folder), trust_remote_code=True).float().eval()
+    try:
+        model = AutoModel.from_pretrained(str(folder), trust_remote_code=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ConfigError(
+            f"{folder} cannot be loaded as an exported model ({reason}), so a file of it is missing or damaged; make "
+            "it again with megatron-ove convert export"
+        ) from error
+    return model.float().eval()
 
 
 def huggingface_encoder(model: Any, patch_size: int) -> EncoderCallable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,24 @@ def test_figures_at_the_size_of_the_training_unless_told(
 def test_a_checkpoint_needs_its_objective(model: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--model", str(model), "--shards", str(shards), "--checkpoint", "somewhere"]) == 2
     assert "--checkpoint and --objective name a table of class centers together; give both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{"), "is not a valid JSON file"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "Unrecognized model"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "Error while deserializing header"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "Error no file named"),
+    ],
+)
+def test_a_damaged_model_is_a_sentence(
+    model: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, reason: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(model, folder)
+    damage(folder)
+    assert main(["evaluate", "--model", str(folder), "--shards", str(shards)]) == 2
+    text = capsys.readouterr().err
+    assert f"megatron-ove: {folder} cannot be loaded as an exported model (" in text and reason in text
+    assert "so a file of it is missing or damaged; make it again with megatron-ove convert export" in text

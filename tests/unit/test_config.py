@@ -168,7 +168,10 @@ def test_several_cross_checks_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         config_from_dict(data, "run.yaml")
     text = str(caught.value)
-    assert "hidden_size = 64" in text and "num_attention_heads = 2" in text and "'pages' is not one of" in text
+    for name, value in (("hidden_size", 64), ("num_attention_heads", 2), ("ffn_hidden_size", 128)):
+        sentence = f"encoder.{name} = {value} is not divisible by parallel.tensor_model_parallel_size = 3, so ranks"
+        assert sentence in text
+    assert "'pages' is not one of" in text
 
 
 @pytest.mark.parametrize(

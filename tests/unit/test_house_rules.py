@@ -53,3 +53,11 @@ def test_every_shipped_yaml_parses_without_duplicate_keys() -> None:
 def test_importing_the_package_is_light() -> None:
     code = "import sys, megatron_ove; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tests_named_on_the_page_of_bad_input_exist() -> None:
+    named = set(re.findall(r"\btest_\w+", (ROOT / "docs/bad_input.md").read_text()))
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    known = {path.stem for path in files}
+    known.update(name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    assert named and not named - known
