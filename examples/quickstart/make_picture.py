@@ -21,9 +21,9 @@ from megatron_ove.report.metrics_log import LOSS_PREFIX, MetricsLog, read_metric
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {
-    "image_clusters": "images: 10 nearest clusters",
+    "image_clusters": "images: their nearest clusters",
     "page_words": "pages: their words",
-    "clip_clusters": "clips: 10 nearest clusters",
+    "clip_clusters": "clips: their nearest clusters",
 }
 COLORS = ("#1f6fb2", "#c2571a", "#14785a")
 
@@ -52,7 +52,7 @@ def _curves(axes: Axes, log: MetricsLog) -> None:
     for name, color in zip(log.objectives, COLORS, strict=False):
         steps, values = log.series(LOSS_PREFIX + name)
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smoothed(values, 15), color=color, linewidth=2, label=TITLES.get(name, name))
+        axes.plot(steps, smoothed(values, 5), color=color, linewidth=2, label=TITLES.get(name, name))
     axes.set_title("Loss of each head", fontsize=10.5, loc="left")
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0)

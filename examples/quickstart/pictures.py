@@ -93,7 +93,7 @@ def _nearest_words(stage: str, embedding: Tensor, centers: Tensor, right: set[in
 
 
 def clip_section(stored: Path, folder: Path) -> Section:
-    """The contact sheet of the clip whose selection is spread over most frames."""
+    """The contact sheet of the clip whose selection is spread over most frames; of several, the most colourful."""
     clips = [load_clip(path) for path in sorted(stored.glob("*.npz"))]
     clip = max(clips, key=_spread)
     frames = clip.decoded_frames()
@@ -117,10 +117,10 @@ def clip_section(stored: Path, folder: Path) -> Section:
     )
 
 
-def _spread(clip: StoredClip) -> tuple[int, int]:
-    """(frames with a selected patch, selected patches after the first frame)."""
-    times = clip.positions[:, 0]
-    return len(np.unique(times)), int((times > 0).sum())
+def _spread(clip: StoredClip) -> tuple[int, float]:
+    """(frames with a selected patch, colourfulness: the mean spread of red, green and blue in the selected patches)."""
+    mosaic = decode_picture(clip.mosaic, name=clip.info["key"]).astype(np.int16)
+    return len(np.unique(clip.positions[:, 0])), float((mosaic.max(axis=2) - mosaic.min(axis=2)).mean())
 
 
 def neighbour_section(data_dir: Path, folder: Path, held_out: Mapping[str, HeldOut]) -> Section:
