@@ -13,7 +13,7 @@ class MegatronOveError(Exception):
     """Base of every error that is explained to the user instead of being shown as a traceback.
 
     Attributes:
-        on_every_rank: whether all ranks raise it together, so that rank 0 alone needs to print it.
+        on_every_rank: whether all ranks of a machine raise it together, so that one of them needs to print it.
     """
 
     on_every_rank: bool = False

@@ -106,8 +106,11 @@ def _prefix(rank: int, world_size: int) -> str:
 
 
 def _print_sentence(error: MegatronOveError, rank: int, world_size: int) -> None:
-    """Prints a user's error once: on rank 0, or on the only rank that has it."""
-    if rank and error.on_every_rank:
+    """Prints a user's error once on every machine, or on the only rank that has it.
+
+    Not on rank 0 alone: what all ranks of a machine have alike (a missing file) another machine may not have.
+    """
+    if error.on_every_rank and os.environ.get("LOCAL_RANK", str(rank)) != "0":
         return
     if rank:
         # Most errors happen on all ranks alike. Rank 0 then ends first, and its launcher ends us before we repeat it.
