@@ -270,7 +270,7 @@ def read_common_state(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "common.pt"
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # unpickling changed bytes can raise anything
         raise CheckpointError(
             f"cannot read {file} ({_clause(error)}), so {path} is not a checkpoint of this program or is damaged; "
             "name a folder like runs/NAME/checkpoints/step_00000100"

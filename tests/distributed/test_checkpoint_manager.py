@@ -247,6 +247,22 @@ def test_a_folder_that_is_no_checkpoint_is_a_sentence(tmp_path):
         read_common_state(tmp_path)
 
 
+def test_changed_bytes_of_the_plain_values_never_end_in_a_traceback(tmp_path):
+    """Where checksums are not compared (`verify: sizes`, inspect), any byte of the pickle may be another one."""
+    file = tmp_path / "common.pt"
+    torch.save({"step": 3, "config": {"name": "a run", "rate": 0.5, "list": [1, (2, None)]}}, file)
+    content, refused = file.read_bytes(), 0
+    for offset in range(0, len(content), 3):
+        file.write_bytes(content)
+        flip_bit(file, offset)
+        try:
+            read_common_state(tmp_path)
+        except CheckpointError as error:
+            assert f"cannot read {file} (" in str(error)
+            refused += 1
+    assert refused > 20
+
+
 def rng_round_trip(rank: int, world_size: int, folder: str) -> bool:
     from megatron_ove.config.parallel import ParallelConfig
     from megatron_ove.parallel.topology import initialize_topology

@@ -98,14 +98,14 @@ def test_inspect_describes_a_checkpoint_and_finds_damage(trained, capsys):
     text = capsys.readouterr().out
     for part in ("step_00000006", "6 of 6", "4 layers, hidden 64", "11 classes x 64 = 704", "2 processes: tensor 2"):
         assert part in text
-    damaged = run_dir / "checkpoints/step_00000004/common.pt"
+    damaged = run_dir / "checkpoints/step_00000004/__0_0.distcp"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     assert main(["inspect", str(damaged.parent)]) == 0
     capsys.readouterr()
     assert main(["inspect", str(damaged.parent), "--verify"]) == 2
-    assert "its file common.pt has the checksum" in capsys.readouterr().out
+    assert "its file __0_0.distcp has the checksum" in capsys.readouterr().out
 
 
 def test_inspect_describes_a_shard_set(sources, tmp_path, capsys):
