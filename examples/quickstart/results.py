@@ -42,7 +42,7 @@ _PACKAGES = (
 # figure of summary.json -> (the measure that is shown, its words)
 _SHOWN = {
     "page_to_words": ("mean_average_precision", "page → its words, mean average precision"),
-    "image_to_clusters": ("recall_at_{labels}", "image → its {labels} clusters, recall@{labels}"),
+    "image_to_clusters": ("recall_at_{labels}", "image → its clusters, recall@{labels}"),
     "clip_to_other_cut": ("recall_at_1", "clip → another cut of it, recall@1"),
 }
 

@@ -56,7 +56,7 @@ SIZES = {
         image_clusters=40,
         clip_clusters=30,
         vocabulary=300,
-        steps=120,
+        steps=150,
     ),
     "tiny": DemoSizes(
         images=40,
