@@ -16,7 +16,7 @@ REQUIRED = [
     "torch>=2.6,<=2.13.0",
     "numpy>=2.0,<2.5",
     "megatron-core==0.16.1",
-    "psutil==7.2.2",  # megatron-core's checkpoint writer hangs without it and does not declare it
+    "psutil==7.2.2",  # undeclared by megatron-core, whose own checkpoint writers hang without it
     "nvidia-dali-cuda130==2.4.0",  # also decodes on machines without a GPU
     "pydantic==2.14.3",
     "pyyaml==6.0.3",

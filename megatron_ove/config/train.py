@@ -103,6 +103,15 @@ class TrainConfig(StrictModel):
                 f"{size}, which sequence_parallel needs; use a multiple of {size}"
             )
 
+    def _check_fp8_token_count(self) -> Iterator[str]:
+        parallel, budget = self.parallel, self.data.tokens_per_microbatch
+        share = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        if self.encoder.fp8 != "off" and budget % (16 * share):
+            yield (
+                f"data.tokens_per_microbatch = {budget} is not a multiple of {16 * share}, which FP8 matrix products need "
+                f"on each of {share} sequence-parallel ranks; use {-(-budget // (16 * share)) * 16 * share}"
+            )
+
     def _check_objective_sources(self) -> Iterator[str]:
         for name, objective in self.objectives.items():
             if objective.source not in self.data.sources:

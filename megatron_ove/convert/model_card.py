@@ -64,6 +64,8 @@ Attention is `sdpa`, or `eager` if attention weights are wanted (`attn_implement
 _LIMITS = """## Limits
 
 - All samples of a batch must have equally many tokens: there is no padding mask.
+- The image processor crops the centre, which suits photographs. For a page, keep everything: resize it whole, aspect
+  kept, to a multiple of the patch size per side, and set `do_center_crop=False, do_resize=False`.
 - Positions are not interpolated. Pictures much larger than those trained on have positions never seen.
 - Labels were made by programs (OCR, clustering), so whatever those miss or confuse, the encoder has learned.
 - It was evaluated only as far as its run's report says. Do not use it where a wrong answer harms someone

@@ -21,6 +21,26 @@ from megatron_ove.parallel.topology import ParallelTopology
 
 LayerSpecKind = Literal["local", "transformer_engine"]
 
+# Fields that would make another model of it, which neither checkpoints' checks nor exports would notice.
+_OTHER_MODEL_PREFIXES = (
+    *(
+        "moe_",
+        "linear_",
+        "dsa_",
+        "mamba_",
+        "mtp_",
+        "qk_",
+        "window_",
+        "softmax_",
+        "activation_func",
+        "glu_",
+        "layernorm_",
+    ),
+    *("num_moe_experts", "num_query_groups", "kv_channels", "gated_linear_unit", "rotary_interleaved", "no_rope_freq"),
+    *("apply_residual_connection_post_layernorm", "attention_output_gate", "multi_latent_attention", "mrope_section"),
+    *("experimental_attention_variant", "heterogeneous_block_specs", "context_parallel_size", "fp16", "fp4"),
+)
+
 _FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise"}
 
 
@@ -123,6 +143,12 @@ def _check_overrides(overrides: dict[str, Any], ours: dict[str, Any]) -> None:
             raise ConfigError(
                 f"encoder.mcore_overrides.{name} is decided by this project's own settings, and two places for one "
                 "value would contradict each other; use the setting of the encoder or parallel section instead"
+            )
+        is_fp8_switch = name in ("fp8", "fp8_recipe")
+        if is_fp8_switch or (name in known and name.startswith(_OTHER_MODEL_PREFIXES)):
+            raise ConfigError(
+                f"encoder.mcore_overrides.{name} would change what the encoder computes, and neither checkpoints nor "
+                f"exports would know; {'use encoder.fp8' if is_fp8_switch else 'remove it'}"
             )
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -148,6 +148,15 @@ def test_wrong_value_gets_its_sentence(path: str, value: Any, message: str) -> N
     assert message in str(caught.value)
 
 
+def test_fp8_needs_a_token_budget_it_can_multiply() -> None:
+    data = changed("encoder.fp8", "delayed")
+    data["data"]["tokens_per_microbatch"] = 1000
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(data, "run.yaml")
+    assert "data.tokens_per_microbatch = 1000 is not a multiple of 16" in str(caught.value)
+    assert str(caught.value).endswith("use 1008")
+
+
 def test_missing_keys_and_all_errors_are_reported_at_once() -> None:
     data = changed("optim.lrr", 1)
     del data["train"]["num_steps"]

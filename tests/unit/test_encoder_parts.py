@@ -177,6 +177,16 @@ ERRORS = [
         "would contradict each other; use the setting of the encoder or parallel section instead",
     ),
     (
+        {"mcore_overrides": {"num_query_groups": 1}},
+        "encoder.mcore_overrides.num_query_groups would change what the encoder computes, and neither checkpoints nor "
+        "exports would know; remove it",
+    ),
+    (
+        {"mcore_overrides": {"fp8": "hybrid"}},
+        "encoder.mcore_overrides.fp8 would change what the encoder computes, and neither checkpoints nor exports would "
+        "know; use encoder.fp8",
+    ),
+    (
         {"mcore_overrides": {"recompute_granularity": "some"}},
         "megatron-core refuses the encoder configuration (encoder.mcore_overrides: recompute_granularity = 'some'): ",
     ),
