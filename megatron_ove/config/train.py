@@ -108,8 +108,8 @@ class TrainConfig(StrictModel):
         share = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
         if self.encoder.fp8 != "off" and budget % (16 * share):
             yield (
-                f"data.tokens_per_microbatch = {budget} is not a multiple of {16 * share}, which FP8 matrix products need "
-                f"on each of {share} sequence-parallel ranks; use {-(-budget // (16 * share)) * 16 * share}"
+                f"data.tokens_per_microbatch = {budget} is not a multiple of {16 * share}, which FP8 matrix products "
+                f"need on each of {share} sequence-parallel ranks; use {-(-budget // (16 * share)) * 16 * share}"
             )
 
     def _check_objective_sources(self) -> Iterator[str]:
