@@ -53,7 +53,7 @@ def line_chart(
         return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="quiet">not logged</p></figure>'
     steps, values = thin(steps, values, MAX_POINTS)
     curve = smoothed(values, max(1.0, 0.05 * len(values))) if smooth else list(values)
-    ticks = round_ticks(0.0 if from_zero else min(values), max(values), 4)
+    ticks = round_ticks(0.0, max(values) or 1.0, 4) if from_zero else round_ticks(min(values), max(values), 4)
     low, high = min(ticks[0], *values), max(ticks[-1], *values)
     first, last = steps[0], steps[-1]
 

@@ -64,6 +64,11 @@ def test_line_chart_is_wellformed_escaped_and_draws_to_scale() -> None:
     assert "stopped" in "".join(svg.itertext())
 
 
+def test_line_chart_of_zeros_starts_at_zero() -> None:
+    figure = ElementTree.fromstring(line_chart([1, 2], [0.0, 0.0], title="padding", from_zero=True))
+    assert not [text for text in figure.itertext() if text.startswith("-")]
+
+
 def test_line_chart_without_values_says_so() -> None:
     assert "not logged" in line_chart([], [], title="loss")
 
