@@ -97,7 +97,8 @@ def set_up_logging(rank: int, *, verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("megatron_ove").setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
     if not verbose:
-        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch)\b")
+        # torch's own warnings surface in the CPU backend, through which its calls pass.
+        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch|megatron_ove\.parallel\.cpu_backend)\b")
         logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
