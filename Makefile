@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 # Python 3.11 or 3.12: PYTHON=... if given, else the first that runs.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +28,7 @@ help: ## this list
 setup: $(STAMP) $(TRANSFORMERS5)/.installed ## install everything into .venv (done by the other targets too)
 
 $(STAMP): setup.py
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and was not found; install one or run make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and was not found; install one or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing torch 2.13.0 (1 of 2)"
 	@$(PIP) torch==2.13.0
