@@ -14,7 +14,8 @@ STAMP := $(VENV)/.installed
 TRANSFORMERS5 := $(VENV)/transformers5
 TRANSFORMERS5_PACKAGES := transformers==5.23.0 huggingface_hub==2.4.0 tokenizers==0.23.3 httpx2==2.16.2 httpcore2==2.16.2 \
 	typer==0.29.2 annotated-doc==0.0.7 anyio==4.16.0 truststore==0.10.5 h11==0.16.0
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# On a terminal pip shows its progress bars.
+PIP = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet) --disable-pip-version-check
 
 # make demo FAST=1 IMAGES=dir PAGES=dir VIDEOS=dir
 DEMO_ARGS := $(if $(FAST),--fast) $(if $(IMAGES),--images "$(IMAGES)") $(if $(PAGES),--pages "$(PAGES)") \
