@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.errors import ConfigError
@@ -60,6 +61,7 @@ def test_cpu_backend_refuses_an_unchecked_version(monkeypatch: pytest.MonkeyPatc
 
 _ONE_PROCESS = """
 import torch
+import torch.distributed as dist
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.parallel.topology import destroy_topology, initialize_topology
 for _ in range(2):  # a second start in the same process works
@@ -84,5 +86,8 @@ def test_one_process_needs_no_launcher_and_leaves_nothing() -> None:
     assert done.stdout.strip() == "undone", done.stderr
 
 
-def test_destroy_without_start() -> None:
+def test_destroy_without_start_does_nothing() -> None:
+    before = torch.cuda.current_device
     destroy_topology()
+    assert not dist.is_initialized()
+    assert torch.cuda.current_device is before
