@@ -16,7 +16,9 @@ class MegatronOveError(Exception):
         on_every_rank: whether all ranks of a machine raise it together, so that one of them needs to print it.
     """
 
-    on_every_rank: bool = False
+    def __init__(self, message: str, *, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
 
 
 def file_system_sentence(error: OSError) -> str | None:

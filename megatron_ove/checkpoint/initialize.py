@@ -31,23 +31,22 @@ def load_encoder_weights(path: str | Path, state: ShardedStateDict, *, encoder: 
     path = Path(path)
     problem = structural_problem(path)
     if problem is not None:
-        raise _agreed(
+        raise CheckpointError(
             f"init_from = {path} cannot be used: {problem}; name a finished checkpoint folder, or one made by "
-            "megatron-ove convert import"
+            "megatron-ove convert import",
+            on_every_rank=True,
         )
     differences = list(architecture_differences(read_common_state(path)["config"]["encoder"], encoder))
     if differences:
-        raise _agreed(
-            f"init_from = {path} holds another encoder: {'; '.join(differences)}; set the fields as they are there"
+        raise CheckpointError(
+            f"init_from = {path} holds another encoder: {'; '.join(differences)}; set the fields as they are there",
+            on_every_rank=True,
         )
     try:
         loaded: Any = dist_checkpointing.load(state, str(path))
         return loaded
     except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
-        raise _agreed(f"init_from = {path} cannot be read ({error}); use another checkpoint") from error
-
-
-def _agreed(message: str) -> CheckpointError:
-    error = CheckpointError(message)
-    error.on_every_rank = True
-    return error
+        raise CheckpointError(
+            f"init_from = {path} cannot be read ({error}); use another checkpoint",
+            on_every_rank=True,
+        ) from error

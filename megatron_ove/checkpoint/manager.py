@@ -107,9 +107,10 @@ class CheckpointManager:
             if self._is_writer:
                 shutil.rmtree(partial, ignore_errors=True)
             dist.barrier()
-            raise _agreed(
+            raise CheckpointError(
                 f"cannot save the checkpoint of step {step} to {self.directory}: {error}; earlier checkpoints are "
-                "untouched, so start the same command again when this is repaired"
+                "untouched, so start the same command again when this is repaired",
+                on_every_rank=True,
             ) from error
         self._on_writer(lambda: self._prune(step))
         self.last_save_s = time.monotonic() - started
@@ -138,9 +139,10 @@ class CheckpointManager:
             if not path.name.endswith(PARTIAL_SUFFIX):
                 broken.append(f"{path.name}: {problem}")
         if broken:
-            raise _agreed(
+            raise CheckpointError(
                 f"none of the {len(broken)} checkpoints in {self.directory} can be used ({'; '.join(broken)}), and "
-                "starting again from step 0 would lose the run; repair the folder, or move it away to start anew"
+                "starting again from step 0 would lose the run; repair the folder, or move it away to start anew",
+                on_every_rank=True,
             )
         return None
 
@@ -153,9 +155,10 @@ class CheckpointManager:
         try:
             return cast(StateDict, self._together(lambda: dist_checkpointing.load(state, str(path))))
         except CheckpointError as error:
-            raise _agreed(
+            raise CheckpointError(
                 f"cannot load the checkpoint {path}: {error}; use the configuration it was saved with, or another "
-                "run_dir to start anew"
+                "run_dir to start anew",
+                on_every_rank=True,
             ) from error
 
     def _require_space(self, step: int, sharded: ShardedStateDict) -> None:
@@ -219,12 +222,6 @@ class CheckpointManager:
         if problems:
             raise CheckpointError(problems[0])
         return result
-
-
-def _agreed(message: str) -> CheckpointError:
-    error = CheckpointError(message)
-    error.on_every_rank = True
-    return error
 
 
 def _clause(error: BaseException) -> str:

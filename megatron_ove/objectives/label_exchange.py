@@ -69,9 +69,7 @@ def exchange_labels(
             dist.all_gather_object(mistakes, mistake, group=data_group)
     for text in mistakes:
         if text:
-            error = DataError(text)
-            error.on_every_rank = on_every_rank
-            raise error
+            raise DataError(text, on_every_rank=on_every_rank)
     totals = [sum(row) for row in all_sizes]
     labels = all_gather_rows(torch.cat(list(drawn)), data_group, totals)
     return [list(part.split(row)) for part, row in zip(labels.split(totals), all_sizes, strict=True)]

@@ -72,6 +72,15 @@ def add_picture_options(parser: argparse.ArgumentParser, *, longest_side: int) -
     )
 
 
+def add_describer_option(parser: argparse.ArgumentParser) -> None:
+    """Adds what pictures are described with."""
+    parser.add_argument(
+        "--model-folder",
+        type=Path,
+        help="local HuggingFace vision model to describe with (default: colours and gradients, no model)",
+    )
+
+
 def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
     """Runs a tool; returns 0, 2 after showing the sentence of a user error, or 130 when it was interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")

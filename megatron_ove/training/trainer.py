@@ -137,13 +137,12 @@ class Trainer:
         if self._is_main:
             logger.warning("Step %d was refused and changed nothing: %s.", state.step, result.refusal)
         if state.refused_in_a_row >= limit:
-            error = TrainingError(
+            raise TrainingError(
                 f"{state.refused_in_a_row} steps in a row up to step {state.step} were refused because they were not "
                 f"finite (last: {result.refusal or 'see rank 0'}); weights are unchanged since then, so continue from "
-                "the last checkpoint with a lower optim.lr or without the samples named above"
+                "the last checkpoint with a lower optim.lr or without the samples named above",
+                on_every_rank=True,
             )
-            error.on_every_rank = True
-            raise error
 
     def _restore(self) -> None:
         path = self.checkpoints.restore(self.state)

@@ -15,18 +15,14 @@ from megatron_ove.preprocess.clustering.descriptors import build_describer
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_pictures, sample_key
 from megatron_ove.preprocess.record_files import open_rejects
-from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool
+from megatron_ove.preprocess.tool_arguments import add_describer_option, add_run_options, report, run_tool
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pictures", type=Path, help="folder of pictures, searched recursively")
     parser.add_argument("output", type=Path, help="descriptors.npz to write")
-    parser.add_argument(
-        "--model-folder",
-        type=Path,
-        help="local HuggingFace vision model to describe with (default: colours and gradients, no model)",
-    )
+    add_describer_option(parser)
     add_run_options(parser)
     return parser
 

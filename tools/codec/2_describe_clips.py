@@ -15,7 +15,7 @@ from megatron_ove.preprocess.clustering.descriptors import build_describer
 from megatron_ove.preprocess.codec.clip_store import CLIP_FIELDS
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.record_files import open_rejects, read_records
-from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool, whole_number
+from megatron_ove.preprocess.tool_arguments import add_describer_option, add_run_options, report, run_tool, whole_number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,11 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         default=4,
         help="frames whose descriptors are joined (default: %(default)s)",
     )
-    parser.add_argument(
-        "--model-folder",
-        type=Path,
-        help="local HuggingFace vision model to describe with (default: colours and gradients, no model)",
-    )
+    add_describer_option(parser)
     add_run_options(parser)
     return parser
 
