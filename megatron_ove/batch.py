@@ -25,7 +25,8 @@ class Batch:
         positions: [P, 3] int32, (t, h, w) of each patch on its own grid; t of a video on the 64-frame grid.
         cu_seqlens: [b + 1] int32, sample boundaries in the patch dim. Always on the CPU: the host plans the attention
             with them, and reading them back would wait for the device in every forward.
-        source_index: [b] int32, index into `source_names` of each sample.
+        source_index: [b] int32, index into `source_names` of each sample. Always on the CPU, as are seeds and labels:
+            objectives plan a step with them before the device has anything to do.
         source_names: every source of the run, in configuration order.
         sample_keys: b keys, for messages.
         sample_seeds: [b] int64, a function of (seed, source, ordinal) only; objectives draw label slots from it.
@@ -56,11 +57,6 @@ class Batch:
         return torch.nonzero(self.source_index == self.source_names.index(source)).flatten()
 
     def to(self, device: torch.device) -> Batch:
-        """Returns the batch with every tensor but `cu_seqlens` on `device` (asynchronous copy from pinned memory)."""
-        move = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and name != "cu_seqlens"
-        }
-        labels = {name: value.to(device, non_blocking=True) for name, value in self.labels.items()}
-        return replace(self, **move, labels=labels)
+        """Returns the batch with patches and positions on `device` (asynchronous copy from pinned memory)."""
+        patches = None if self.patches is None else self.patches.to(device, non_blocking=True)
+        return replace(self, positions=self.positions.to(device, non_blocking=True), patches=patches)

@@ -28,7 +28,15 @@ _ARCHITECTURE_FIELDS = (
 # Paths whose value decides which samples a step sees or what is drawn for them.
 _EXACTNESS_PATHS = ("seed", "train.global_batch_size", "data.tokens_per_microbatch", "data.sources")
 # Fields of an objective that do the same. Margins, scales and weights may be tuned in the course of a run.
-_OBJECTIVE_FIELDS = ("source", "labels_per_step", "sample_rate", "negatives")
+_OBJECTIVE_FIELDS = ("source", "labels_per_step", "sample_rate", "num_sampled", "negatives", "negative_groups")
+# Settings whose value decides how something is stored.
+_STORAGE_PATHS = {
+    "parallel.use_distributed_optimizer": "the optimizer's state is",
+    "train.precision": "the optimizer's state is",
+    "optim.class_centers.weight_dtype": "class centers are",
+    "optim.class_centers.first_moment": "the class centers' moments are",
+    "optim.class_centers.second_moment": "the class centers' moments are",
+}
 
 
 def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -49,12 +57,12 @@ def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any])
             f"the checkpoint {path} holds another model: {'; '.join(differences)}; set the fields as they are in the "
             "checkpoint, or use another run_dir to train a new model"
         )
-    for section, field in (("parallel", "use_distributed_optimizer"), ("train", "precision")):
-        before, now = saved[section][field], current[section][field]
+    for setting, what in _STORAGE_PATHS.items():
+        before, now = _lookup(saved, setting), _lookup(current, setting)
         if before != now:
             raise CheckpointError(
-                f"the checkpoint {path} was saved with {section}.{field} = {before} and this run has {now}, but the "
-                f"optimizer's state is stored differently for the two; set {section}.{field}: {str(before).lower()}"
+                f"the checkpoint {path} was saved with {setting} = {before} and this run has {now}, but "
+                f"{what} stored differently for the two; set {setting}: {str(before).lower()}"
             )
 
 

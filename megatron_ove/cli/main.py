@@ -23,7 +23,7 @@ from megatron_ove.errors import ConfigError, MegatronOveError, file_system_sente
 
 _REPEAT_DELAY_S = 2.0
 
-SUBCOMMANDS = ("train", "convert", "evaluate", "inspect", "report")
+SUBCOMMANDS = ("train", "plan", "convert", "evaluate", "inspect", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +112,7 @@ def _print_sentence(error: MegatronOveError, rank: int, world_size: int) -> None
     Not on rank 0 alone: what all ranks of a machine have alike (a missing file) another machine may not have.
     """
     if error.on_every_rank and os.environ.get("LOCAL_RANK", str(rank)) != "0":
+        time.sleep(_REPEAT_DELAY_S)  # whoever ends first has its launcher end the others, who may not have spoken yet
         return
     if rank:
         # Most errors happen on all ranks alike. Rank 0 then ends first, and its launcher ends us before we repeat it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -16,23 +17,31 @@ class PartialFCConfig(StrictModel):
     kind: Literal["partial_fc"] = "partial_fc"
     source: str
     """Name of the data source whose samples and labels this objective sees."""
-    num_classes: Annotated[int, Field(gt=1)]
+    num_classes: Annotated[int, Field(gt=1, le=2**31)]
     """Rows of the class-center table; label ids are 0 .. num_classes - 1."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of this objective in the total loss."""
     labels_per_step: Annotated[int, Field(gt=0)] = 8
     """Labels drawn per sample and step from its stored ones, without replacement."""
-    margin_type: Literal["cosface", "arcface"] = "cosface"
-    """cosface: cos - margin on the target; arcface: cos(angle + margin)."""
+    margin_type: Literal["cosface", "arcface", "combined"] = "cosface"
+    """cosface: cos - margin on the target; arcface: cos(angle + margin); combined: cos(m1 angle + m2) - m3."""
     margin: Annotated[float, Field(ge=0, lt=1.5)] = 0.3
     """Margin: a cosine for cosface, radians for arcface."""
-    logit_scale: Annotated[float, Field(gt=0)] = 64.0
+    combined_margin: tuple[float, float, float] | None = None
+    """(m1, m2, m3) of margin_type: combined, in place of `margin`."""
+    logit_scale: Annotated[float, Field(gt=0, le=500)] = 64.0
     """Factor between cosine and logit."""
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Share of the classes that are active in a step, its labels included (per slot if negatives = per_label)."""
-    negatives: Literal["per_label", "shared"] = "per_label"
-    """per_label: every label slot draws its own negative classes; shared: one set serves all slots."""
-    co_positives: Literal["negative", "masked"] = "negative"
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.03
+    """Share of the classes drawn as negatives into each class set; the labels of the step come on top."""
+    num_sampled: Annotated[int, Field(gt=0)] | None = None
+    """The same as a number of classes; takes the place of `sample_rate`."""
+    sampling_correction: Literal["none", "logq"] = "none"
+    """logq: a drawn negative counts 1 / its probability, so that the loss estimates the full softmax's."""
+    negatives: Literal["per_label", "grouped", "shared"] = "per_label"
+    """per_label: every label slot draws its own class set; grouped: groups of slots do; shared: one set serves all."""
+    negative_groups: Annotated[int, Field(gt=0)] | None = None
+    """Class sets of negatives: grouped."""
+    co_positives: Literal["negative", "masked"] = "masked"
     """Whether a sample's other labels of the step count as negatives of a label or are left out."""
     interclass_filter: Annotated[float, Field(gt=-1, le=1)] = 0.75
     """Negatives with a cosine above this are taken for unlabelled positives; 1.0 switches the filter off."""
@@ -40,15 +49,78 @@ class PartialFCConfig(StrictModel):
     """zero: a filtered negative gets logit 0, as published; mask: it leaves the softmax."""
     class_group: Literal["stage", "tensor"] = "stage"
     """Ranks that share the table: all of the last pipeline stage (tensor x data), or the tensor-parallel ones only."""
-    chunk_size: Annotated[int, Field(gt=0)] = 8192
-    """Active rows per block of logits; bounds the memory of the softmax."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Operands of the GEMMs; sums are fp32. auto: train.precision, but never bfloat16 on a CPU that must imitate it."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Who computes softmax and update: plain torch, or fused Triton kernels. auto: Triton on a GPU that has it."""
+    chunk_size: Annotated[int, Field(gt=0)] = 1024
+    """Active rows that plain torch works on at a time; few enough to stay in cache."""
 
-    def _check_arcface_margin(self) -> Iterator[str]:
+    def _check_margin(self) -> Iterator[str]:
         if self.margin_type == "cosface" and self.margin >= 1:
             yield (
                 f"margin = {self.margin} is outside [0, 1) for cosface, where it is subtracted from a cosine; "
                 "use about 0.3, or margin_type: arcface for a margin in radians"
             )
+        if self.margin_type == "combined" and self.combined_margin is None:
+            yield (
+                "margin_type: combined has no combined_margin, and its three margins have no usual values; add "
+                "combined_margin: [m1, m2, m3], for instance [1.0, 0.3, 0.2]"
+            )
+        if self.margin_type == "combined" and self.combined_margin is not None:
+            factor, angle, cosine = self.combined_margin
+            if not (0 < factor <= 2 and 0 <= angle < 1.5 and 0 <= cosine < 1):
+                yield (
+                    f"combined_margin = {list(self.combined_margin)} is outside its ranges: m1, a factor of the angle, "
+                    "in (0, 2], m2, radians, in [0, 1.5), m3, a cosine, in [0, 1); use for instance [1.0, 0.3, 0.2]"
+                )
+        if self.margin_type != "combined" and self.combined_margin is not None:
+            yield (
+                f"combined_margin = {list(self.combined_margin)} has no effect with margin_type: {self.margin_type}, "
+                "which reads margin; set margin_type: combined or remove combined_margin"
+            )
+
+    def _check_negatives(self) -> Iterator[str]:
+        groups = self.negative_groups
+        if self.negatives == "grouped" and groups is None:
+            yield (
+                "negatives: grouped does not say how many class sets to draw; add negative_groups, for instance "
+                f"{max(1, self.labels_per_step // 2)}"
+            )
+        if self.negatives != "grouped" and groups is not None:
+            yield (
+                f"negative_groups = {groups} has no effect with negatives: {self.negatives}; set negatives: grouped "
+                "or remove negative_groups"
+            )
+        if self.negatives == "grouped" and groups is not None and groups > self.labels_per_step:
+            yield (
+                f"negative_groups = {groups} is more than labels_per_step = {self.labels_per_step}, so some class sets "
+                f"would serve no label; set negative_groups to {self.labels_per_step} or less"
+            )
+        if self.num_sampled is not None and self.num_sampled > self.num_classes:
+            yield (
+                f"num_sampled = {self.num_sampled} is more than num_classes = {self.num_classes}; set it to "
+                f"{self.num_classes} or less, or use sample_rate: 1.0 for the full softmax"
+            )
+
+        share = 1 - (1 - self.inclusion_probability) ** len(self.slots_of_sets)
+        if round(share * self.num_classes) == 0:
+            yield (
+                f"sample_rate = {self.sample_rate:g} of num_classes = {self.num_classes} draws no negative at all; set "
+                f"sample_rate to {1 / self.num_classes:.1g} or more, or num_sampled"
+            )
+
+    @property
+    def inclusion_probability(self) -> float:
+        """Chance of a class to be drawn as a negative into a class set."""
+        return self.sample_rate if self.num_sampled is None else self.num_sampled / self.num_classes
+
+    @property
+    def slots_of_sets(self) -> list[range]:
+        """The label slots that each class set serves, in order and of nearly equal number."""
+        count = {"per_label": self.labels_per_step, "shared": 1}.get(self.negatives, self.negative_groups or 1)
+        edges = [index * self.labels_per_step // count for index in range(count + 1)]
+        return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 ObjectiveConfig = PartialFCConfig

@@ -26,12 +26,22 @@ class ScheduleConfig(StrictModel):
 
 
 class ClassCenterOptimConfig(StrictModel):
-    """Row-sparse AdamW of the class centers: only rows active in a step are read and written."""
+    """AdamW of the class centers: what it touches and what it stores for each row."""
 
+    update: Literal["row_sparse", "dense"] = "row_sparse"
+    """row_sparse: only rows active in a step are read and written; dense: idle rows decay and drift too, every step."""
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the centers; bfloat16 is rounded stochastically."""
+    first_moment: Literal["float32", "bfloat16", "none"] = "none"
+    """Storage of the running mean of gradients; none: each gradient is followed as it is, and beta1 has no effect."""
+    second_moment: Literal["element", "row"] = "row"
+    """One running mean of squares per element, or one per row (mean over its elements)."""
     lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
     """Class-center rate / encoder rate."""
+    lr_scaling: Literal["active_share", "none"] = "active_share"
+    """active_share: with row_sparse, the rate is divided by the share of rows that a step touches, at most times 4."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Decoupled weight decay of active rows."""
+    """Decoupled weight decay of the rows that are updated."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     epsilon: Annotated[float, Field(gt=0)] = 1e-8

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_ove.convert.checkpoint_files import read_checkpoint_facts, read_tensors
 from megatron_ove.errors import CheckpointError
+from megatron_ove.parallel.class_order import rows_of_classes
 
 
 def load_class_centers(checkpoint_dir: str | Path, objective: str) -> Tensor:
@@ -18,7 +20,7 @@ def load_class_centers(checkpoint_dir: str | Path, objective: str) -> Tensor:
         objective: name of the objective in the run's configuration.
 
     Returns:
-        [num_classes, e] fp32 on the CPU, not normalized.
+        [num_classes, e] fp32 on the CPU, in the order of class ids, not normalized.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint, or holds no such table.
@@ -29,7 +31,8 @@ def load_class_centers(checkpoint_dir: str | Path, objective: str) -> Tensor:
     if objective in objectives:
         tensors = read_tensors(checkpoint_dir, key)
         if key in tensors:
-            return tensors[key].float()
+            num_classes = len(tensors[key])
+            return tensors[key][rows_of_classes(torch.arange(num_classes), num_classes)].float()
     known = ", ".join(objectives) or "none: it holds an encoder only"
     raise CheckpointError(
         f"the checkpoint {checkpoint_dir} has no class centers of an objective '{objective}'; its objectives are "

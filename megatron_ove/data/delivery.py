@@ -2,9 +2,9 @@
 
 One rank of each tensor-parallel group (its rank 0) reads and decodes in a background thread, some steps ahead; the main
 thread broadcasts the result inside the group. Everything that follows from plan and index (sample boundaries, seeds,
-keys, all sizes) is computed by every rank itself, so only patches, positions and labels travel: at most one broadcast
-each a step. Pipeline stages read for themselves what they need: patches on the first, labels on the last, positions
-everywhere.
+keys, labels, all sizes) is computed or read by every rank itself, so only patches and positions travel: at most one
+broadcast each a step. Pipeline stages read for themselves what they need: patches on the first, labels on the last,
+positions everywhere.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ _CLOSE_TIMEOUT_S = 30.0
 
 @dataclass
 class StepTensors:
-    """What travels inside a tensor-parallel group: one replica's share of a step, n microbatches.
+    """One replica's share of a step, n microbatches; patches and positions travel inside a tensor-parallel group.
 
     Attributes:
         patches: [n, P, 3 * p * p] uint8; None off the first stage.
         positions: [n, P, 3] int32.
         labels: [sum over samples of their source's L] int32, microbatch by microbatch, in each source by source;
-            None off the last stage.
+            None off the last stage. On the CPU, where objectives plan with them.
     """
 
     patches: Tensor | None
     positions: Tensor
     labels: Tensor | None
 
-    def tensors(self) -> list[Tensor]:
-        """Returns the tensors that exist, in a fixed order."""
-        return [value for value in (self.patches, self.positions, self.labels) if value is not None]
+    def travelling(self) -> list[Tensor]:
+        """Returns the tensors to broadcast, in a fixed order."""
+        return [value for value in (self.patches, self.positions) if value is not None]
 
 
 class StepLoader:
@@ -113,8 +113,8 @@ class StepLoader:
             step: the step after the last one asked for, or `start_step`.
 
         Returns:
-            Batches on the topology's device, the same on every rank of the tensor-parallel group, as many on every
-            replica.
+            Batches with patches and positions on the topology's device and the rest on the CPU, the same on every rank
+            of the tensor-parallel group, as many on every replica.
 
         Raises:
             DataError: a sample could not be read or decoded; named with its file.
@@ -122,7 +122,7 @@ class StepLoader:
         started = time.perf_counter()
         if step != self._next_step:
             raise ValueError(f"step {step} was asked for, but steps come in order and the next is {self._next_step}")
-        plan, tensors = self._take() if self._thread is not None else self._empty(self._planner.plan(step))
+        plan, tensors = self._take() if self._thread is not None else self._prepare(self._planner.plan(step))
         tensors = self._share(tensors)
         batches = self._assemble(plan, tensors)
         self._next_step += 1
@@ -172,7 +172,7 @@ class StepLoader:
 
     def _read(self, plan: MicrobatchPlan) -> StepTensors:
         """Reads and decodes this replica's share of a step, as far as this pipeline stage needs it."""
-        _, tensors = self._empty(plan)
+        _, tensors = self._prepare(plan)
         places, targets = [], []
         for i, microbatch in enumerate(self._microbatches(plan)):
             samples = plan.samples_of(microbatch)
@@ -186,11 +186,8 @@ class StepLoader:
                     targets.append(tensors.patches[i, start:stop])
         if tensors.patches is not None:
             self._decode(plan, np.array(places, dtype=np.int64), targets)
-        if tensors.labels is not None:
-            tensors.labels = torch.from_numpy(self._read_labels(plan))
         if self._topology.device.type == "cuda":
             tensors.positions = tensors.positions.pin_memory()
-            tensors.labels = tensors.labels.pin_memory() if tensors.labels is not None else None
         return tensors
 
     def _decode(self, plan: MicrobatchPlan, places: np.ndarray, targets: list[Tensor]) -> None:
@@ -228,8 +225,8 @@ class StepLoader:
                 raise item
             return item
 
-    def _empty(self, plan: MicrobatchPlan) -> tuple[MicrobatchPlan, StepTensors]:
-        """Returns zeros of the shapes that plan and stage ask for: what is filled, or received into."""
+    def _prepare(self, plan: MicrobatchPlan) -> tuple[MicrobatchPlan, StepTensors]:
+        """Returns the labels, and zeros of the shapes that plan and stage ask for: what is filled, or received into."""
         topology = self._topology
         receives = topology.tensor_rank != 0
         microbatches = self._microbatches(plan)
@@ -239,12 +236,7 @@ class StepLoader:
             size = (len(microbatches), plan.tokens_per_microbatch, self._patch_size)
             patches = empty_patches(*size, topology.device)
         if topology.is_last_stage:
-            counts = [
-                samples.size * self._sources[index].shards.info.label_width
-                for microbatch in microbatches
-                for index, samples in self._by_source(plan, microbatch)
-            ]
-            labels = torch.zeros(sum(counts), dtype=torch.int32, device=device)
+            labels = torch.from_numpy(self._read_labels(plan))
         shape = (len(microbatches), plan.tokens_per_microbatch, 3)
         return plan, StepTensors(patches, torch.zeros(shape, dtype=torch.int32, device=device), labels)
 
@@ -255,11 +247,9 @@ class StepLoader:
             # made on the decoder's stream: its memory must not be reused before this stream is done with it
             tensors.patches.record_stream(torch.cuda.current_stream())
         tensors.positions = tensors.positions.to(device, non_blocking=True)
-        if tensors.labels is not None:
-            tensors.labels = tensors.labels.to(device, non_blocking=True)
         if self._topology.tensor_size > 1:
             source = dist.get_global_rank(group, 0)
-            for tensor in tensors.tensors():
+            for tensor in tensors.travelling():
                 if tensor.numel():
                     dist.broadcast(tensor, source, group=group)
         return tensors
@@ -281,10 +271,10 @@ class StepLoader:
                 Batch(
                     positions=tensors.positions[i],
                     cu_seqlens=torch.from_numpy(boundaries).to(torch.int32),
-                    source_index=self._to_device(plan.source_index[samples], torch.int32),
+                    source_index=torch.from_numpy(plan.source_index[samples]).to(torch.int32),
                     source_names=self._names,
                     sample_keys=tuple(self._key(plan, place) for place in samples),
-                    sample_seeds=self._to_device(plan.seeds[samples], torch.int64),
+                    sample_seeds=torch.from_numpy(plan.seeds[samples]).to(torch.int64),
                     patches=tensors.patches[i] if tensors.patches is not None else None,
                     labels=labels,
                 )
@@ -301,6 +291,3 @@ class StepLoader:
 
     def _key(self, plan: MicrobatchPlan, place: int) -> str:
         return self._sources[plan.source_index[place]].shards.key(int(plan.rows[place]))
-
-    def _to_device(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(values).to(self._topology.device, dtype, non_blocking=True)

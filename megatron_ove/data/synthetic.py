@@ -77,7 +77,7 @@ def write_synthetic_shard_set(
     with writer:
         for i in range(num_samples):
             random = np.random.default_rng((seed, i))
-            label = i % num_classes
+            label = i % num_classes if num_samples >= num_classes else i * num_classes // num_samples
             if kind == "video":
                 count = selected_patches // 2 if i % 3 == 2 else selected_patches
                 members = _clip_members(label, num_classes, grid, count, patch_size, random)

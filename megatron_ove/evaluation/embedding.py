@@ -156,9 +156,9 @@ def _make_batch(source: DataSource, rows: np.ndarray, counts: np.ndarray) -> Bat
     return Batch(
         positions=torch.from_numpy(positions).to(source.device),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        source_index=torch.zeros(len(rows), dtype=torch.int32, device=source.device),
+        source_index=torch.zeros(len(rows), dtype=torch.int32),
         source_names=(source.name,),
         sample_keys=tuple(source.shards.key(int(row)) for row in rows),
-        sample_seeds=torch.zeros(len(rows), dtype=torch.int64, device=source.device),
+        sample_seeds=torch.zeros(len(rows), dtype=torch.int64),
         patches=patches,
     )

@@ -1,15 +1,16 @@
-"""Log-sum-exp over the active classes of all ranks, in chunks, with both gradients; the large part of the head.
+"""Sums of e^logit over the active classes of all ranks, in chunks, with both gradients; the large part of a head.
 
-The forward pass keeps no logits: the backward pass computes them again, chunk by chunk. A sample's own labels are left
-out of the log-sum-exp; they are few, and `MarginSoftmax.sample_losses` puts them back with their margins. So one GEMM
-per chunk serves all label slots, and each slot only reads the rows of its own class set from it.
+Cosines are bounded, so e^logit needs no maximum subtracted and sums of ranks simply add. One exponential serves all
+class sets: their sums are one small GEMM with the sets' weights. A sample's own labels are left out; they are few, and
+`MarginSoftmax.sample_losses` puts them back with their margins. Rows are read from the table where they lie; only a
+chunk of them is ever copied, small enough to stay in cache until the GEMM has used it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,144 +18,224 @@ from torch import Tensor
 
 from megatron_ove.heads.active_classes import ActiveRows
 from megatron_ove.heads.margin_softmax import MarginSoftmax
+from megatron_ove.heads.row_gradient import RowGradient
 
 
-def sampled_log_sum_exp(
-    embeddings: Tensor,
-    directions: Tensor,
-    row_gradient: Tensor,
-    targets: Tensor,
-    *,
-    active: ActiveRows,
-    softmax: MarginSoftmax,
-    class_group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor]:
-    """Returns what a margin softmax over sampled classes needs to know about them.
+@dataclass(frozen=True)
+class ActiveTable:
+    """The part of a table that a step sees.
 
-    One collective in the forward pass, none in the backward pass. Every rank of `class_group` must go on alike from the
-    results (they are identical); the backward pass then adds this rank's part to `row_gradient` and returns this
-    rank's part of the gradient of the embeddings, to be summed over `class_group` by the caller.
+    Attributes:
+        weight: [c_local + 1, e] fp32 or bf16, all rows of the shard and a spare one that padding points at.
+        norms: [c_local + 1] fp32, Euclidean norm of each row, never 0.
+        active: which rows take part, and in which class sets.
+        gradient: what backward passes add to.
+        directions: [a, e] bf16, a normalized copy of the active rows; None = they are read where they are stored.
+        compute_dtype: of the operands of GEMMs.
+        chunk_size: rows per chunk.
+        is_fused: whether Triton kernels do the work.
+    """
+
+    weight: Tensor
+    norms: Tensor
+    active: ActiveRows
+    gradient: RowGradient
+    directions: Tensor | None
+    compute_dtype: torch.dtype
+    chunk_size: int
+    is_fused: bool = False
+
+    def stored_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yields (active rows, a copy of their weights [r, e] as stored, which the next chunk overwrites)."""
+        return chunks_of(self.weight, self.active.rows, self.chunk_size)
+
+    def operand_chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yields (active rows; operand [r, e] of GEMMs, not to be written to; 1 / norm [r, 1], None if normalized)."""
+        rows = self.active.rows
+        if self.directions is None:
+            for chunk, weight in self.stored_chunks():
+                yield chunk, weight.to(self.compute_dtype), self.norms[rows[chunk]].reciprocal_()[:, None]
+        else:
+            for start in range(0, rows.numel(), self.chunk_size):
+                chunk = slice(start, min(start + self.chunk_size, rows.numel()))
+                yield chunk, self.directions[chunk], None
+
+
+def chunks_of(table: Tensor, rows: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (positions in `rows`, these rows of the table); always in the same memory, which may be written to."""
+    buffer = table.new_empty(min(chunk_size, rows.numel()), *table.shape[1:])
+    for start in range(0, rows.numel(), chunk_size):
+        part = rows[start : start + chunk_size]
+        yield slice(start, start + part.numel()), torch.index_select(table, 0, part, out=buffer[: part.numel()])
+
+
+class HeadShare(Protocol):
+    """One head's share of one microbatch on one rank: statistics, then gradients."""
+
+    embeddings: Tensor
+
+    def statistics(self) -> tuple[Tensor, Tensor]: ...
+
+    def gradients(self, grad_sums: Tensor, grad_targets: Tensor) -> Tensor: ...
+
+
+@dataclass
+class SampledSoftmax:
+    """A head's share in plain torch.
+
+    Attributes:
+        embeddings: [b, e] fp32, normalized, replicated over the ranks that share the table.
+        targets: [k, b] int64, position of each label among the active rows, -1 = on another rank or no label.
+    """
+
+    table: ActiveTable
+    softmax: MarginSoftmax
+    embeddings: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        self._operand = self.embeddings.to(self.table.compute_dtype)
+        self._cosines = self.table.gradient.reserve(self.embeddings.shape[0])
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Returns this rank's (sums of e^logit [s, b], cosines with labels [k, b], 0 for those elsewhere)."""
+        num_samples, num_sets = self.embeddings.shape[0], self.table.active.weights.shape[1]
+        dtype = self.softmax.sum_dtype
+        sums = self.embeddings.new_zeros(num_sets, num_samples, dtype=dtype)
+        target_cosine = self.embeddings.new_zeros(self.targets.shape, dtype=dtype)
+        if num_samples and self.table.active.rows.numel():
+            self._measure_targets(target_cosine)
+        for chunk, weight, inverse_norm in self.table.operand_chunks() if num_samples else ():
+            cosines = self._measure_cosines(chunk, weight, inverse_norm)
+            place, _ = self._targets_in(chunk)
+            exponentials = self._exponentials(cosines, place)[:-1]
+            sums.addmm_(self.table.active.weights[chunk].T.to(dtype), exponentials)
+        return sums, target_cosine
+
+    def gradients(self, grad_sums: Tensor, grad_targets: Tensor) -> Tensor:
+        """Adds to the gradient of the rows.
+
+        Args:
+            grad_sums: [s, b], of the sums over all ranks.
+            grad_targets: [k, b], of the complete cosines with labels.
+
+        Returns:
+            This rank's part of the gradient of the embeddings, [b, e] fp32.
+        """
+        result = torch.zeros_like(self.embeddings)
+        gradient, known = self.table.gradient, self._cosines
+        grad_logits, grad_targets = grad_sums * self.softmax.logit_scale, grad_targets.float()
+        for chunk, weight, inverse_norm in self.table.operand_chunks() if len(result) else ():
+            cosines = self._measure_cosines(chunk, weight, inverse_norm) if known is None else known[chunk]
+            place, is_here = self._targets_in(chunk)
+            coefficients = self._exponentials(cosines, place, is_gradient=True)
+            coefficients[:-1] *= self.table.active.weights[chunk].to(grad_logits.dtype) @ grad_logits
+            coefficients = coefficients.float().scatter_add_(0, place, grad_targets.where(is_here, 0.0))[:-1]
+            gradient.radial[chunk] += torch.linalg.vecdot(coefficients, cosines)
+            if known is not None:
+                known[chunk] = coefficients
+            gradient.add(chunk, coefficients, self.embeddings, known)
+            if inverse_norm is not None:
+                coefficients *= inverse_norm
+            _add_product(result, coefficients.T, weight)
+        gradient.finish_microbatch(self.embeddings, known)
+        return result
+
+    def _measure_targets(self, cosines: Tensor) -> None:
+        """Writes the cosines with labels' centers, [k, b], in fp32 whatever the compute dtype: a loss hangs on each."""
+        for targets, out in zip(self.targets, cosines, strict=True):
+            rows = self.table.active.rows[targets.clamp(min=0)]
+            cosine = torch.linalg.vecdot(self.table.weight[rows].float(), self.embeddings) / self.table.norms[rows]
+            out.copy_(cosine.where(targets >= 0, 0.0))
+
+    def _measure_cosines(self, chunk: slice, weight: Tensor, inverse_norm: Tensor | None) -> Tensor:
+        """Returns [r, b] fp32 cosines, kept for the backward pass where there is a place for them."""
+        place = None if self._cosines is None else self._cosines[chunk]
+        if weight.dtype == torch.float32:
+            cosines = torch.mm(weight, self._operand.T, out=place)
+        else:
+            product = weight @ self._operand.T
+            cosines = product.float() if place is None else place.copy_(product)
+        return cosines if inverse_norm is None else cosines.mul_(inverse_norm)
+
+    def _targets_in(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Returns ([k, b] row of each label within the chunk, or the row beyond for the others; whether it is there).
+
+        The row beyond takes what belongs elsewhere, so that no shape depends on the data and no GPU is waited for.
+        """
+        is_here = (self.targets >= chunk.start) & (self.targets < chunk.stop)
+        return torch.where(is_here, self.targets - chunk.start, chunk.stop - chunk.start), is_here
+
+    def _exponentials(self, cosines: Tensor, place: Tensor, *, is_gradient: bool = False) -> Tensor:
+        """Returns e^logit of negatives, [r + 1, b], the last row of no meaning; 0 for own labels.
+
+        For gradients also 0 where the filter made it a constant.
+        """
+        exponentials = cosines.new_empty(len(cosines) + 1, cosines.shape[1], dtype=self.softmax.sum_dtype)
+        inner = torch.mul(cosines, self.softmax.logit_scale, out=exponentials[:-1]).exp_()
+        # A CPU need not be waited for, and there is rarely anything to filter.
+        if cosines.is_cuda or not bool(cosines.max() <= self.softmax.interclass_filter):
+            suspicious = self.softmax.suspicious(cosines)
+        else:
+            suspicious = None
+        if suspicious is not None:
+            inner.masked_fill_(suspicious, 0.0 if is_gradient else self.softmax.filtered_exponential)
+        return exponentials.scatter_(0, place, 0.0)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, the operands taken in the type of `right`."""
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += (left.contiguous().to(right.dtype) @ right).float()
+
+
+def exchange_statistics(parts: Sequence[HeadShare], group: dist.ProcessGroup) -> list[tuple[Tensor, Tensor]]:
+    """Returns each head's statistics over the classes of all ranks; one collective for all heads, none in backward.
+
+    Every rank of `group` must go on alike from the results (they are identical); the backward pass then adds this
+    rank's part to each table's row gradient and returns this rank's part of the gradient of the embeddings, to be
+    summed over `group` by the caller.
 
     Args:
-        embeddings: [b, e] fp32, normalized, replicated over `class_group`.
-        directions: [a, e] fp32, this rank's active rows, normalized.
-        row_gradient: [a, e] fp32, accumulator of the gradient of `directions`; written by the backward pass.
-        targets: [b, k] int64, position in `directions` of each label's row; -1 when it is on another rank or invalid.
-        active: this rank's rows and class sets.
-        softmax: scale and filter.
-        class_group: ranks over which the classes are sharded.
+        parts: heads of one microbatch, in the same order on every rank.
+        group: ranks over which their tables are sharded.
 
     Returns:
-        negatives: [b, s], log-sum-exp over each of the s class sets without the sample's own labels; -inf when nothing
-            is left.
-        target_cosine: [b, k], cosine with each label's center, 0 for invalid labels.
+        Per head: log-sum-exp of each class set without the sample's own labels, [s, b], -inf when nothing is left; and
+        the cosine with each label's center, [k, b], 0 for no label.
     """
     # The row gradient must also be formed when no gradient is wanted for the embeddings.
-    anchor = torch.zeros((), device=embeddings.device, requires_grad=torch.is_grad_enabled())
-    return _SampledLogSumExp.apply(embeddings, anchor, directions, row_gradient, targets, active, softmax, class_group)
+    device = parts[0].embeddings.device
+    anchor = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+    flat = _Statistics.apply(anchor, group, parts, *(part.embeddings for part in parts))
+    return [(_log(sums).float(), cosines.float()) for sums, cosines in zip(flat[::2], flat[1::2], strict=True)]
 
 
-class _SampledLogSumExp(torch.autograd.Function):
+def _log(sums: Tensor) -> Tensor:
+    """Logarithm with -inf and no gradient at 0."""
+    is_empty = sums == 0
+    return sums.masked_fill(is_empty, 1.0).log().masked_fill(is_empty, -torch.inf)
+
+
+class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        embeddings: Tensor,
-        anchor: Tensor,
-        directions: Tensor,
-        row_gradient: Tensor,
-        targets: Tensor,
-        active: ActiveRows,
-        softmax: MarginSoftmax,
-        class_group: dist.ProcessGroup,
-    ) -> tuple[Tensor, Tensor]:
-        num_sets = len(active.members)
-        local = embeddings.new_zeros(num_sets + targets.shape[1], embeddings.shape[0])
-        negatives, target_cosine = local[:num_sets].fill_(-math.inf), local[num_sets:]
-        for chunk in _chunks(embeddings, directions, targets, active, softmax):
-            target_cosine += chunk.cosines.gather(0, chunk.targets).masked_fill_(~chunk.has_target, 0.0)
-            logits = chunk.logits()
-            for index, members in chunk.members():
-                selected = logits.index_select(0, members)
-                negatives[index] = torch.logaddexp(negatives[index], selected.logsumexp(0))
-        merged, total = _merge(local, num_sets, class_group)
-        ctx.save_for_backward(embeddings, directions, targets, merged)
-        ctx.row_gradient, ctx.active, ctx.softmax = row_gradient, active, softmax
-        return merged.T, total.T
+        ctx: Any, anchor: Tensor, group: dist.ProcessGroup, parts: Sequence[HeadShare], *embeddings: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.parts = parts
+        local = [tensor for part in parts for tensor in part.statistics()]
+        if group.size() == 1:
+            return tuple(local)
+        dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in local) else torch.float32
+        total = torch.cat([tensor.flatten().to(dtype) for tensor in local])
+        if total.numel():
+            dist.all_reduce(total, group=group)
+        pieces = total.split([tensor.numel() for tensor in local])
+        return tuple(piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, local, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, grad_negatives: Tensor, grad_target: Tensor) -> tuple[Tensor | None, ...]:
-        embeddings, directions, targets, negatives = ctx.saved_tensors
-        grad_embeddings = torch.zeros_like(embeddings)
-        grad_negatives, grad_target = grad_negatives.T, grad_target.T  # [s, b], [k, b]
-        reference = negatives.masked_fill(negatives == -math.inf, 0.0)
-        for chunk in _chunks(embeddings, directions, targets, ctx.active, ctx.softmax):
-            logits = chunk.logits()
-            gradient = torch.zeros_like(chunk.cosines)  # of the cosines; [r + 1, b]
-            for index, members in chunk.members():
-                share = logits.index_select(0, members).sub_(reference[index]).exp_().mul_(grad_negatives[index])
-                gradient.index_add_(0, members, share)
-            gradient *= ctx.softmax.logit_scale
-            suspicious = ctx.softmax.suspicious(chunk.cosines)
-            if suspicious is not None:
-                gradient.masked_fill_(suspicious, 0.0)
-            gradient.scatter_add_(0, chunk.targets, grad_target.masked_fill(~chunk.has_target, 0.0))
-            gradient = gradient[:-1]
-            ctx.row_gradient[chunk.start : chunk.stop].addmm_(gradient, embeddings)
-            grad_embeddings.addmm_(gradient.T, directions[chunk.start : chunk.stop])
-        return grad_embeddings, None, None, None, None, None, None, None
-
-
-class _Chunk:
-    """Cosines of one block of active rows, rows first: [r + 1, b].
-
-    The last row is a spare: scatters of targets that lie in other chunks or on other ranks end there, so that none of
-    this depends on the data and a GPU is never waited for.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        embeddings: Tensor,
-        directions: Tensor,
-        targets: Tensor,
-        active: ActiveRows,
-        softmax: MarginSoftmax,
-    ) -> None:
-        self.start = index * active.chunk_size
-        self.stop = min(self.start + active.chunk_size, directions.shape[0])
-        self._index, self._active, self._softmax = index, active, softmax
-        num_rows = self.stop - self.start
-        self.cosines = embeddings.new_zeros(num_rows + 1, embeddings.shape[0])
-        torch.mm(directions[self.start : self.stop], embeddings.T, out=self.cosines[:num_rows])
-        targets = targets.T  # [k, b]
-        self.has_target = (targets >= self.start) & (targets < self.stop)
-        self.targets = torch.where(self.has_target, targets - self.start, num_rows)
-
-    def logits(self) -> Tensor:
-        """Filtered logits; -inf at the samples' own labels."""
-        return self._softmax.negative_logits(self.cosines).scatter_(0, self.targets, -math.inf)
-
-    def members(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields (class set, rows of this chunk that belong to it) for every set that has some."""
-        for number, (members, splits) in enumerate(zip(self._active.members, self._active.member_splits, strict=True)):
-            begin, end = splits[self._index], splits[self._index + 1]
-            if begin < end:
-                yield number, members[begin:end] - self.start
-
-
-def _chunks(
-    embeddings: Tensor, directions: Tensor, targets: Tensor, active: ActiveRows, softmax: MarginSoftmax
-) -> Iterator[_Chunk]:
-    if embeddings.shape[0]:
-        for index in range(-(-directions.shape[0] // active.chunk_size)):
-            yield _Chunk(index, embeddings, directions, targets, active, softmax)
-
-
-def _merge(local: Tensor, num_sets: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Merges [s + k, b] statistics of all ranks in one collective: log-sum-exps, and cosines that one rank knows."""
-    if group.size() == 1 or local.numel() == 0:
-        return local[:num_sets].contiguous(), local[num_sets:].contiguous()
-    gathered = local.new_empty(group.size() * local.shape[0], local.shape[1])
-    dist.all_gather_into_tensor(gathered, local, group=group)
-    gathered = gathered.view(group.size(), *local.shape)
-    return gathered[:, :num_sets].logsumexp(0), gathered[:, num_sets:].sum(0)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(gradients[::2], gradients[1::2], strict=True)
+        return None, None, None, *(part.gradients(*pair) for part, pair in zip(ctx.parts, pairs, strict=True))

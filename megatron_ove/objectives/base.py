@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -53,6 +53,11 @@ class Objective(ABC):
         The gradient that goes back to `features` is complete and identical on every tensor-parallel rank. The gradient
         that arrives at the loss sum must be the same number on every replica, as the training step's factors are.
         """
+
+    @classmethod
+    def forward_together(cls, objectives: Sequence[Self], features: VisionFeatures, batch: Batch) -> list[LossTerms]:
+        """Returns what `forward` does, for all objectives of this class; a class may share collectives between them."""
+        return [objective.forward(features, batch) for objective in objectives]
 
     @abstractmethod
     def row_gradient_norm(self) -> Tensor:

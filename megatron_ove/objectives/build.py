@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from megatron_ove.config.objectives import ObjectiveConfig, PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.objectives.base import Objective
@@ -19,6 +21,7 @@ def build_objectives(
     embedding_size: int,
     seed: int,
     optim: ClassCenterOptimConfig,
+    dtype: torch.dtype = torch.float32,
 ) -> ObjectiveSet:
     """Builds the objectives of a run, with fresh tables; to be called on the last pipeline stage only.
 
@@ -28,13 +31,20 @@ def build_objectives(
         embedding_size: width of the pooled embedding.
         seed: of initial centers and negatives.
         optim: of class centers.
+        dtype: of the run's weights and activations, which `compute_dtype: auto` follows.
     """
     objectives: list[Objective] = []
     for name, config in configs.items():
         match config:
             case PartialFCConfig():
                 objective = PartialFC(
-                    name, config, topology=topology, embedding_size=embedding_size, seed=seed, optim=optim
+                    name,
+                    config,
+                    topology=topology,
+                    embedding_size=embedding_size,
+                    seed=seed,
+                    optim=optim,
+                    dtype=dtype,
                 )
         objectives.append(objective)
     return ObjectiveSet(objectives, {name: config.loss_weight for name, config in configs.items()})

@@ -44,9 +44,9 @@ def exchange_labels(
     """Returns the drawn labels of all replicas; one exchange of sizes and one of labels.
 
     Args:
-        drawn: per microbatch of this replica [b, k] int64; equally many microbatches on every replica.
+        drawn: per microbatch of this replica [b, k] int64 on the CPU; equally many microbatches on every replica.
         mistake: what `find_bad_label` said.
-        data_group: the replicas.
+        data_group: the replicas, for tensors on the CPU.
         on_every_rank: whether a mistake stops every rank of the run here.
 
     Returns:
@@ -59,7 +59,7 @@ def exchange_labels(
     if data_group.size() == 1:
         all_sizes, mistakes = [sizes], [mistake]
     else:
-        mine = torch.tensor([bool(mistake), *sizes], dtype=torch.int64, device=drawn[0].device)
+        mine = torch.tensor([bool(mistake), *sizes], dtype=torch.int64)
         gathered = mine.new_empty(data_group.size() * len(mine))
         dist.all_gather_into_tensor(gathered, mine, group=data_group)
         table = gathered.view(-1, len(mine)).tolist()

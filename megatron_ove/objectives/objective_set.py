@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ove.batch import Batch
 from megatron_ove.objectives.base import Objective
-from megatron_ove.outputs import StepOutput, VisionFeatures
+from megatron_ove.outputs import LossTerms, StepOutput, VisionFeatures
 
 
 class ObjectiveSet:
@@ -57,8 +57,15 @@ class ObjectiveSet:
         # Starting from the features keeps the loss differentiable and exactly 0 in an empty microbatch.
         loss = features.pooled.new_zeros((), dtype=torch.float32)
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, objective in self._objectives.items():
-            terms = objective.forward(features, batch)
+        by_class: dict[type[Objective], list[Objective]] = {}
+        for objective in self._objectives.values():
+            by_class.setdefault(type(objective), []).append(objective)
+        results: dict[str, LossTerms] = {}
+        for kind, objectives in by_class.items():
+            names = [objective.name for objective in objectives]
+            results |= zip(names, kind.forward_together(objectives, features, batch), strict=True)
+        for name in self._objectives:
+            terms = results[name]
             loss = loss + scales[name] * terms.loss_sum
             metrics |= {f"{name}/{metric}": value for metric, value in terms.metrics.items()}
         return StepOutput(loss, metrics)

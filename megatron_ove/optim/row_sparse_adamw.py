@@ -1,7 +1,8 @@
-"""AdamW on some rows of a table: the other rows, their moments and their step counts are neither read nor written.
+"""AdamW on one chunk of rows of a table, with a step count per row; the rest of the table is not touched.
 
-Bias correction counts the steps of each row by itself, so that a row's first update has full size whenever it comes.
-When every row is active in every step this is exactly torch.optim.AdamW.
+Moments are kept as bias-corrected running averages, m_t = m + (1 - b) / (1 - b^t) (g - m), which is what AdamW's m and
+v become after their correction. t counts the row's own updates, so a row's first update has full size whenever it
+comes. When every row is active in every step and moments are kept by element this is exactly torch.optim.AdamW.
 """
 
 from __future__ import annotations
@@ -11,48 +12,63 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def row_sparse_adamw_(
+def adamw_rows_(
     weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    steps: Tensor,
+    mean: Tensor | None,
+    square: Tensor,
+    count: Tensor,
     *,
-    rows: Tensor,
     gradient: Tensor,
+    gradient_square: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
     epsilon: float,
     weight_decay: float,
-) -> None:
-    """Updates `rows` of a table in place.
+) -> Tensor:
+    """Updates rows in place, in fp32.
 
     Args:
-        weight: [c_local, e] fp32.
-        exp_avg: [c_local, e] fp32, running mean of gradients.
-        exp_avg_sq: [c_local, e] fp32, running mean of squared gradients.
-        steps: [c_local] int32, updates that each row has had.
-        rows: [a] int64, distinct row indices.
-        gradient: [a, e] fp32, of those rows.
+        weight: [r, e] fp32.
+        mean: [r, e] fp32, corrected running average of gradients; None = the gradient itself is followed.
+        square: corrected running average of squared gradients: [r, e] fp32 by element, or [r, 1] fp32 with one number
+            for the whole row.
+        count: [r] int32, updates of each row including this one.
+        gradient: [r, e] fp32; overwritten.
+        gradient_square: what enters `square`, of its shape: squares, or their mean over the row.
         lr: learning rate.
-        beta1: decay of the running mean.
-        beta2: decay of the running mean of squares.
+        beta1: decay of `mean`.
+        beta2: decay of `square`.
         epsilon: added to the root of the second moment.
-        weight_decay: decoupled; a row shrinks by lr * weight_decay each time it is active.
+        weight_decay: decoupled; a row shrinks by lr * weight_decay with each update.
 
-    Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2; we differ in that
-    rows without a part in the step stand still (no decay, no momentum) and have their own step count.
+    Returns:
+        `weight`.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2. One second moment
+    per row is the blockwise mean of Zhang et al., "Adam-mini", ICLR 2025, with a class center as the block.
     """
-    if rows.numel() == 0:
-        return
-    count = steps[rows] + 1
-    mean = exp_avg[rows].lerp_(gradient, 1 - beta1)
-    square = exp_avg_sq[rows].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    correction1 = 1 - beta1 ** count.double()[:, None]
-    correction2 = 1 - beta2 ** count.double()[:, None]
-    steps[rows] = count
-    exp_avg[rows] = mean
-    exp_avg_sq[rows] = square
-    denominator = square.sqrt_().div_(correction2.sqrt_().float()).add_(epsilon)
-    update = mean.div_(denominator).mul_((lr / correction1).float())
-    weight[rows] = weight[rows].mul_(1 - lr * weight_decay).sub_(update)
+    average_(square, gradient_square, count, beta2)
+    if mean is not None:
+        gradient = average_(mean, gradient, count, beta1)
+    weight.mul_(1 - lr * weight_decay)
+    if square.shape == weight.shape:
+        return weight.addcdiv_(gradient, square.sqrt().add_(epsilon), value=-lr)
+    return weight.addcmul_(gradient, (square.sqrt() + epsilon).reciprocal_(), value=-lr)
+
+
+def average_(average: Tensor, value: Tensor, count: Tensor, beta: float) -> Tensor:
+    """Updates a bias-corrected running average in place and returns it.
+
+    Args:
+        average: [r, n] fp32; its contents do not matter where `count` is 1.
+        value: [r, n] fp32, what is new.
+        count: [r] int32, values so far, this one included.
+        beta: decay.
+    """
+    return average.lerp_(value, ((1 - beta) / -torch.expm1(count.double()[:, None] * _log(beta))).float())
+
+
+def _log(beta: float) -> float:
+    """log(beta); -inf for 0, whose powers are then 0."""
+    return float(torch.tensor(beta, dtype=torch.float64).log())

@@ -38,6 +38,29 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup, row_counts: Sequence[in
     return _AllGatherRows.apply(x, group, counts)
 
 
+def gather_replica_rows(
+    x: Tensor, data_group: dist.ProcessGroup, class_group: dist.ProcessGroup, row_counts: Sequence[int]
+) -> Tensor:
+    """Concatenates all replicas' rows, for a computation that is split over `class_group`.
+
+    Backward: each rank of `class_group` has a part of the gradient of the result; each gets the sum of all parts for
+    its own replica's rows, bit-equal on the tensor-parallel ranks of a replica. Without tensor parallelism that is a
+    reduce-scatter; with it an all-reduce, since a reduce-scatter adds in another order for every receiver.
+
+    Args:
+        x: [n_replica, ...], equal on the tensor-parallel ranks of a replica; n_replica may differ and be 0.
+        data_group: the replicas.
+        class_group: tensor-parallel x data-parallel ranks, tensor-parallel ones next to each other.
+        row_counts: n of every replica, in rank order.
+
+    Returns:
+        [sum of n_replica, ...], replicated over `class_group`.
+    """
+    if class_group.size() == data_group.size():
+        return all_gather_rows(x, data_group, row_counts)
+    return _GatherReplicaRows.apply(x, data_group, class_group, list(row_counts))
+
+
 def sum_gradient_over_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns `x`. Backward: sums the gradient over ranks, right when a replicated `x` feeds each rank's own part."""
     return x if group.size() == 1 else _SumBackward.apply(x, group)
@@ -90,3 +113,20 @@ class _SumBackward(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
+
+
+class _GatherReplicaRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, data_group: dist.ProcessGroup, class_group: dist.ProcessGroup, counts: list[int]
+    ) -> Tensor:
+        rank = data_group.rank()
+        ctx.group, ctx.own = class_group, slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        return _gather(x, data_group, counts) if max(counts) and len(counts) > 1 else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        if total.numel():
+            dist.all_reduce(total, group=ctx.group)
+        return total[ctx.own], None, None, None

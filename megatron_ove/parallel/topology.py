@@ -29,6 +29,7 @@ class ParallelTopology:
     """Sizes, ranks and groups, as seen from one process.
 
     Attributes:
+        data_host_group: the replicas, for tensors on the CPU.
         class_group: the tensor and data ranks of this pipeline stage, over which class tables are sharded.
         process_groups: megatron-core's view of the same groups, for its modules and optimizer.
     """
@@ -47,6 +48,7 @@ class ParallelTopology:
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    data_host_group: dist.ProcessGroup
     class_group: dist.ProcessGroup
     process_groups: ProcessGroupCollection
 
@@ -135,7 +137,8 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
     raise ConfigError(
         f"world size {world_size} is not divisible by tensor_model_parallel_size x pipeline_model_parallel_size = "
         f"{tensor} x {pipeline} = {replica}, so some processes would belong to no model replica; "
-        f"start {counts} processes or change the sizes"
+        f"start {counts} processes or change the sizes",
+        on_every_rank=True,
     )
 
 
@@ -190,6 +193,9 @@ def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:
         "tensor_group": parallel_state.get_tensor_model_parallel_group(),
         "pipeline_group": parallel_state.get_pipeline_model_parallel_group(),
         "data_group": parallel_state.get_data_parallel_group(),
+        "data_host_group": parallel_state.get_data_parallel_group_gloo()
+        if device.type == "cuda"
+        else parallel_state.get_data_parallel_group(),
         "class_group": parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
     }
     return ParallelTopology(

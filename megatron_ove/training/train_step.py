@@ -130,8 +130,8 @@ class TrainStep:
             return {}
         self._objectives.begin_step(step, batches)
         local = {name: sum(self._objectives.num_items(name, batch) for batch in batches) for name in self._objectives}
-        counts = torch.tensor(list(local.values()), dtype=torch.int64, device=self._topology.device)
-        dist.all_reduce(counts, group=self._topology.data_group)
+        counts = torch.tensor(list(local.values()), dtype=torch.int64)  # on the host, so that no device is waited for
+        dist.all_reduce(counts, group=self._topology.data_host_group)
         return loss_scales(
             self._objectives.weights,
             dict(zip(local, counts.tolist(), strict=True)),

@@ -52,6 +52,7 @@ class Trainer:
                 embedding_size=config.encoder.hidden_size,
                 seed=config.seed,
                 optim=config.optim.class_centers,
+                dtype=weight_dtype(config),
             )
         self.chunks = build_model_chunks(config, topology, self.objectives)
         self.optimizer = build_encoder_optimizer(

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ove.parallel.collectives import all_gather_rows, sum_gradient_over_group
+from megatron_ove.config.parallel import ParallelConfig
+from megatron_ove.parallel.collectives import all_gather_rows, gather_replica_rows, sum_gradient_over_group
+from megatron_ove.parallel.topology import initialize_topology
 from tests.support.distributed import WorkerError, run_distributed
 
 
@@ -42,6 +44,41 @@ def _sum_worker(rank: int, world_size: int) -> Tensor:
 def test_sum_of_gradients() -> None:
     for gradient in run_distributed(_sum_worker, 3):
         assert torch.equal(gradient, torch.full((2,), 6.0))
+
+
+def _replica_worker(
+    rank: int, world_size: int, tensor_size: int, all_counts: list[list[int]]
+) -> list[tuple[int, Tensor, Tensor]]:
+    topology = initialize_topology(ParallelConfig(tensor_model_parallel_size=tensor_size), seed=0)
+    results = []
+    for counts in all_counts:
+        x = _rows(topology.data_rank, counts[topology.data_rank])
+        gathered = gather_replica_rows(x, topology.data_group, topology.class_group, counts)
+        part = torch.randn(gathered.shape, generator=torch.Generator().manual_seed(rank))  # each rank's of the gradient
+        (gathered * part).sum().backward()
+        assert x.grad is not None
+        results.append((topology.data_rank, gathered.detach(), x.grad))
+    return results
+
+
+@pytest.mark.parametrize(("world_size", "tensor_size"), [(2, 1), (2, 2), (4, 2)])
+def test_rows_of_replicas_are_gathered_and_their_gradient_summed_over_all_classes(
+    world_size: int, tensor_size: int
+) -> None:
+    num_replicas = world_size // tensor_size
+    all_counts = [counts[:num_replicas] for counts in ([2, 2], [0, 3], [1, 0], [0, 0])]
+    ranks = run_distributed(_replica_worker, world_size, tensor_size, all_counts)
+    for index, counts in enumerate(all_counts):
+        expected = torch.cat([_rows(replica, count) for replica, count in enumerate(counts)]).detach()
+        shape = (sum(counts), 2)
+        total = sum(torch.randn(shape, generator=torch.Generator().manual_seed(rank)) for rank in range(world_size))
+        seen: dict[int, Tensor] = {}
+        for results in ranks:
+            replica, gathered, gradient = results[index]
+            assert torch.equal(gathered, expected)
+            torch.testing.assert_close(gradient, total.split(counts)[replica])
+            # Weights of the encoder follow from it on every tensor-parallel rank, so not a bit may differ.
+            assert torch.equal(gradient, seen.setdefault(replica, gradient))
 
 
 def _wrong_counts(rank: int, world_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -57,12 +58,21 @@ def train_with_one_bad_step(rank: int, world_size: int, data: dict[str, Any], wh
             return replace(output, loss=output.loss * float("nan"), metrics={"ocr_labels/loss": (loss / 0, count)})
         return output
 
+    def poisoned_forward(features, batch, scales):
+        if trainer.state.step == 2 and rank == 1:
+            pooled = features.pooled.clone()
+            pooled[0, 5] = float(where.removeprefix("embedding "))
+            features = replace(features, pooled=pooled)
+        return forward(features, batch, scales)
+
     def spoilt_norm():
         norm = gradient_norm()
         return float("inf") if trainer.state.step == 2 and rank == 1 else norm
 
     if where == "loss":
         trainer.objectives.forward = spoilt_forward
+    elif where.startswith("embedding"):
+        trainer.objectives.forward = poisoned_forward
     else:
         trainer.optimizer.gradient_norm = spoilt_norm
     one_step = trainer._one_step
@@ -79,9 +89,9 @@ def train_with_one_bad_step(rank: int, world_size: int, data: dict[str, Any], wh
     return {"changed": changed, "messages": messages, "state": state.state_dict(), "names": sorted(everything(trainer))}
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient norm"])
+@pytest.mark.parametrize("where", ["loss", "gradient norm", "embedding nan", "embedding inf"])
 def test_a_refused_step_changes_nothing_on_any_rank(sources, tmp_path, where):
-    data = tiny_config(sources, tmp_path, train={"num_steps": 4})
+    data = tiny_config(sources, tmp_path, train={"num_steps": 4}, sample_rate=0.9)
     results = run_distributed(train_with_one_bad_step, 2, data, where)
     for result in results:
         # exp_avg etc. exist from the first step on, so the steps after it can change all of them.
@@ -94,6 +104,12 @@ def test_a_refused_step_changes_nothing_on_any_rank(sources, tmp_path, where):
     if where == "loss":
         assert "the loss of objective 'ocr_labels' is" in refusals[0]
         assert "in a microbatch with these samples of source 'ocr': ocr0000" in refusals[0]
+    elif where.startswith("embedding"):
+        found = re.findall(
+            r"the loss of objective '(\w+)_labels' is nan in a microbatch with these samples of source '(\w+)': (\w+)",
+            refusals[0],
+        )
+        assert found and all(name == source and key.startswith(source) for name, source, key in found)
     else:
         assert "the gradient norm of the encoder is inf" in refusals[0]
     assert not any("was refused" in text for text in results[1]["messages"])

@@ -117,7 +117,7 @@ def test_three_processes_for_tensor_parallel_two(config: Path) -> None:
         "pipeline_model_parallel_size = 2 x 1 = 2, so some processes would belong to no model replica; start 2 or 4 "
         "processes or change the sizes"
     )
-    assert result.stderr.count("world size 3") == 1
+    assert result.stderr.count("[rank 0] world size 3") == 1
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -78,7 +78,7 @@ def assert_equal_checkpoints(first: Path, second: Path) -> None:
     assert tensors.keys() == other_tensors.keys()
     prefixes = {name.split(".")[0] for name in tensors}
     assert prefixes == {"model", "optimizer", "objectives"}
-    for part in ("weight", "exp_avg", "exp_avg_sq"):
+    for part in ("weight", "exp_avg_sq", "steps", "norms"):
         assert f"objectives.ocr_labels.{part}" in tensors
     assert any(name.startswith("optimizer.state.exp_avg_sq.model.") for name in tensors)
     unequal = [name for name in tensors if not torch.equal(tensors[name], other_tensors[name])]

@@ -26,6 +26,9 @@ _MCORE = ("distributed", "pipeline_parallel", "transformer.transformer_block", "
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy", *(f"megatron.core.{name}" for name in _MCORE)])
 
 
+_PEER_FAILURE_S = 2.0
+
+
 class WorkerError(AssertionError):
     """A rank failed, died or did not answer in time; the message holds its traceback."""
 
@@ -67,9 +70,16 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
 
 def _collect(pipes: list[Connection], workers: list[Any], deadline: float, timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
+    failures: list[tuple[float, int, str]] = []
     while len(results) < len(pipes):
         open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-        ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
+        if failures:  # a peer that was left alone fails too: the first in time is the cause
+            open_pipes = [pipe for pipe in open_pipes if pipes.index(pipe) not in [rank for _, rank, _ in failures]]
+            deadline = min(deadline, time.monotonic() + _PEER_FAILURE_S)
+        ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic())) if open_pipes else []
+        if failures and not ready:
+            _, rank, content = min(failures)
+            raise WorkerError(f"rank {rank} failed:\n{content}")
         if not ready:
             silent = [rank for rank in range(len(pipes)) if rank not in results]
             raise WorkerError(f"ranks {silent} did not finish within {timeout_s} s; all processes were killed")
@@ -78,11 +88,15 @@ def _collect(pipes: list[Connection], workers: list[Any], deadline: float, timeo
             try:
                 succeeded, content = pickle.loads(pipe.recv_bytes())
             except EOFError:
+                if failures:
+                    _, rank, content = min(failures)
+                    raise WorkerError(f"rank {rank} failed:\n{content}") from None
                 workers[rank].join(5)
                 raise WorkerError(f"rank {rank} died with exit code {workers[rank].exitcode}") from None
-            if not succeeded:
-                raise WorkerError(f"rank {rank} failed:\n{content}")
-            results[rank] = content
+            if succeeded:
+                results[rank] = content
+            else:
+                failures.append((content[0], rank, content[1]))
     return [results[rank] for rank in range(len(pipes))]
 
 
@@ -116,7 +130,7 @@ def _worker(
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while a peer still talks to it
     except BaseException:
-        message = pickle.dumps((False, traceback.format_exc()))
+        message = pickle.dumps((False, (time.time(), traceback.format_exc())))
     sender.send_bytes(message)
     sender.close()
     os._exit(0)  # skips gloo's slow teardown; everything this rank had to say is sent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megatron_ove.objectives.label_slots import draw_label_slots
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.objectives.partial_fc import PartialFC
 from megatron_ove.outputs import VisionFeatures
+from megatron_ove.parallel.class_order import rows_of_classes
 from megatron_ove.parallel.topology import ParallelTopology, initialize_topology
 from tests.support.reference_heads import dense_sample_losses
 
@@ -26,6 +27,9 @@ SEED, NAME = 11, "tags"
 SOURCES = ("other", "pages")
 # A step's samples: replica -> microbatch -> sample indices. `-1` is a sample of another source.
 Layout = Sequence[Sequence[Sequence[int]]]
+EXACT_OPTIM = ClassCenterOptimConfig(
+    clip_grad_norm=0.0, first_moment="float32", second_moment="element", lr_scaling="none"
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Case:
     embeddings: Tensor
     labels: Tensor
     seeds: Tensor
-    optim: ClassCenterOptimConfig = field(default_factory=lambda: ClassCenterOptimConfig(clip_grad_norm=0.0))
+    optim: ClassCenterOptimConfig = EXACT_OPTIM
     step: int = 3
 
     @property
@@ -59,12 +63,14 @@ def make_case(
     labels[1, 1] = labels[1, 0]
     labels[2, 2:] = -1
     labels[4] = -1
-    optim = options.pop("optim", ClassCenterOptimConfig(clip_grad_norm=0.0))
+    optim = options.pop("optim", EXACT_OPTIM)
     defaults: dict[str, Any] = {
         "source": "pages",
         "num_classes": num_classes,
         "labels_per_step": 4,
         "sample_rate": 1.0,
+        "co_positives": "negative",
+        "compute_dtype": "float32",
         "interclass_filter": 0.4,
         "logit_scale": 16.0,
         "chunk_size": 5,
@@ -149,14 +155,25 @@ def start(tensor_size: int) -> ParallelTopology:
 
 def step_on_rank(rank: int, world_size: int, case: Case, layout: Layout, tensor_size: int, lr: float) -> dict[str, Any]:
     """One whole step on one rank; returns plain results."""
+    return one_step(case, layout, start(tensor_size), lr)
+
+
+def steps_on_rank(
+    rank: int, world_size: int, cases: Sequence[Case], layout: Layout, tensor_size: int, lr: float
+) -> list[dict[str, Any]]:
+    """`step_on_rank` of many cases, without starting processes for each."""
     topology = start(tensor_size)
+    return [one_step(case, layout, topology, lr) for case in cases]
+
+
+def one_step(case: Case, layout: Layout, topology: ParallelTopology, lr: float) -> dict[str, Any]:
     objectives = build(case, topology)
     gradients, loss, metrics = run_microbatches(case, objectives, layout, topology)
     table = table_of(objectives)
     norm = objectives.row_gradient_norms()[NAME]
-    rows = table._rows + table.first_class
-    row_gradient = table._gradient.clone()
-    active_sets = [table.first_class + objectives[NAME]._active.rows[part] for part in objectives[NAME]._active.members]
+    active = table.step_table.active
+    rows = active.rows + table.first_row
+    row_gradient = table.gradient_of_rows()
     objectives.apply_update(lr)
     return {
         "gradients": gradients,
@@ -165,8 +182,8 @@ def step_on_rank(rank: int, world_size: int, case: Case, layout: Layout, tensor_
         "norm": float(norm),
         "rows": rows,
         "row_gradient": row_gradient,
-        "sets": active_sets,
-        "first": table.first_class,
+        "set_weights": active.weights,
+        "first": table.first_row,
         "weight": table.weight,
         "exp_avg": table.exp_avg,
         "exp_avg_sq": table.exp_avg_sq,
@@ -185,13 +202,21 @@ class Reference:
     drawn: Tensor
 
 
-def dense_step(case: Case, classes_per_slot: Sequence[Tensor] | None = None) -> Reference:
-    """The step's loss (mean over labelled samples) and gradients in float64."""
-    size = case.embeddings.shape[1]
-    centers = initial_rows(SEED, NAME, 0, case.config.num_classes, size).double().requires_grad_()
+def dense_step(case: Case, weights: Tensor | None = None, centers: Tensor | None = None) -> Reference:
+    """The step's loss (mean over labelled samples) and gradients in float64.
+
+    Args:
+        case: the step.
+        weights: as `dense_sample_losses` takes them.
+        centers: [c, e], in table order; None = a fresh table.
+    """
+    if centers is None:
+        centers = initial_rows(SEED, NAME, 0, case.config.num_classes, case.embeddings.shape[1])
+    centers = centers.detach().double().requires_grad_()
     embeddings = case.embeddings.double().requires_grad_()
     drawn = draw_label_slots(case.labels, case.seeds, case.config.labels_per_step)
-    losses = dense_sample_losses(embeddings, centers, drawn, case.config, classes_per_slot)
+    drawn = rows_of_classes(drawn, case.config.num_classes)
+    losses = dense_sample_losses(embeddings, centers, drawn, case.config, weights)
     loss = losses.sum() / case.num_items
     loss.backward()
     assert embeddings.grad is not None and centers.grad is not None
@@ -200,12 +225,20 @@ def dense_step(case: Case, classes_per_slot: Sequence[Tensor] | None = None) -> 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Results of all ranks put together."""
+    """Results of all ranks put together.
+
+    Attributes:
+        set_weights: [c, s], what every row counts in every class set; 0 for rows that are not active.
+        slot_weights: [k, c], the same for every label slot.
+        is_active: [c] bool.
+    """
 
     loss: float
     embedding_gradient: Tensor
     row_gradient: Tensor
-    sets: list[Tensor]
+    set_weights: Tensor
+    slot_weights: Tensor
+    is_active: Tensor
     weight: Tensor
     norms: list[float]
 
@@ -223,16 +256,48 @@ def gather_results(case: Case, results: Sequence[Mapping[str, Any]]) -> Gathered
     is_stage_wide = case.config.class_group == "stage"
     owners = [result for result in results if is_stage_wide or result["data_rank"] == 0]
     row_gradient = torch.zeros(case.config.num_classes, case.embeddings.shape[1])
+    set_weights = torch.zeros(case.config.num_classes, owners[0]["set_weights"].shape[1])
+    is_active = torch.zeros(case.config.num_classes, dtype=torch.bool)
     for result in owners:
+        assert not is_active[result["rows"]].any()
         row_gradient[result["rows"]] = result["row_gradient"]
+        set_weights[result["rows"]] = result["set_weights"]
+        is_active[result["rows"]] = True
     return Gathered(
         loss=sum(result["loss"] for result in by_replica.values()),
         embedding_gradient=embedding_gradient,
         row_gradient=row_gradient,
-        sets=[torch.cat(parts) for parts in zip(*(result["sets"] for result in owners), strict=True)],
+        set_weights=set_weights,
+        slot_weights=set_weights.T[_set_of_slots(case.config, set_weights.shape[1])],
+        is_active=is_active,
         weight=torch.cat([result["weight"] for result in sorted(owners, key=lambda item: item["first"])]),
         norms=[result["norm"] for result in results],
     )
+
+
+def _set_of_slots(config: PartialFCConfig, num_sets: int) -> list[int]:
+    """Slots are dealt out to the sets in runs; slots at the end, when no sample has so many labels, have no set."""
+    wanted = {"per_label": config.labels_per_step, "shared": 1}.get(config.negatives, config.negative_groups or 0)
+    places = [0] * config.labels_per_step
+    for index in range(wanted):
+        for slot in range(index * config.labels_per_step // wanted, (index + 1) * config.labels_per_step // wanted):
+            places[slot] = min(index, num_sets - 1)
+    return places
+
+
+def check_against_dense(
+    case: Case, joined: Gathered, *, loss: float = 1e-6, gradient: float = 1e-5, reference: Reference | None = None
+) -> Reference:
+    """Compares a step with the dense softmax over the same classes per slot; tolerances are relative."""
+    if reference is None:
+        reference = dense_step(case, joined.slot_weights)
+    difference = abs(joined.loss - reference.loss)
+    assert difference <= loss * abs(reference.loss), f"loss {joined.loss} instead of {reference.loss}"
+    assert_close(joined.embedding_gradient, reference.embedding_gradient, gradient)
+    assert_close(joined.row_gradient, reference.center_gradient, gradient)
+    norm = float(reference.center_gradient.norm())
+    assert all(abs(each - norm) <= gradient * norm for each in joined.norms), (joined.norms, norm)
+    return reference
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -19,7 +19,7 @@ def dense_sample_losses(
     centers: Tensor,
     labels: Tensor,
     config: PartialFCConfig,
-    classes_per_slot: Sequence[Tensor] | None = None,
+    weights: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Loss of every sample: the mean over its valid label slots; 0 without one.
 
@@ -28,45 +28,50 @@ def dense_sample_losses(
         centers: [c, e] float64, the whole table, not normalized.
         labels: [n, k] drawn class ids, -1 = none.
         config: margin, scale, filter and treatment of co-positives.
-        classes_per_slot: for each slot the class ids its softmax runs over; None = all classes.
+        weights: [k, c] factor of each class's exponential in the softmax of each slot, 0 = not in it; or for each slot
+            the class ids that count 1; None = all 1.
 
     Returns:
         [n] float64.
     """
     cosines = normalize(embeddings, dim=1) @ normalize(centers, dim=1).T
-    return torch.stack(
-        [_sample_loss(cosines[i], labels[i].tolist(), config, classes_per_slot) for i in range(len(labels))]
-    )
+    if weights is None:
+        weights = torch.ones(labels.shape[1], len(centers))
+    elif not isinstance(weights, Tensor):
+        weights = torch.stack([torch.zeros(len(centers)).index_fill_(0, classes, 1) for classes in weights])
+    weights = weights.double()
+    return torch.stack([_sample_loss(cosines[i], labels[i].tolist(), config, weights) for i in range(len(labels))])
 
 
-def _sample_loss(
-    cosine: Tensor, labels: list[int], config: PartialFCConfig, classes_per_slot: Sequence[Tensor] | None
-) -> Tensor:
+def _sample_loss(cosine: Tensor, labels: list[int], config: PartialFCConfig, weights: Tensor) -> Tensor:
     losses = []
     for slot, label in enumerate(labels):
         if label < 0:
             continue
-        keep = torch.ones(len(cosine), dtype=torch.bool)
-        if classes_per_slot is not None:
-            keep = torch.zeros_like(keep).index_fill_(0, classes_per_slot[slot], True)
-            assert keep[label], "the target must be among the active classes of its slot"
-        keep[label] = False
+        factors = weights[slot].clone()
+        assert factors[label] == 1, "the target must be among the active classes of its slot, and count once"
+        factors[label] = 0
         if config.co_positives == "masked":
-            keep[[other for other in labels if other >= 0]] = False
-        losses.append(_margin_loss(cosine[label], cosine[keep], config))
+            factors[[other for other in labels if other >= 0]] = 0
+        losses.append(_margin_loss(cosine[label], cosine[factors > 0], factors[factors > 0], config))
     return torch.stack(losses).mean() if losses else cosine.sum() * 0
 
 
-def _margin_loss(target: Tensor, negatives: Tensor, config: PartialFCConfig) -> Tensor:
+def _margin_loss(target: Tensor, negatives: Tensor, factors: Tensor, config: PartialFCConfig) -> Tensor:
+    """-log of the target's share; negatives and their factors are [m]."""
     if config.margin_type == "cosface":
         target = target - config.margin
-    else:
+    elif config.margin_type == "arcface":
         target = torch.cos(torch.arccos(target.clamp(-1 + 1e-6, 1 - 1e-6)) + config.margin)
+    else:
+        assert config.combined_margin is not None
+        multiplier, added, subtracted = config.combined_margin
+        target = torch.cos(multiplier * torch.arccos(target.clamp(-1 + 1e-6, 1 - 1e-6)) + added) - subtracted
     if config.interclass_filter < 1:
         suspicious = negatives > config.interclass_filter
         if config.interclass_filter_mode == "zero":
             negatives = torch.where(suspicious, 0.0, negatives)
         else:
-            negatives = negatives[~suspicious]
-    logits = config.logit_scale * torch.cat([target[None], negatives])
+            negatives, factors = negatives[~suspicious], factors[~suspicious]
+    logits = torch.cat([config.logit_scale * target[None], config.logit_scale * negatives + factors.log()])
     return torch.logsumexp(logits, 0) - logits[0]

@@ -17,6 +17,7 @@ from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint
 from megatron_ove.model.encoder import VisionEncoder, build_encoder_chunks
 from megatron_ove.model.parameter_names import global_name
 from megatron_ove.optim.optimizer import SHARDING_METADATA
+from megatron_ove.parallel.class_order import classes_of_rows
 from megatron_ove.parallel.shard_range import shard_range
 from megatron_ove.parallel.topology import ParallelTopology, initialize_topology
 from tests.support.tiny_run import NUM_CLASSES, check, tiny_config
@@ -35,6 +36,7 @@ def run_config(run_dir: Path | str, **sections: Any) -> dict:
 
 
 def class_table(num_classes: int) -> Tensor:
+    """Returns the centers in the order of class ids."""
     return torch.randn(num_classes, 64, generator=torch.Generator().manual_seed(num_classes))
 
 
@@ -73,7 +75,8 @@ def write_run_checkpoint(
         size, rank = topology.tensor_size * topology.data_size, topology.class_group.rank()
         for kind, num_classes in NUM_CLASSES.items():
             start, stop = shard_range(num_classes, size, rank)
-            rows, key = class_table(num_classes)[start:stop], f"objectives.{kind}_labels.weight"
+            classes = classes_of_rows(torch.arange(start, stop), num_classes)
+            rows, key = class_table(num_classes)[classes], f"objectives.{kind}_labels.weight"
             shape = (num_classes, rows.shape[1])
             state[key] = ShardedTensor(key, rows, rows.dtype, tuple(rows.shape), shape, (start, 0), None)
     state |= {"step": STEP, "config": config, "train_state": {"step": STEP, "samples_seen": 8 * STEP}}

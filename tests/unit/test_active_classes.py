@@ -1,61 +1,150 @@
-"""Drawing a step's classes: positives always, the rest without replacement and evenly, the same on every rank."""
+"""Drawing a step's classes: positives always, negatives by chance in every set on its own, the same on every rank."""
 
 from __future__ import annotations
 
-import itertools
+import math
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from megatron_ove.heads.active_classes import draw_class_set, select_active_rows
+from megatron_ove.heads.active_classes import NegativeDraw, draw_negatives, select_active_rows
 from megatron_ove.parallel.shard_range import shard_range
 
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data(), num_classes=st.integers(2, 300), key=st.integers(0, 2**63 - 1))
-def test_a_set_has_the_size_asked_for_and_all_positives(data, num_classes, key):
-    positives = data.draw(st.sets(st.integers(0, num_classes - 1), min_size=1, max_size=20))
-    num_active = data.draw(st.integers(1, num_classes))
-    chosen = draw_class_set(torch.tensor(sorted(positives)), num_classes=num_classes, num_active=num_active, key=key)
-    classes = chosen.tolist()
-    assert classes == sorted(set(classes))
-    assert len(classes) == max(num_active, len(positives))
-    assert positives <= set(classes) <= set(range(num_classes))
+PROBABILITIES = st.one_of(st.floats(1e-6, 1.0), st.sampled_from([1e-6, 0.05, 0.5, 0.999999, 1.0]))
 
 
-def test_negatives_are_drawn_evenly_and_anew_for_every_key():
-    positives, counts, pairs = torch.tensor([3, 50]), torch.zeros(97), 0
-    for key in range(3000):
-        chosen = draw_class_set(positives, num_classes=97, num_active=21, key=key)
-        counts[chosen] += 1
-        pairs += int({10, 11} <= set(chosen.tolist()))
-    assert counts[positives].tolist() == [3000, 3000]
-    counts[positives] = 600
-    assert (counts - 600).abs().max() < 95  # 19 of 95 negatives: 600 each, standard deviation 22
-    assert abs(pairs / 3000 - 0.2 * 18 / 94) < 0.014  # two neighbours together as often as any two
+def union_share(probability: float, num_sets: int) -> float:
+    """Chance of a row to be in any of the sets."""
+    return 1 - (1 - probability) ** num_sets
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), num_classes=st.integers(2, 60), num_ranks=st.integers(1, 5), chunk_size=st.integers(1, 9))
-def test_ranks_split_the_sets_between_them(data, num_classes, num_ranks, chunk_size):
-    sets = [
-        torch.tensor(sorted(data.draw(st.sets(st.integers(0, num_classes - 1), max_size=15))), dtype=torch.int64)
-        for _ in range(data.draw(st.integers(1, 3)))
-    ]
-    joined: list[list[int]] = [[] for _ in sets]
+@settings(max_examples=200, deadline=None)
+@given(
+    num_rows=st.integers(2, 400), probability=PROBABILITIES, num_sets=st.integers(1, 8), key=st.integers(0, 2**63 - 1)
+)
+@example(num_rows=2, probability=1e-6, num_sets=8, key=0)
+def test_a_union_has_a_fixed_size_and_every_row_of_it_is_in_a_set(num_rows, probability, num_sets, key):
+    draw = draw_negatives(num_rows, probability=probability, num_sets=num_sets, key=key)
+    rows = draw.union.tolist()
+    assert rows == sorted(set(rows)) and set(rows) <= set(range(num_rows))
+    assert abs(len(rows) - num_rows * union_share(probability, num_sets)) <= 0.5 + 1e-6
+    assert draw.num_sets == (num_sets if probability < 1 else 1)
+    members = draw.membership(draw.union)
+    assert members.shape == (len(rows), draw.num_sets) and members.dtype == torch.bool
+    assert members.any(1).all()
+    everything = torch.arange(-1, num_rows)
+    assert draw.contains(everything).tolist() == [row in set(rows) for row in range(-1, num_rows)]
+    assert draw.contains(everything[:, None, None]).shape == (num_rows + 1, 1, 1)
+
+
+def members_of_all_rows(num_rows: int, probability: float, num_sets: int, key: int) -> Tensor:
+    draw = draw_negatives(num_rows, probability=probability, num_sets=num_sets, key=key)
+    rows = torch.arange(num_rows)
+    return draw.membership(rows) & draw.contains(rows)[:, None]
+
+
+@pytest.mark.parametrize(("probability", "num_sets"), [(0.05, 8), (0.3, 3), (0.6, 2), (0.2, 1)])
+def test_every_row_is_in_every_set_with_its_probability_and_sets_are_independent(probability, num_sets):
+    num_rows, num_keys = 101, 2000
+    counts = torch.zeros(num_rows, num_sets)
+    together = torch.zeros(num_sets, num_sets)
+    neighbours = torch.zeros(3)
+    for key in range(num_keys):
+        members = members_of_all_rows(num_rows, probability, num_sets, key).float()
+        counts += members
+        together += members.T @ members
+        neighbours += torch.stack([(members[:-gap, 0] * members[gap:, 0]).mean() for gap in (1, 2, 10)])
+    # 5 standard deviations of a binomial for each cell, and 6 for the many cells of the first check.
+    deviation = math.sqrt(probability * (1 - probability) / num_keys)
+    share = union_share(probability, num_sets)
+    exact = probability * round(num_rows * share) / num_rows / share  # the union's size is a whole number
+    assert (counts / num_keys - exact).abs().max() < 6 * deviation
+    assert abs(float(counts.mean()) / num_keys - exact) < 5 * deviation / math.sqrt(num_rows * num_sets)
+    pairs = (together / num_keys / num_rows)[~torch.eye(num_sets, dtype=torch.bool)]
+    assert ((pairs - probability * exact).abs() < 5 * probability / math.sqrt(num_keys * num_rows)).all()
+    # Rows next to each other meet in a set as often as any two rows do.
+    assert ((neighbours / num_keys - exact**2).abs() < 0.02 * probability + 2 * probability / num_rows).all()
+
+
+def test_draws_of_other_keys_and_sets_are_unrelated():
+    first, second = (members_of_all_rows(5000, 0.2, 3, key).float() for key in (7, 8))
+    for one in range(3):
+        for other in range(3):
+            assert abs(float((first[:, one] * second[:, other]).mean()) - 0.04) < 0.014
+    assert torch.equal(members_of_all_rows(5000, 0.2, 3, 7).float(), first)
+
+
+def test_a_large_table_is_drawn_without_looking_at_it():
+    """Two billion rows, of which a thousand are drawn: only the union is ever in memory."""
+    draw = draw_negatives(2_000_000_000, probability=1e-7, num_sets=5, key=3)
+    assert len(draw.union) == 1000
+    assert int(draw.union[0]) >= 0 and int(draw.union[-1]) < 2_000_000_000
+    quarters = torch.bincount(draw.union // 500_000_000, minlength=4)
+    assert (quarters - 250).abs().max() < 75  # standard deviation 14
+
+
+def plain_weights(
+    draw: NegativeDraw, labels: Tensor, set_of_slot: Tensor, *, corrects_sampling: bool
+) -> dict[int, list[float]]:
+    """Row of the table -> what it counts in each set, by the definition, row by row."""
+    drawn_weight = 1 / draw.probability if corrects_sampling else 1.0
+    table: dict[int, list[float]] = {}
+    for row, members in zip(draw.union.tolist(), draw.membership(draw.union).tolist(), strict=True):
+        table[row] = [drawn_weight * member for member in members]
+    for sample in labels.tolist():
+        for slot, row in enumerate(sample):
+            if row >= 0:
+                table.setdefault(row, [0.0] * draw.num_sets)[int(set_of_slot[slot])] = 1.0
+    return table
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    data=st.data(),
+    num_rows=st.integers(2, 60),
+    num_ranks=st.integers(1, 5),
+    probability=PROBABILITIES,
+    num_sets=st.integers(1, 4),
+    corrects_sampling=st.booleans(),
+)
+def test_ranks_split_what_one_rank_would_hold(data, num_rows, num_ranks, probability, num_sets, corrects_sampling):
+    width = data.draw(st.integers(num_sets, 5))
+    labels = data.draw(st.lists(st.lists(st.integers(-1, num_rows - 1), min_size=width, max_size=width), max_size=6))
+    labels = torch.tensor(labels, dtype=torch.int64).view(-1, width)
+    draw = draw_negatives(num_rows, probability=probability, num_sets=num_sets, key=data.draw(st.integers(0, 99)))
+    set_of_slot = torch.tensor([slot * draw.num_sets // width for slot in range(width)])
+    expected = plain_weights(draw, labels, set_of_slot, corrects_sampling=corrects_sampling)
+    found: dict[int, list[float]] = {}
     for rank in range(num_ranks):
-        start, stop = shard_range(num_classes, num_ranks, rank)
-        active = select_active_rows(sets, first_class=start, num_rows=stop - start, chunk_size=chunk_size)
-        union = sorted({c for classes in sets for c in classes.tolist() if start <= c < stop})
-        assert (active.rows + start).tolist() == union
-        classes = torch.arange(-1, num_classes)
-        places = active.positions_of(classes, start)
-        expected = [union.index(c) if c in union else -1 for c in classes.tolist()]
-        assert places.tolist() == expected
-        for index, (members, splits) in enumerate(zip(active.members, active.member_splits, strict=True)):
-            joined[index] += (active.rows[members] + start).tolist()
-            assert splits[0] == 0 and splits[-1] == len(members)
-            for chunk, (begin, end) in enumerate(itertools.pairwise(splits)):
-                assert all(chunk * chunk_size <= m < (chunk + 1) * chunk_size for m in members[begin:end].tolist())
-    assert joined == [classes.tolist() for classes in sets]
+        start, stop = shard_range(num_rows, num_ranks, rank)
+        active = select_active_rows(
+            draw, labels, set_of_slot, first_row=start, num_rows=stop - start, corrects_sampling=corrects_sampling
+        )
+        rows = active.rows.tolist()
+        assert rows == sorted(set(rows)) and all(0 <= row < stop - start for row in rows)
+        assert active.weights.shape == (len(rows), draw.num_sets) and active.weights.dtype == torch.float32
+        found |= zip((row + start for row in rows), active.weights.tolist(), strict=True)
+        asked = torch.arange(-2 - num_rows, 2 * num_rows)
+        places = [rows.index(row) if row in rows else -1 for row in asked.tolist()]
+        assert active.positions_of(asked).tolist() == places
+        assert active.positions_of(asked[None, :, None]).shape == (1, len(asked), 1)
+    assert found.keys() == expected.keys()
+    for row, weights in expected.items():
+        assert found[row] == pytest.approx(weights, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 7, 99, 100])
+def test_one_set_of_a_given_number_of_rows_has_that_number(count):
+    for num_rows in (100, 1009):
+        draw = draw_negatives(num_rows, probability=count / num_rows, num_sets=1, key=5)
+        assert len(draw.union) == count
+
+
+def test_labels_alone_make_up_a_step_whose_draw_is_empty():
+    draw = draw_negatives(50, probability=1e-4, num_sets=2, key=1)
+    assert draw.union.numel() == 0
+    active = select_active_rows(draw, torch.tensor([[7, 7], [-1, 3]]), torch.tensor([0, 1]), first_row=0, num_rows=50)
+    assert active.rows.tolist() == [3, 7] and active.weights.tolist() == [[0, 1], [1, 1]]

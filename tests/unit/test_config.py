@@ -12,6 +12,7 @@ import yaml
 
 from megatron_ove.config.error_report import field_paths
 from megatron_ove.config.loader import config_from_dict, dump_config, load_config
+from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.config.yaml_file import parse_yaml
 from megatron_ove.errors import ConfigError
@@ -122,6 +123,45 @@ def test_texts_stay_texts(text: str) -> None:
             "objectives.clusters.source = 'pages' is not one of data.sources (images)",
         ),
         ("objectives.clusters.margin", 1.2, "margin = 1.2 is outside [0, 1) for cosface"),
+        ("objectives.clusters.margin_type", "combined", "margin_type: combined has no combined_margin, and its three"),
+        (
+            "objectives.clusters.combined_margin",
+            [1.0, 0.3, 0.2],
+            "combined_margin = [1.0, 0.3, 0.2] has no effect with margin_type: cosface, which reads margin; set",
+        ),
+        (
+            "objectives.clusters.negatives",
+            "grouped",
+            "negatives: grouped does not say how many class sets to draw; add negative_groups, for instance 4",
+        ),
+        (
+            "objectives.clusters.negative_groups",
+            2,
+            "negative_groups = 2 has no effect with negatives: per_label; set negatives: grouped or remove",
+        ),
+        (
+            "objectives.clusters.num_sampled",
+            101,
+            "num_sampled = 101 is more than num_classes = 100; set it to 100 or less, or use sample_rate: 1.0",
+        ),
+        (
+            "objectives.clusters.sample_rate",
+            0.0005,
+            "sample_rate = 0.0005 of num_classes = 100 draws no negative at all; set sample_rate to 0.01 or more, or",
+        ),
+        ("objectives.clusters.loss_weight", float("inf"), "loss_weight = inf is not allowed: it should be a finite"),
+        ("objectives.clusters.num_sampled", 0, "objectives.clusters.num_sampled = 0 is not allowed: it should be"),
+        ("objectives.clusters.sample_rate", 0, "objectives.clusters.sample_rate = 0 is not allowed: it should be"),
+        ("objectives.clusters.num_classes", 2**31 + 1, "num_classes = 2147483649 is not allowed: it should be less"),
+        ("objectives.clusters.logit_scale", 501, "logit_scale = 501 is not allowed: it should be less than or equal"),
+        ("objectives.clusters.compute_dtype", "fp16", "'fp16' is not one of the known values; use auto, float32 or"),
+        ("objectives.clusters.backend", "cuda", "'cuda' is not one of the known values; use auto, torch or triton"),
+        (
+            "optim.class_centers",
+            {"first_moment": None},
+            "first_moment = None is not one of the known values; use float32, bfloat16 or none",
+        ),
+        ("optim.class_centers", {"beta1": 1.0}, "optim.class_centers.beta1 = 1.0 is not allowed: it should be less"),
         ("data.sources.images.image_size", 225, "is not a multiple of encoder.patch_size = 14"),
         ("data.tokens_per_microbatch", 100, "can have 256 patches, more than data.tokens_per_microbatch = 100"),
         ("data.sources.more", {"kind": "ocr", "path": "x"}, "data.sources.more feeds no objective"),
@@ -146,6 +186,50 @@ def test_wrong_value_gets_its_sentence(path: str, value: Any, message: str) -> N
     with pytest.raises(ConfigError) as caught:
         config_from_dict(changed(path, value), "run.yaml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "margins", [[0.0, 0.3, 0.2], [2.1, 0.3, 0.2], [1.0, 1.5, 0.2], [1.0, -0.1, 0.2], [1.0, 0.3, 1.0]]
+)
+def test_a_combined_margin_out_of_range_gets_its_sentence(margins: list[float]) -> None:
+    data = changed("objectives.clusters.margin_type", "combined")
+    data["objectives"]["clusters"]["combined_margin"] = margins
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(data, "run.yaml")
+    assert f"combined_margin = {margins} is outside its ranges: m1, a factor of the angle, in (0, 2]" in str(
+        caught.value
+    )
+    assert str(caught.value).endswith("use for instance [1.0, 0.3, 0.2]")
+
+
+def test_more_class_sets_than_labels_get_their_sentence() -> None:
+    data = changed("objectives.clusters.negatives", "grouped")
+    data["objectives"]["clusters"]["negative_groups"] = 9
+    with pytest.raises(ConfigError, match="negative_groups = 9 is more than labels_per_step = 8, so some class sets"):
+        config_from_dict(data, "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({}, [1] * 8),
+        ({"negatives": "shared"}, [8]),
+        ({"negatives": "grouped", "negative_groups": 3}, [2, 3, 3]),
+        ({"negatives": "grouped", "negative_groups": 8}, [1] * 8),
+        ({"negatives": "grouped", "negative_groups": 1}, [8]),
+        ({"labels_per_step": 5, "negatives": "grouped", "negative_groups": 2}, [2, 3]),
+    ],
+)
+def test_class_sets_serve_every_label_slot_once(options: dict[str, Any], sizes: list[int]) -> None:
+    config = PartialFCConfig(source="images", num_classes=100, **options)
+    assert [len(slots) for slots in config.slots_of_sets] == sizes
+    assert [slot for slots in config.slots_of_sets for slot in slots] == list(range(config.labels_per_step))
+
+
+def test_a_number_of_negatives_takes_the_place_of_their_share() -> None:
+    assert PartialFCConfig(source="images", num_classes=10, sample_rate=0.3).inclusion_probability == 0.3
+    config = PartialFCConfig(source="images", num_classes=10, sample_rate=0.3, num_sampled=7)
+    assert config.inclusion_probability == 0.7
 
 
 def test_fp8_needs_a_token_budget_it_can_multiply() -> None:

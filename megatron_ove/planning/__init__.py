@@ -1,0 +1,1 @@
+"""Arithmetic on configurations: what a run will need, before anything is bought or allocated."""

@@ -1,0 +1,131 @@
+"""Other ways to run the same training: layouts ranked by step time, and single settings ranked by the memory they save.
+
+Every candidate is a complete configuration that passes all checks, planned like any other; what the checks refuse is
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ove.config.loader import config_from_dict
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.errors import ConfigError
+from megatron_ove.planning.devices import GPUS_PER_NODE, Device
+from megatron_ove.planning.plan import Plan, make_plan
+from megatron_ove.planning.workload import largest_sample
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One changed setting and what becomes of the fullest rank.
+
+    Attributes:
+        change: as one would write it in the configuration.
+        plan: with the change.
+    """
+
+    change: str
+    plan: Plan
+
+    @property
+    def memory(self) -> int:
+        return self.plan.fullest.memory.total
+
+
+def rank_knobs(plan: Plan) -> list[Knob]:
+    """Returns settings that lower the memory of the fullest rank, the most helpful first."""
+    before = plan.fullest.memory.total
+    knobs = []
+    for changes in _memory_changes(plan):
+        changed = _planned(plan.config, changes, plan.layout.world_size, plan.device)
+        if changed is not None and changed.fullest.memory.total < before:
+            knobs.append(Knob(", ".join(f"{path}: {_yaml(value)}" for path, value in changes.items()), changed))
+    return sorted(knobs, key=lambda knob: knob.memory)
+
+
+def suggest_layouts(config: TrainConfig, *, world_size: int, device: Device) -> list[Plan]:
+    """Returns all layouts of `world_size` ranks that fit, the fastest first.
+
+    Tensor groups stay within a node, share the sequence where there are several ranks, and the optimizer is shared by
+    data ranks where there are several.
+    """
+    plans = []
+    for tensor, pipeline, chunks in _grids(config, world_size):
+        replicas = world_size // (tensor * pipeline)
+        changes = {
+            "parallel.tensor_model_parallel_size": tensor,
+            "parallel.pipeline_model_parallel_size": pipeline,
+            "parallel.virtual_pipeline_model_parallel_size": chunks,
+            "parallel.sequence_parallel": tensor > 1,
+            "parallel.use_distributed_optimizer": replicas > 1,
+        }
+        plan = _planned(config, changes, world_size, device)
+        if plan is not None and plan.fits:
+            plans.append(plan)
+    return sorted(plans, key=lambda plan: plan.time.total)
+
+
+def _grids(config: TrainConfig, world_size: int) -> Iterator[tuple[int, int, int | None]]:
+    layers = config.encoder.num_layers
+    for tensor in (size for size in range(1, GPUS_PER_NODE + 1) if world_size % size == 0):
+        for pipeline in (size for size in range(1, layers + 1) if layers % size == 0):
+            if world_size % (tensor * pipeline):
+                continue
+            yield tensor, pipeline, None
+            for chunks in (2, 3, 4):
+                if pipeline > 1 and layers % (pipeline * chunks) == 0:
+                    yield tensor, pipeline, chunks
+
+
+def _memory_changes(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Yields settings that may save memory, each as {path: value}."""
+    config, parallel = plan.config, plan.config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if not parallel.use_distributed_optimizer:
+        yield {"parallel.use_distributed_optimizer": True}
+    if tensor > 1 and not parallel.sequence_parallel:
+        yield {"parallel.sequence_parallel": True}
+    for mode in {"none": ("selective", "full"), "selective": ("full",), "full": ()}[config.encoder.recompute]:
+        yield {"encoder.recompute": mode}
+    largest = max(largest_sample(source, config.encoder.patch_size) for source in config.data.sources.values())
+    if config.data.tokens_per_microbatch // 2 >= largest:
+        yield {"data.tokens_per_microbatch": config.data.tokens_per_microbatch // 2}
+    yield {"parallel.tensor_model_parallel_size": 2 * tensor, "parallel.sequence_parallel": True}
+    yield {"parallel.pipeline_model_parallel_size": 2 * pipeline}
+    yield from _table_changes(config)
+
+
+def _table_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
+    centers = config.optim.class_centers
+    for setting, light in (("weight_dtype", "bfloat16"), ("first_moment", "none"), ("second_moment", "row")):
+        if getattr(centers, setting) != light:
+            yield {f"optim.class_centers.{setting}": light}
+    for name, objective in config.objectives.items():
+        if objective.class_group == "tensor":
+            yield {f"objectives.{name}.class_group": "stage"}
+    largest = max(config.objectives, key=lambda name: config.objectives[name].num_classes)
+    objective = config.objectives[largest]
+    if objective.num_sampled is None:
+        yield {f"objectives.{largest}.sample_rate": objective.sample_rate / 2}
+
+
+def _planned(config: TrainConfig, changes: dict[str, Any], world_size: int, device: Device) -> Plan | None:
+    """Returns the plan with some settings changed; None where the configuration does not allow them."""
+    data = config.model_dump(mode="python")
+    for path, value in changes.items():
+        *sections, key = path.split(".")
+        node = data
+        for section in sections:
+            node = node[section]
+        node[key] = value
+    try:
+        return make_plan(config_from_dict(data, config.name), world_size=world_size, device=device)
+    except ConfigError:
+        return None
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,196 @@
+"""What a class-center table stores on a rank and what a step adds to it, in the terms of `heads/class_centers.py`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ove.config.objectives import PartialFCConfig
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, SAMPLE_PADDING
+from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE
+from megatron_ove.parallel.shard_range import shard_range
+from megatron_ove.planning.devices import Device
+from megatron_ove.planning.layout import Layout, Place
+from megatron_ove.planning.workload import Workload
+
+_STORAGE_BYTES = {"float32": 4, "bfloat16": 2, "none": 0}
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """One table on one rank of the last stage.
+
+    Attributes:
+        name: of the objective.
+        num_rows: c_local.
+        num_active: rows of a step, expected; with what fixed shapes add on a GPU.
+        num_sets: class sets.
+        num_slots: label slots k.
+        embedding_size: e.
+        stored_bytes: weights, moments, step counts, norms.
+        step_bytes: what a step keeps from its begin to its update.
+        work_bytes: the largest tensors inside one microbatch's forward or backward.
+        samples: [n] int64, samples that meet this table in each microbatch.
+        is_stage_wide: whether all ranks of the stage share the table.
+        is_dense: whether the rows' gradient is kept as [a, e] instead of two factors.
+        statistics_bytes: of one number of the softmax statistics.
+        compute_bytes: of one operand of the matrix products.
+        moved_bytes: read and written by the update of a step.
+    """
+
+    name: str
+    num_rows: int
+    num_active: int
+    num_sets: int
+    num_slots: int
+    embedding_size: int
+    stored_bytes: int
+    step_bytes: int
+    work_bytes: int
+    samples: np.ndarray
+    is_stage_wide: bool
+    is_dense: bool
+    statistics_bytes: int
+    compute_bytes: int
+    moved_bytes: int
+
+    @property
+    def operations(self) -> float:
+        """Of a step: cosines, gradient of the embeddings, gradient of the rows."""
+        return 3 * 2.0 * self.num_active * self.embedding_size * float(self.samples.sum())
+
+
+def plan_tables(
+    config: TrainConfig, layout: Layout, place: Place, workload: Workload, device: Device
+) -> list[TablePlan]:
+    """Returns the tables of a rank; none off the last stage."""
+    if place.stage != layout.pipeline - 1:
+        return []
+    return [
+        _plan_table(name, objective, config, layout, place, workload.sample_counts[objective.source], device)
+        for name, objective in config.objectives.items()
+    ]
+
+
+def _plan_table(
+    name: str,
+    objective: PartialFCConfig,
+    config: TrainConfig,
+    layout: Layout,
+    place: Place,
+    counts: np.ndarray,
+    device: Device,
+) -> TablePlan:
+    optim, size = config.optim.class_centers, config.encoder.hidden_size
+    is_wide, is_fused = objective.class_group == "stage", _is_fused(config, objective, device)
+    sharers = layout.tensor * layout.data if is_wide else layout.tensor
+    rank = place.tensor + (layout.tensor * place.data if is_wide else 0)
+    start, stop = shard_range(objective.num_classes, sharers, rank)
+    num_rows = stop - start
+    sets = 1 if objective.inclusion_probability >= 1 else len(objective.slots_of_sets)
+    active = count_active_rows(objective, num_rows, int(counts.sum()), is_padded=device.is_gpu)
+    seen = counts.sum(axis=1) if is_wide else counts[:, place.data]
+    padding = SAMPLE_PADDING if is_fused else 1
+    widths = -(-seen // padding) * padding
+    is_dense = (not is_wide and layout.data > 1) or int(widths.sum()) > size
+    compute = _compute_bytes(config, objective, device)
+    weight = _STORAGE_BYTES[optim.weight_dtype]
+    moments = _STORAGE_BYTES[optim.first_moment] * size + 4 * (size if optim.second_moment == "element" else 1)
+    copies_rows = len(seen) > 1 if is_fused else weight != compute
+    gradient = _gradient_bytes(active, size, int(widths.sum()), is_dense=is_dense, item=compute if is_fused else 4)
+    return TablePlan(
+        name=name,
+        num_rows=num_rows,
+        num_active=active,
+        num_sets=sets,
+        num_slots=objective.labels_per_step,
+        embedding_size=size,
+        stored_bytes=(num_rows + 1) * (size * weight + moments + 8),
+        step_bytes=gradient
+        + (_kept(active * size) * compute if copies_rows else 0)
+        + active * 8
+        + (active + 1) * sets * 4
+        + int(seen.sum()) * objective.labels_per_step * (16 + _co_weight_bytes(objective, sets)),
+        work_bytes=_work_bytes(
+            active, int(seen.max(initial=0)), size, objective.chunk_size, is_fused, is_dense, compute
+        ),
+        samples=seen,
+        is_stage_wide=is_wide,
+        is_dense=is_dense,
+        statistics_bytes=4 if objective.logit_scale <= LARGEST_FP32_SCALE else 8,
+        compute_bytes=compute,
+        moved_bytes=(active if optim.update == "row_sparse" else num_rows) * 2 * (size * weight + moments),
+    )
+
+
+def count_active_rows(objective: PartialFCConfig, num_rows: int, num_samples: int, *, is_padded: bool) -> int:
+    """Returns the active rows of a shard in a step.
+
+    Args:
+        objective: what is sampled.
+        num_rows: of the shard.
+        num_samples: of the step, over all replicas; their labels are taken to fall anywhere.
+        is_padded: whether shapes are fixed in advance, as on a GPU: the mean and 8 standard deviations of the draw,
+            and room for every label of the step (`active_classes._capacity`).
+    """
+    probability, sets = objective.inclusion_probability, len(objective.slots_of_sets)
+    if probability >= 1:
+        return num_rows
+    num_labels = num_samples * objective.labels_per_step
+    share = -math.expm1(sets * math.log1p(-probability))
+    drawn = share * num_rows
+    if is_padded:
+        return min(num_rows, math.ceil(drawn + 8 * math.sqrt(drawn)) + num_labels)
+    labelled = -math.expm1(num_labels * math.log1p(-1 / objective.num_classes))
+    return round(drawn + (1 - share) * labelled * num_rows)
+
+
+def _is_fused(config: TrainConfig, objective: PartialFCConfig, device: Device) -> bool:
+    """Whether Triton does the work, taking it to be installed on GPUs; as `objectives/partial_fc.py` decides."""
+    if objective.backend == "torch" or not device.is_gpu:
+        return False
+    return (
+        objective.labels_per_step <= MOST_LABELS
+        and len(objective.slots_of_sets) <= MOST_SETS
+        and objective.logit_scale <= LARGEST_FP32_SCALE
+        and config.optim.class_centers.update == "row_sparse"
+    )
+
+
+def _compute_bytes(config: TrainConfig, objective: PartialFCConfig, device: Device) -> int:
+    if objective.compute_dtype != "auto":
+        return _STORAGE_BYTES[objective.compute_dtype]
+    if config.train.precision == "fp32":
+        return 4
+    if device.is_gpu:
+        return 2
+    import torch
+
+    return 2 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else 4
+
+
+def _kept(num_elements: int) -> int:
+    """Elements of memory that is used again in each step and so has room for a few rows more."""
+    return num_elements + num_elements // 32
+
+
+def _gradient_bytes(active: int, size: int, width: int, *, is_dense: bool, item: int) -> int:
+    if is_dense:
+        return (_kept(active * size) + active) * 4
+    return _kept(active * width) * item + (active + width * size) * 4
+
+
+def _co_weight_bytes(objective: PartialFCConfig, sets: int) -> int:
+    return 4 * objective.labels_per_step if objective.co_positives == "negative" and sets > 1 else 0
+
+
+def _work_bytes(active: int, samples: int, size: int, chunk: int, is_fused: bool, is_dense: bool, compute: int) -> int:
+    """Embeddings and their gradient; on a GPU a dense gradient's cosines; in plain torch a few chunks."""
+    embeddings = 4 * samples * size
+    if is_fused:
+        return embeddings + (active * samples * compute if is_dense else 0)
+    rows = min(chunk, active)
+    return embeddings + rows * (4 * size + compute * size) + 3 * 4 * rows * samples

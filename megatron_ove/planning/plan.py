@@ -1,0 +1,180 @@
+"""`make_plan`: a configuration, a number of ranks and a device make a `Plan`; nothing is allocated, nothing started."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.planning.class_tables import TablePlan, plan_tables
+from megatron_ove.planning.communication import Traffic, plan_communication
+from megatron_ove.planning.compute import model_operations
+from megatron_ove.planning.devices import Device
+from megatron_ove.planning.layout import Layout, Place, layout_of
+from megatron_ove.planning.memory import RankMemory, plan_memory
+from megatron_ove.planning.parameters import chunk_parameters
+from megatron_ove.planning.timing import StepTime, estimate_step
+from megatron_ove.planning.workload import Workload, assumed_workload
+
+_SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The first rank of a pipeline stage, which holds at least as much as any other of it.
+
+    Attributes:
+        rank: its number.
+        stage: pipeline stage.
+        num_layers: transformer layers.
+        memory: by component.
+        traffic: messages of a step.
+        tables: class-center tables.
+    """
+
+    rank: int
+    stage: int
+    num_layers: int
+    memory: RankMemory
+    traffic: list[Traffic]
+    tables: list[TablePlan]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        ranks: one for each pipeline stage.
+        num_parameters: of the encoder, and of all class centers.
+        operations: of a step over all replicas, by part.
+        time: of a step.
+    """
+
+    config: TrainConfig
+    layout: Layout
+    device: Device
+    workload: Workload
+    ranks: list[RankPlan]
+    num_parameters: tuple[int, int]
+    operations: dict[str, float]
+    time: StepTime
+
+    @property
+    def fullest(self) -> RankPlan:
+        """The rank that needs most memory."""
+        return max(self.ranks, key=lambda rank: rank.memory.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.memory.total <= self.device.usable
+
+    @property
+    def mfu(self) -> float:
+        """Operations that the model asks for, over what all devices could do in the step's time."""
+        rate = self.device.rate(self.config.train.precision) * self.layout.world_size
+        return sum(self.operations.values()) / (self.time.total * rate)
+
+    @property
+    def bubble_share(self) -> float:
+        return self.time.bubble / self.time.total
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.config.train.num_steps * self.config.train.global_batch_size
+
+    @property
+    def days(self) -> float:
+        return self.config.train.num_steps * self.time.total / _SECONDS_PER_DAY
+
+    @property
+    def device_hours(self) -> float:
+        return self.days * 24 * self.layout.world_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values, for JSON."""
+        return {
+            "name": self.config.name,
+            "device": asdict(self.device) | {"usable": self.device.usable},
+            "layout": asdict(self.layout) | {"world_size": self.layout.world_size},
+            "microbatches_per_replica": self.workload.num_microbatches,
+            "tokens_per_microbatch": self.workload.tokens_per_microbatch,
+            "padding_share": self.workload.padding_share,
+            "encoder_parameters": self.num_parameters[0],
+            "class_center_parameters": self.num_parameters[1],
+            "fits": self.fits,
+            "ranks": [
+                {
+                    "rank": one.rank,
+                    "stage": one.stage,
+                    "layers": one.num_layers,
+                    "memory_bytes": one.memory.by_component() | {"total": one.memory.total},
+                    "microbatches_in_flight": one.memory.in_flight,
+                    "traffic": [asdict(message) for message in one.traffic],
+                    "active_rows": {table.name: table.num_active for table in one.tables},
+                }
+                for one in self.ranks
+            ],
+            "operations_per_step": self.operations,
+            "step_time_s": asdict(self.time) | {"total": self.time.total},
+            "samples_per_s": self.config.train.global_batch_size / self.time.total,
+            "mfu": self.mfu,
+            "bubble_share": self.bubble_share,
+            "samples": self.num_samples,
+            "days": self.days,
+            "device_hours": self.device_hours,
+        }
+
+
+def make_plan(config: TrainConfig, *, world_size: int, device: Device, workload: Workload | None = None) -> Plan:
+    """Plans a run.
+
+    Args:
+        config: the run.
+        world_size: ranks.
+        device: that each rank has.
+        workload: of a step; None assumes that every sample is as large as it may be.
+
+    Raises:
+        ConfigError: the configuration does not fit the world size.
+    """
+    layout = layout_of(config, world_size)
+    workload = workload or assumed_workload(config, layout)
+    ranks = [_plan_rank(config, layout, Place(stage=stage), workload, device) for stage in range(layout.pipeline)]
+    operations = model_operations(config, workload)
+    tables = ranks[-1].tables
+    sharers = {True: layout.tensor * layout.data, False: layout.tensor}
+    replicas = {True: 1, False: layout.data}
+    operations["class centers"] = sum(
+        table.operations * sharers[table.is_stage_wide] * replicas[table.is_stage_wide] for table in tables
+    )
+    time = estimate_step(
+        config,
+        layout,
+        workload,
+        device,
+        tables=tables,
+        traffic=[one.traffic for one in ranks],
+        memory=[one.memory for one in ranks],
+    )
+    return Plan(config, layout, device, workload, ranks, _count_parameters(config, layout), operations, time)
+
+
+def _plan_rank(config: TrainConfig, layout: Layout, place: Place, workload: Workload, device: Device) -> RankPlan:
+    tables = plan_tables(config, layout, place, workload, device)
+    return RankPlan(
+        rank=layout.rank_of(place),
+        stage=place.stage,
+        num_layers=sum(len(layout.layers_of(place.stage, chunk)) for chunk in range(layout.chunks)),
+        memory=plan_memory(config, layout, place, workload, tables, is_gpu=device.is_gpu),
+        traffic=plan_communication(config, layout, place, workload, tables),
+        tables=tables,
+    )
+
+
+def _count_parameters(config: TrainConfig, layout: Layout) -> tuple[int, int]:
+    whole = Layout(1, 1, 1, 1, layout.num_layers, False, False)
+    encoder = sum(one.size for one in chunk_parameters(config.encoder, whole, stage=0, chunk=0))
+    centers = sum(objective.num_classes for objective in config.objectives.values()) * config.encoder.hidden_size
+    return encoder, centers

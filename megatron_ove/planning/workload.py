@@ -1,0 +1,115 @@
+"""What a step's microbatches hold: packed by the same planner that a run uses, from the largest sample of each source.
+
+The shard sets are not opened, so every page and clip counts with its `max_patches`: memory is that of the worst step,
+and a run with smaller samples needs fewer microbatches. A test gives the plan of a real step instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ove.config.data import ImageSourceConfig, SourceConfig
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.mixture import MicrobatchPlan, MicrobatchPlanner
+from megatron_ove.planning.layout import Layout
+
+_ANY_SIZE = 2**20
+"""Samples of an assumed source; only their number of patches matters."""
+
+_PADDING_SEGMENT = 128
+
+
+@dataclass(frozen=True)
+class _AssumedSource:
+    name: str
+    weight: float
+    num_tokens: int
+    size: int = _ANY_SIZE
+
+    def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        return np.full(len(rows), self.num_tokens, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step.
+
+    Attributes:
+        num_microbatches: n, of one replica.
+        tokens_per_microbatch: P.
+        sample_counts: source -> [n, replicas] int64, samples in each microbatch.
+        real_tokens: [n, replicas] int64, tokens without padding.
+        sample_squares: [n, replicas] int64, sum of the samples' squared lengths.
+        squared_lengths: the same with the segments that padding is cut into: what attention runs over.
+    """
+
+    num_microbatches: int
+    tokens_per_microbatch: int
+    sample_counts: dict[str, np.ndarray]
+    real_tokens: np.ndarray
+    sample_squares: np.ndarray
+    squared_lengths: np.ndarray
+
+    @property
+    def num_samples(self) -> np.ndarray:
+        """[n, replicas] int64, samples of all sources in each microbatch."""
+        return sum(self.sample_counts.values(), np.zeros_like(self.real_tokens))
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - float(self.real_tokens.sum()) / (self.real_tokens.size * self.tokens_per_microbatch)
+
+
+def workload_of(plan: MicrobatchPlan, source_names: tuple[str, ...], data_size: int) -> Workload:
+    """Counts what a planner's step holds.
+
+    Args:
+        plan: of the step.
+        source_names: in the order of the configuration.
+        data_size: replicas.
+    """
+    total = plan.num_microbatches
+    shape = (total // data_size, data_size)
+
+    def by_microbatch(places: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        sums = np.bincount(places, weights=weights, minlength=total)
+        return np.rint(sums).astype(np.int64).reshape(shape)  # microbatch j is the (j // replicas)-th of its replica
+
+    bins, tokens = plan.microbatch_index, plan.num_tokens
+    real = by_microbatch(bins, tokens)
+    whole, rest = np.divmod(plan.tokens_per_microbatch - real, _PADDING_SEGMENT)
+    counts = {
+        name: by_microbatch(bins, (plan.source_index == index).astype(float)) for index, name in enumerate(source_names)
+    }
+    squares = by_microbatch(bins, tokens.astype(float) ** 2)
+    padding = whole * _PADDING_SEGMENT**2 + rest**2
+    return Workload(shape[0], plan.tokens_per_microbatch, counts, real, squares, squares + padding)
+
+
+def largest_sample(source: SourceConfig, patch_size: int) -> int:
+    """Returns the patches of a source's largest sample."""
+    if isinstance(source, ImageSourceConfig):
+        return (source.image_size // patch_size) ** 2
+    return source.max_patches
+
+
+def assumed_workload(config: TrainConfig, layout: Layout) -> Workload:
+    """Packs the first step of a run whose samples all are as large as they may be.
+
+    Raises:
+        ConfigError: the global batch is too small for its sources.
+    """
+    sources = [
+        _AssumedSource(name, source.weight, largest_sample(source, config.encoder.patch_size))
+        for name, source in config.data.sources.items()
+    ]
+    planner = MicrobatchPlanner(
+        sources,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        microbatch_multiple=layout.microbatch_multiple,
+    )
+    return workload_of(planner.plan(0), tuple(config.data.sources), layout.data)

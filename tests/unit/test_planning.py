@@ -1,0 +1,216 @@
+"""The arithmetic of `megatron-ove plan`: what must hold for any layout, its sentences, and what the command writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ove.cli.main import main
+from megatron_ove.config.loader import load_config
+from megatron_ove.config.objectives import PartialFCConfig
+from megatron_ove.errors import ConfigError
+from megatron_ove.heads.active_classes import _capacity, draw_negatives, select_active_rows
+from megatron_ove.planning.activations import ChunkActivations, peak_activations
+from megatron_ove.planning.alternatives import rank_knobs, suggest_layouts
+from megatron_ove.planning.class_tables import count_active_rows
+from megatron_ove.planning.communication import Traffic
+from megatron_ove.planning.devices import find_device
+from megatron_ove.planning.layout import Layout, Place, layout_of
+from megatron_ove.planning.parameters import chunk_parameters, gradient_buffer
+from megatron_ove.planning.plan import Plan, make_plan
+from megatron_ove.planning.workload import assumed_workload
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STAGE2 = EXAMPLES / "stage2_joint/config.yaml"
+DISTRIBUTED_OFF = "parallel.use_distributed_optimizer=false"
+
+
+def planned(*overrides: str, path: Path = STAGE2, world_size: int = 128, gpu: str = "a100-80g") -> Plan:
+    device = find_device(gpu, world_size=world_size)
+    return make_plan(load_config(path, overrides), world_size=world_size, device=device)
+
+
+def layout(**changes: Any) -> Layout:
+    sizes = {"tensor": 1, "pipeline": 1, "data": 1, "chunks": 1, "num_layers": 24}
+    return Layout(**{**sizes, "sequence_parallel": False, "distributed_optimizer": False, **changes})
+
+
+def test_encoder_sizes_are_the_published_ones():
+    """Parameters of base, large and huge as counted on the published models."""
+    sizes = {"base": 92_595_456, "large": 315_509_760, "huge": 650_110_720}
+    for name, size in sizes.items():
+        overrides = [
+            f"encoder.{key}={value}"
+            for key, value in zip(
+                ("hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size"),
+                {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "huge": (1280, 32, 20, 5120)}[name],
+                strict=True,
+            )
+        ]
+        plan = planned(*overrides)
+        assert plan.num_parameters[0] == size
+
+
+def test_a_replica_sees_the_published_batches():
+    """16 images, 8 pages and 16 clips a GPU, four times a step."""
+    config = load_config(STAGE2)
+    workload = assumed_workload(config, layout_of(config, 128))
+    for source, batch in {"images": 16, "pages": 8, "clips": 16}.items():
+        assert workload.sample_counts[source].sum() == 4 * batch * 128
+    assert workload.padding_share == 0
+    assert workload.real_tokens.sum() == 4 * 57_344 * 128
+
+
+@pytest.mark.parametrize("changes", [{}, {"tensor": 2}, {"pipeline": 4}, {"tensor": 4, "pipeline": 3, "chunks": 2}])
+def test_shards_add_up_to_the_whole_encoder(changes):
+    encoder = load_config(STAGE2).encoder
+    grid = layout(**changes)
+    places = [(stage, chunk) for stage in range(grid.pipeline) for chunk in range(grid.chunks)]
+    layers = [index for stage, chunk in places for index in grid.layers_of(stage, chunk)]
+    assert sorted(layers) == list(range(24))
+    parts = [chunk_parameters(encoder, grid, stage=stage, chunk=chunk) for stage, chunk in places]
+    sharded = ("linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight", "fc1.weight", "fc1.bias", "fc2.weight")
+    whole = sum(
+        one.size * (grid.tensor if one.name.startswith("decoder.layers") and one.name.endswith(sharded) else 1)
+        for part in parts
+        for one in part
+    )
+    assert whole == 315_509_760
+
+
+@pytest.mark.parametrize("data", [1, 2, 3, 5])
+def test_optimizer_shares_cover_every_parameter_once(data):
+    encoder = load_config(STAGE2).encoder
+    grid = layout(data=data, distributed_optimizer=True)
+    parameters = chunk_parameters(encoder, grid, stage=0, chunk=0)
+    buffer = gradient_buffer(parameters, grid)
+    assert buffer.size % np.lcm(128, data) == 0
+    assert sum(sum(buffer.owned(rank, data)) for rank in range(data)) == 315_509_760
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_plain_schedule_holds_as_many_microbatches_as_stages_remain(stage):
+    grid, part = layout(pipeline=4), ChunkActivations(kept=10, again=3, work=0)
+    assert peak_activations(grid, stage, 20, [part]) == (10 * (4 - stage) + 3, [4 - stage])
+    assert peak_activations(grid, stage, 2, [part])[1] == [min(2, 4 - stage)]
+
+
+def test_interleaving_holds_more():
+    part = ChunkActivations(kept=10, again=0, work=0)
+    plain = peak_activations(layout(pipeline=4), 0, 16, [ChunkActivations(kept=20, again=0, work=0)])
+    interleaved = peak_activations(layout(pipeline=4, chunks=2), 0, 16, [part, part])
+    assert interleaved[0] == 110 > plain[0] == 80  # (4 - 1) * 2 + 4 + 1 chunk passes
+
+
+def test_wire_bytes_of_rings():
+    assert Traffic("data", "all_reduce", 1, 800).wire_bytes(4) == 1200
+    assert Traffic("data", "all_gather", 1, 800).wire_bytes(4) == 600
+    assert Traffic("pipeline", "send", 1, 800).wire_bytes(4) == 800
+
+
+def test_a_layout_changes_neither_the_operations_nor_the_samples():
+    plans = [planned(), planned("parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true")]
+    first, second = (plan.operations for plan in plans)
+    for name in ("patch embedding", "linear layers", "attention", "pooling head"):
+        assert second[name] == pytest.approx(first[name])
+    assert len({plan.num_samples for plan in plans}) == 1
+
+
+def test_the_distributed_optimizer_divides_its_state():
+    whole, shared = planned(DISTRIBUTED_OFF), planned()
+    assert whole.fullest.memory.optimizer == pytest.approx(128 * shared.fullest.memory.optimizer, rel=0.01)
+
+
+def test_recompute_trades_memory_for_time():
+    none, selective, full = (planned(f"encoder.recompute={mode}") for mode in ("none", "selective", "full"))
+    memory = [plan.fullest.memory.activations for plan in (none, selective, full)]
+    assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3
+    assert none.time.total < selective.time.total < full.time.total
+    assert none.operations == full.operations
+
+
+def test_a_world_that_does_not_fit_gets_its_sentence():
+    with pytest.raises(ConfigError, match=r"world size 10 is not divisible by .* = 2 x 2 = 4, so some processes"):
+        planned(path=EXAMPLES / "huge/config.yaml", world_size=10)
+
+
+def test_an_unknown_device_gets_its_sentence(capsys):
+    assert main(["plan", str(STAGE2), "--world-size", "128", "--gpu", "v100"]) == 2
+    error = capsys.readouterr().err
+    assert "--gpu v100 is not a device whose figures are known" in error and "a100-80g, h100-80g" in error
+    assert main(["plan", str(STAGE2), "--world-size", "0"]) == 2
+    assert "--world-size 0 is no number of ranks; give at least 1" in capsys.readouterr().err
+
+
+def test_running_out_of_memory_names_rank_and_remedy(capsys):
+    arguments = ["plan", str(STAGE2), "--world-size", "8", "--gpu", "a100-80g"]
+    assert main([*arguments, "--set", "data.tokens_per_microbatch=131072", "--set", DISTRIBUTED_OFF]) == 2
+    text = capsys.readouterr().out
+    assert "It does not fit: rank 0 (stage 0) runs out of memory" in text
+    assert "the largest part is activations" in text
+    assert "encoder.recompute: full ->" in text and "which fits" in text
+
+
+def test_knobs_save_what_they_say():
+    plan = planned("data.tokens_per_microbatch=131072", world_size=8)
+    knobs = rank_knobs(plan)
+    assert not plan.fits and knobs[0].plan.fits
+    assert [knob.memory for knob in knobs] == sorted(knob.memory for knob in knobs)
+    assert all(knob.memory < plan.fullest.memory.total for knob in knobs)
+
+
+def test_suggested_layouts_fit_and_are_ranked():
+    config = load_config(EXAMPLES / "huge/config_8gpu.yaml")
+    device = find_device("h100-80g", world_size=8)
+    plans = suggest_layouts(config, world_size=8, device=device)
+    times = [plan.time.total for plan in plans]
+    assert times == sorted(times) and all(plan.fits and plan.layout.world_size == 8 for plan in plans)
+    grids = {(plan.layout.tensor, plan.layout.pipeline, plan.layout.data) for plan in plans}
+    assert {(1, 1, 8), (2, 2, 2)} <= grids
+    assert not any(tensor == 8 for tensor, _, _ in grids)  # 20 attention heads
+
+
+def test_the_command_writes_json_and_a_picture(tmp_path, capsys):
+    files = ["--json", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]
+    path = str(EXAMPLES / "huge/config_8gpu.yaml")
+    assert main(["plan", path, "--world-size", "8", "--gpu", "h200-141g", *files]) == 0
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["fits"] and len(content["ranks"]) == 2 and content["ranks"][1]["rank"] == 4
+    parts = content["ranks"][0]["memory_bytes"]
+    assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
+    assert content["samples"] == 1_280_000_000
+    assert content["device_hours"] == pytest.approx(content["step_time_s"]["total"] * 1_250_000 * 8 / 3600)
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "rank 4, 16 layers" in capsys.readouterr().out
+    assert main(["plan", path, "--world-size", "8", "--picture", str(tmp_path / "plan.doc")]) == 2
+    assert "ends in '.doc', which is no kind of picture" in capsys.readouterr().err
+
+
+def test_class_tables_are_sharded_over_their_group():
+    wide, narrow = planned(), planned("objectives.image_clusters.class_group=tensor")
+    table = next(table for table in wide.ranks[-1].tables if table.name == "image_clusters")
+    assert table.num_rows == 2_000_000 // 128
+    table = next(table for table in narrow.ranks[-1].tables if table.name == "image_clusters")
+    assert table.num_rows == 2_000_000 and table.is_dense
+    assert layout_of(wide.config, 128).rank_of(Place(0, 127, 0)) == 127
+
+
+@pytest.mark.parametrize("negatives", ["per_label", "shared"])
+def test_active_rows_are_as_many_as_are_drawn(negatives):
+    """Expected on a CPU; on a GPU the capacity that shapes are padded to."""
+    num_classes, first, rows, samples = 20_000, 5_000, 5_000, 64
+    objective = PartialFCConfig(source="images", num_classes=num_classes, sample_rate=0.1, negatives=negatives)
+    sets = objective.slots_of_sets
+    draw = draw_negatives(num_classes, probability=0.1, num_sets=len(sets), key=7)
+    labels = torch.randint(0, num_classes, (samples, 8), generator=torch.Generator().manual_seed(1))
+    set_of_slot = torch.tensor([index for index, slots in enumerate(sets) for _ in slots])
+    active = select_active_rows(draw, labels, set_of_slot, first_row=first, num_rows=rows)
+    assert count_active_rows(objective, rows, samples, is_padded=False) == pytest.approx(active.rows.numel(), rel=0.05)
+    padded = count_active_rows(objective, rows, samples, is_padded=True)
+    assert padded == pytest.approx(_capacity(draw, labels.numel(), rows), abs=1)
+    assert padded > active.rows.numel()

@@ -1,0 +1,177 @@
+"""The heads that the ablation compares, behind one interface, and the table of variants.
+
+`published` is the plain torch head of the published method; every other variant is the package's own head, as the
+training step uses it, and says only in what it differs from the package's defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from published_head import PublishedHead
+from torch import Tensor
+
+from megatron_ove.batch import Batch
+from megatron_ove.config.objectives import PartialFCConfig
+from megatron_ove.config.optim import ClassCenterOptimConfig
+from megatron_ove.objectives.build import build_objectives
+from megatron_ove.objectives.label_slots import draw_label_slots
+from megatron_ove.objectives.partial_fc import PartialFC
+from megatron_ove.outputs import VisionFeatures
+from megatron_ove.parallel.class_order import rows_of_classes
+from megatron_ove.parallel.topology import ParallelTopology
+
+PUBLISHED, DEFAULT = "published", "default"
+LABELS_PER_STEP, PUBLISHED_RATE = 8, 0.1
+_NAME, _SOURCE = "classes", "samples"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the ablation.
+
+    Attributes:
+        title: of the row.
+        head: options of `PartialFCConfig` that differ from the defaults.
+        optim: options of `ClassCenterOptimConfig` that differ from the defaults.
+    """
+
+    title: str
+    head: Mapping[str, Any] = field(default_factory=dict)
+    optim: Mapping[str, Any] = field(default_factory=dict)
+
+
+_ADAMW = {"first_moment": "float32", "second_moment": "element", "lr_scaling": "none"}
+
+VARIANTS: dict[str, Variant] = {
+    PUBLISHED: Variant("published method (b)"),
+    DEFAULT: Variant("default"),
+    "rate_10": Variant("sets of 10 %", {"sample_rate": 0.10}),
+    "rate_5": Variant("sets of 5 %", {"sample_rate": 0.05}),
+    "rate_2": Variant("sets of 2 %", {"sample_rate": 0.02}),
+    "rate_1": Variant("sets of 1 %", {"sample_rate": 0.01}),
+    "recipe": Variant(
+        "published recipe, rows touched only",
+        {"sample_rate": 0.1, "co_positives": "negative"},
+        _ADAMW,
+    ),
+    "negative": Variant("co-positives as negatives", {"co_positives": "negative"}),
+    "grouped": Variant(
+        "4 sets of 10 % for 8 labels", {"negatives": "grouped", "negative_groups": 4, "sample_rate": 0.1}
+    ),
+    "shared": Variant("one set of 10 % for all labels", {"negatives": "shared", "sample_rate": 0.1}),
+    "shared_50": Variant("one set of 50 % for all labels", {"negatives": "shared", "sample_rate": 0.5}),
+    "logq": Variant("logQ correction", {"sampling_correction": "logq"}),
+    "momentum": Variant("first moment, bf16", optim={"first_moment": "bfloat16"}),
+    "element": Variant(
+        "AdamW by element: two fp32 moments", optim={"first_moment": "float32", "second_moment": "element"}
+    ),
+    "lr_x1": Variant("the encoder's learning rate", optim={"lr_scaling": "none"}),
+    "lr_x2": Variant("twice the encoder's learning rate", optim={"lr_scaling": "none", "lr_multiplier": 2.0}),
+    "lr_x4": Variant("4 x the encoder's learning rate", optim={"lr_scaling": "none", "lr_multiplier": 4.0}),
+    "dense": Variant("dense update: idle rows decay and drift", optim={"update": "dense", "lr_scaling": "none"}),
+    "bf16": Variant("bf16 weights, stochastic rounding", optim={"weight_dtype": "bfloat16"}),
+}
+
+
+def configs_of(variant: Variant, num_classes: int) -> tuple[PartialFCConfig, ClassCenterOptimConfig]:
+    """Returns the full configuration of a variant of the package's head."""
+    fixed = {"source": _SOURCE, "num_classes": num_classes, "labels_per_step": LABELS_PER_STEP}
+    head = PartialFCConfig.model_validate(fixed | dict(variant.head))
+    return head, ClassCenterOptimConfig.model_validate(dict(variant.optim))
+
+
+def settings_of(name: str, num_classes: int) -> dict[str, Any]:
+    """Returns everything that decides a variant's result, as plain data: what a stored run is recognised by."""
+    if name == PUBLISHED:
+        return {"sample_rate": PUBLISHED_RATE}
+    head, optim = configs_of(VARIANTS[name], num_classes)
+    return {"head": head.model_dump(mode="json"), "optim": optim.model_dump(mode="json")}
+
+
+class Head(Protocol):
+    """A head with its optimizer. A step is `loss`, a backward pass through it, `update`."""
+
+    def loss(self, step: int, pooled: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        """Returns a scalar.
+
+        Args:
+            step: from 0.
+            pooled: [b, e] embeddings, not normalized.
+            labels: [b, 10] class ids.
+            seeds: [b] int64; decide which labels the step uses, for every head the same ones.
+        """
+        ...
+
+    def update(self, lr: float) -> None:
+        """Updates the centers at the encoder's learning rate `lr`."""
+        ...
+
+    def centers(self) -> Tensor:
+        """Returns [num_classes, e] fp32, in class order."""
+        ...
+
+
+class PackageHead:
+    """The package's own head."""
+
+    def __init__(
+        self, variant: Variant, num_classes: int, embedding_size: int, *, seed: int, topology: ParallelTopology
+    ) -> None:
+        config, optim = configs_of(variant, num_classes)
+        self._lr_multiplier = optim.lr_multiplier
+        self._objectives = build_objectives(
+            {_NAME: config}, topology=topology, embedding_size=embedding_size, seed=seed, optim=optim
+        )
+
+    def loss(self, step: int, pooled: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        count = len(pooled)
+        batch = Batch(
+            positions=torch.zeros(count, 3, dtype=torch.int32),
+            cu_seqlens=torch.arange(count + 1, dtype=torch.int32),
+            source_index=torch.zeros(count, dtype=torch.int32),
+            source_names=(_SOURCE,),
+            sample_keys=tuple(map(str, range(count))),
+            sample_seeds=seeds,
+            labels={_SOURCE: labels.int()},
+        )
+        self._objectives.begin_step(step, [batch])
+        features = VisionFeatures(tokens=pooled[:0], pooled=pooled, cu_seqlens=batch.cu_seqlens)
+        return self._objectives.forward(features, batch, {_NAME: 1 / count}).loss
+
+    def update(self, lr: float) -> None:
+        self._objectives.row_gradient_norms()
+        self._objectives.apply_update(lr * self._lr_multiplier)
+
+    def centers(self) -> Tensor:
+        objective = self._objectives[_NAME]
+        assert isinstance(objective, PartialFC)
+        weight = objective.centers.weight
+        return weight[rows_of_classes(torch.arange(len(weight)), len(weight))].float()
+
+
+class PublishedMethod(PublishedHead):
+    """The published head at a learning rate that follows a schedule, drawing the same labels as the others."""
+
+    def __init__(self, num_classes: int, embedding_size: int) -> None:
+        super().__init__(num_classes, embedding_size, num_slots=LABELS_PER_STEP, sample_rate=PUBLISHED_RATE, lr=0.0)
+
+    def loss(self, step: int, pooled: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:  # type: ignore[override]
+        return super().loss(pooled, draw_label_slots(labels, seeds, LABELS_PER_STEP))
+
+    def update(self, lr: float) -> None:  # type: ignore[override]
+        self._optimizer.param_groups[0]["lr"] = lr
+        super().update()
+
+    def centers(self) -> Tensor:
+        return self.weight.detach()
+
+
+def make_head(name: str, num_classes: int, embedding_size: int, *, seed: int, topology: ParallelTopology) -> Head:
+    """Builds a variant with a fresh table."""
+    if name == PUBLISHED:
+        return PublishedMethod(num_classes, embedding_size)
+    return PackageHead(VARIANTS[name], num_classes, embedding_size, seed=seed, topology=topology)
