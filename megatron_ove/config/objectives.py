@@ -31,7 +31,7 @@ class PartialFCConfig(StrictModel):
     """(m1, m2, m3) of margin_type: combined, in place of `margin`."""
     logit_scale: Annotated[float, Field(gt=0, le=500)] = 64.0
     """Factor between cosine and logit."""
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.03
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Share of the classes drawn as negatives into each class set; the labels of the step come on top."""
     num_sampled: Annotated[int, Field(gt=0)] | None = None
     """The same as a number of classes; takes the place of `sample_rate`."""

@@ -42,7 +42,7 @@ class NegativeDraw:
 
     def contains(self, rows: Tensor) -> Tensor:
         """Returns whether rows of the whole table are in the union, bool of their shape."""
-        return contains(self.union, rows)
+        return find(self.union, rows) >= 0
 
     def share_with(self, labels: Tensor) -> float:
         """Returns the share of the whole table that the union and these labels make up on average, in (0, 1].
@@ -97,19 +97,16 @@ class ActiveRows:
 
     def positions_of(self, rows: Tensor) -> Tensor:
         """Returns where rows of the shard lie in `rows`, -1 for those that are not active; shape of the argument."""
-        if self.rows.numel() == 0:
-            return torch.full_like(rows, -1)
-        place = torch.searchsorted(self.rows, rows.contiguous()).clamp_(max=self.rows.numel() - 1)
-        is_here = (self.rows[place] == rows) & (rows >= 0) & (rows < self.num_rows)
-        return torch.where(is_here, place, -1)
+        place = find(self.rows, rows)
+        return place.masked_fill((rows < 0) | (rows >= self.num_rows), -1)
 
 
-def contains(ordered: Tensor, values: Tensor) -> Tensor:
-    """Returns whether each value is among `ordered`, ascending; bool of the shape of `values`."""
+def find(ordered: Tensor, values: Tensor) -> Tensor:
+    """Returns where each value lies in `ordered`, ascending, -1 = nowhere; int64 of the shape of `values`."""
     if ordered.numel() == 0:
-        return torch.zeros_like(values, dtype=torch.bool)
+        return torch.full_like(values, -1)
     place = torch.searchsorted(ordered, values.contiguous()).clamp_(max=ordered.numel() - 1)
-    return ordered[place] == values
+    return place.masked_fill(ordered[place] != values, -1)
 
 
 def draw_negatives(

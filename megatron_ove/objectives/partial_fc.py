@@ -20,7 +20,7 @@ from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.heads import triton_backend
-from megatron_ove.heads.active_classes import NegativeDraw, contains, draw_negatives, select_active_rows
+from megatron_ove.heads.active_classes import NegativeDraw, draw_negatives, find, select_active_rows
 from megatron_ove.heads.class_centers import ClassCenters
 from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, FusedSoftmax
 from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE, MarginSoftmax
@@ -307,7 +307,7 @@ def _co_weights(
     """Returns [b, k, k] fp32: what label l of a sample counts in the class set of its slot j, as any other row does."""
     drawn = draw.contains(labels)[..., None] & draw.membership(labels)  # [b, k, s]
     of_set = (step_labels.masked_fill((set_of_slot != index)[None], -1) for index in range(draw.num_sets))
-    is_positive = torch.stack([contains(positives.flatten().sort().values, labels) for positives in of_set], dim=-1)
+    is_positive = torch.stack([find(positives.flatten().sort().values, labels) >= 0 for positives in of_set], dim=-1)
     weights = (drawn * drawn_weight).masked_fill(is_positive, 1.0)
     return weights[..., set_of_slot].transpose(1, 2)
 

@@ -51,7 +51,7 @@ VARIANTS: dict[str, Variant] = {
     DEFAULT: Variant("default"),
     "rate_10": Variant("sets of 10 %", {"sample_rate": 0.10}),
     "rate_5": Variant("sets of 5 %", {"sample_rate": 0.05}),
-    "rate_2": Variant("sets of 2 %", {"sample_rate": 0.02}),
+    "rate_3": Variant("sets of 3 %", {"sample_rate": 0.03}),
     "rate_1": Variant("sets of 1 %", {"sample_rate": 0.01}),
     "recipe": Variant(
         "published recipe, rows touched only",
