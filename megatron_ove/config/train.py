@@ -87,12 +87,29 @@ class TrainConfig(StrictModel):
                 )
 
     def _check_layers_divide_stages(self) -> Iterator[str]:
-        parallel = self.parallel
-        chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-        if self.encoder.num_layers % chunks:
+        parallel, layers = self.parallel, self.encoder.num_layers
+        names = ("num_layers_in_first_stage", "num_layers_in_last_stage")
+        given = {name: getattr(parallel, name) for name in names if getattr(parallel, name) is not None}
+        others = parallel.pipeline_model_parallel_size - len(given)
+        if given and parallel.pipeline_model_parallel_size == 1:
+            return  # has its own sentence
+        chunks, rest = others * (parallel.virtual_pipeline_model_parallel_size or 1), layers - sum(given.values())
+        settings = " and ".join(f"parallel.{name} = {size}" for name, size in given.items())
+        if not given and rest % chunks:
             yield (
-                f"encoder.num_layers = {self.encoder.num_layers} is not divisible by the {chunks} model chunks of the "
-                "pipeline, so stages would get unequal numbers of layers; change num_layers or the pipeline sizes"
+                f"encoder.num_layers = {layers} is not divisible by the {chunks} model chunks of the pipeline, so "
+                "stages would get unequal numbers of layers; change num_layers or the pipeline sizes, or give the "
+                "first or the last stage another number with parallel.num_layers_in_last_stage"
+            )
+        elif given and not others and rest:
+            yield (
+                f"{settings} are the only stages and hold {layers - rest} layers, but encoder.num_layers = {layers}; "
+                "set one of the two to null, and its stage gets the rest"
+            )
+        elif given and others and (rest <= 0 or rest % chunks):
+            yield (
+                f"{settings} leaves {rest} of encoder.num_layers = {layers} for the {chunks} model chunks of the other "
+                f"stages, which need a multiple of {chunks} and at least one each; change one of these numbers"
             )
 
     def _check_token_budget_splits(self) -> Iterator[str]:

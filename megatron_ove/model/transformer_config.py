@@ -120,6 +120,12 @@ def _parallelism(topology: ParallelTopology, dtype: torch.dtype) -> dict[str, An
         "tensor_model_parallel_size": topology.tensor_size,
         "pipeline_model_parallel_size": topology.pipeline_size,
         "virtual_pipeline_model_parallel_size": topology.virtual_pipeline_size,
+        "num_layers_in_first_pipeline_stage": topology.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": topology.last_stage_layers,
+        # megatron-core's other ways to split layers, which `plan` does not know
+        "account_for_embedding_in_pipeline_split": False,
+        "account_for_loss_in_pipeline_split": False,
+        "pipeline_model_parallel_layout": None,
         "sequence_parallel": topology.sequence_parallel,
         "pipeline_dtype": dtype,
         "overlap_p2p_comm": is_interleaved,

@@ -77,6 +77,15 @@ class EncoderOptimizer:
                 clip_grad_by_total_norm_fp32(params, self._config.clip_grad_norm, gradient_norm)
         self._optimizer.step_with_ready_grads()
 
+    def finish_param_gather(self) -> None:
+        """Completes the weights on every data rank where their gathering waits for the next forward pass; collective.
+
+        To be called before weights are read outside a forward pass.
+        """
+        for chunk in self._chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def reload_model_params(self) -> None:
         """Takes the model's present weights as the new master weights (after loading a checkpoint without them)."""
         self._optimizer.reload_model_params()

@@ -29,6 +29,7 @@ class ParallelTopology:
     """Sizes, ranks and groups, as seen from one process.
 
     Attributes:
+        first_stage_layers, last_stage_layers: transformer layers of these stages; None = as many as the others.
         data_host_group: the replicas, for tensors on the CPU.
         class_group: the tensor and data ranks of this pipeline stage, over which class tables are sharded.
         process_groups: megatron-core's view of the same groups, for its modules and optimizer.
@@ -41,6 +42,8 @@ class ParallelTopology:
     pipeline_size: int
     pipeline_rank: int
     virtual_pipeline_size: int | None
+    first_stage_layers: int | None
+    last_stage_layers: int | None
     data_size: int
     data_rank: int
     sequence_parallel: bool
@@ -206,6 +209,8 @@ def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         virtual_pipeline_size=config.virtual_pipeline_model_parallel_size,
+        first_stage_layers=config.num_layers_in_first_stage,
+        last_stage_layers=config.num_layers_in_last_stage,
         data_size=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         sequence_parallel=config.sequence_parallel,

@@ -47,10 +47,11 @@ def rank_knobs(plan: Plan) -> list[Knob]:
 
 
 def suggest_layouts(config: TrainConfig, *, world_size: int, device: Device) -> list[Plan]:
-    """Returns all layouts of `world_size` ranks that fit, the fastest first.
+    """Returns layouts of `world_size` ranks that fit, the fastest first.
 
     Tensor groups stay within a node, share the sequence where there are several ranks, and the optimizer is shared by
-    data ranks where there are several.
+    data ranks where there are several. Of pipelines whose last stage, which has the heads, holds fewer layers than the
+    others, the fastest is listed beside the even one.
     """
     plans = []
     for tensor, pipeline, chunks in _grids(config, world_size):
@@ -59,25 +60,47 @@ def suggest_layouts(config: TrainConfig, *, world_size: int, device: Device) -> 
             "parallel.tensor_model_parallel_size": tensor,
             "parallel.pipeline_model_parallel_size": pipeline,
             "parallel.virtual_pipeline_model_parallel_size": chunks,
+            "parallel.num_layers_in_first_stage": None,
+            "parallel.num_layers_in_last_stage": None,
             "parallel.sequence_parallel": tensor > 1,
             "parallel.use_distributed_optimizer": replicas > 1,
         }
-        plan = _planned(config, changes, world_size, device)
-        if plan is not None and plan.fits:
-            plans.append(plan)
+        if replicas == 1:
+            changes["parallel.overlap_param_gather"] = False
+        for sizes in _last_stages(config.encoder.num_layers, pipeline, chunks or 1):
+            fastest: Plan | None = None
+            for size in sizes:
+                plan = _planned(config, {**changes, "parallel.num_layers_in_last_stage": size}, world_size, device)
+                if plan is None or (fastest is not None and plan.time.total >= fastest.time.total):
+                    break  # the lighter the last stage the better, up to a point
+                fastest = plan
+            if fastest is not None and fastest.fits:
+                plans.append(fastest)
     return sorted(plans, key=lambda plan: plan.time.total)
 
 
 def _grids(config: TrainConfig, world_size: int) -> Iterator[tuple[int, int, int | None]]:
     layers = config.encoder.num_layers
     for tensor in (size for size in range(1, GPUS_PER_NODE + 1) if world_size % size == 0):
-        for pipeline in (size for size in range(1, layers + 1) if layers % size == 0):
-            if world_size % (tensor * pipeline):
-                continue
+        for pipeline in (size for size in range(1, layers + 1) if world_size % (tensor * size) == 0):
             yield tensor, pipeline, None
             for chunks in (2, 3, 4):
-                if pipeline > 1 and layers % (pipeline * chunks) == 0:
+                if pipeline > 1 and pipeline * chunks <= layers:
                     yield tensor, pipeline, chunks
+
+
+def _last_stages(layers: int, pipeline: int, chunks: int) -> Iterator[list[int | None]]:
+    """Yields the even split, as [None], and the sizes of a last stage that is lighter than the others, largest first;
+    each where there are any."""
+    if layers % (pipeline * chunks) == 0:
+        yield [None]
+    smaller = [
+        size
+        for size in range(chunks, layers // pipeline + 1, chunks)
+        if pipeline > 1 and size * pipeline < layers and (layers - size) % ((pipeline - 1) * chunks) == 0
+    ]
+    if smaller:
+        yield smaller[::-1]
 
 
 def _memory_changes(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -95,6 +118,11 @@ def _memory_changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"data.tokens_per_microbatch": config.data.tokens_per_microbatch // 2}
     yield {"parallel.tensor_model_parallel_size": 2 * tensor, "parallel.sequence_parallel": True}
     yield {"parallel.pipeline_model_parallel_size": 2 * pipeline}
+    for end, stage in (("first", 0), ("last", pipeline - 1)):
+        # The fullest stage gives layers to the others, as few as can be shared out evenly.
+        if pipeline > 1 and plan.fullest.stage == stage:
+            step = (pipeline - 1) * plan.layout.chunks
+            yield {f"parallel.num_layers_in_{end}_stage": plan.layout.stage_layers[stage] - step}
     yield from _table_changes(config)
 
 

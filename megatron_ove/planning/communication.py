@@ -146,15 +146,19 @@ def _add_heads(
 
 
 def _add_gradients(ledger: _Ledger, config: TrainConfig, layout: Layout, place: Place) -> None:
-    summed = 0
+    summed = averaged = 0
     for chunk in range(layout.chunks):
         parameters = chunk_parameters(config.encoder, layout, stage=place.stage, chunk=chunk)
-        size = gradient_buffer(parameters, layout).size
-        if layout.distributed_optimizer:
-            ledger.add("data", "reduce_scatter", 4 * size)
-            ledger.add("data", "all_gather", activation_bytes(config) * size)  # the updated weights
-        else:
-            ledger.add("data", "all_reduce", 4 * size)
-        summed += sum(parameter.size for parameter in parameters if parameter.sums_over_tensor)
-    if layout.sequence_parallel and summed:
-        ledger.add("tensor", "all_reduce", 4 * summed)
+        for size in gradient_buffer(parameters, layout, stage=place.stage, chunk=chunk).buckets:
+            if layout.distributed_optimizer:
+                ledger.add("data", "reduce_scatter", 4 * size)
+                ledger.add("data", "all_gather", activation_bytes(config) * size)  # the updated weights
+            else:
+                ledger.add("data", "all_reduce", 4 * size)
+        replicated = [parameter for parameter in parameters if not parameter.is_sharded]
+        parts = sum(parameter.size for parameter in replicated if layout.sequence_parallel and parameter.sees_sequence)
+        summed += parts
+        averaged += sum(parameter.size for parameter in replicated) - parts
+    for size in (summed, averaged):
+        if size:
+            ledger.add("tensor", "all_reduce", 4 * size)

@@ -25,15 +25,19 @@ class Layout:
     Attributes:
         tensor, pipeline, data: sizes; their product is the world size.
         chunks: model chunks of a rank, 1 without a virtual pipeline.
+        stage_layers: transformer layers of each pipeline stage.
+        overlaps_reduce, overlaps_gather: whether gradients and weights travel beside computation, in buckets.
     """
 
     tensor: int
     pipeline: int
     data: int
     chunks: int
-    num_layers: int
+    stage_layers: tuple[int, ...]
     sequence_parallel: bool
     distributed_optimizer: bool
+    overlaps_reduce: bool = False
+    overlaps_gather: bool = False
 
     @property
     def world_size(self) -> int:
@@ -54,9 +58,8 @@ class Layout:
 
     def layers_of(self, stage: int, chunk: int) -> range:
         """Returns the layers, counted over the model, of a model chunk."""
-        share = self.num_layers // (self.pipeline * self.chunks)
-        first = (chunk * self.pipeline + stage) * share
-        return range(first, first + share)
+        before = chunk * sum(self.stage_layers) + sum(self.stage_layers[:stage])  # in layers of all chunks
+        return range(before // self.chunks, (before + self.stage_layers[stage]) // self.chunks)
 
     def is_first(self, stage: int, chunk: int) -> bool:
         """Whether a chunk embeds patches."""
@@ -91,7 +94,9 @@ def layout_of(config: TrainConfig, world_size: int) -> Layout:
         pipeline=pipeline,
         data=world_size // (tensor * pipeline),
         chunks=parallel.virtual_pipeline_model_parallel_size or 1,
-        num_layers=config.encoder.num_layers,
+        stage_layers=tuple(parallel.layers_of_stages(config.encoder.num_layers)),
         sequence_parallel=parallel.sequence_parallel,
         distributed_optimizer=parallel.use_distributed_optimizer,
+        overlaps_reduce=parallel.overlap_grad_reduce,
+        overlaps_gather=parallel.overlap_param_gather,
     )

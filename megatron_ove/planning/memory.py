@@ -69,15 +69,15 @@ def plan_memory(
     """Adds up what a rank holds."""
     item = activation_bytes(config)
     parameters = gradients = optimizer = 0
-    buffers, all_owned = [0], [0]
+    buckets, all_owned = [0], [0]
     for chunk in range(layout.chunks):
         sizes = chunk_parameters(config.encoder, layout, stage=place.stage, chunk=chunk)
-        buffer = gradient_buffer(sizes, layout)
+        buffer = gradient_buffer(sizes, layout, stage=place.stage, chunk=chunk)
         owned = buffer.owned(place.data, layout.data) if layout.distributed_optimizer else [p.size for p in sizes]
         parameters += item * (buffer.size if layout.distributed_optimizer else sum(p.size for p in sizes))
         gradients += 4 * buffer.size
         optimizer += sum(owned) * (8 + (4 if item == 2 else 0)) + 4 * len(owned)
-        buffers.append(4 * buffer.size)
+        buckets += [4 * size for size in buffer.buckets]
         all_owned += owned
     samples = int(workload.num_samples[:, place.data].max())
     chunks = [
@@ -88,7 +88,7 @@ def plan_memory(
     backward = activations + max(part.work for part in chunks) + sum(table.work_bytes for table in tables)
     # gloo reduces and scatters a copy; torch's AdamW makes three tensors of each parameter, on GPUs one of all at once.
     is_copied = layout.distributed_optimizer and layout.data > 1 and not is_gpu
-    exchange = max(buffers) if is_copied else 0
+    exchange = max(buckets) if is_copied else 0
     update = 4 * sum(all_owned) if is_gpu else 3 * 4 * max(all_owned)
     return RankMemory(
         parameters=parameters,

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.planning.layout import Layout
 
-# megatron-core's buffers under the distributed optimizer: parameters start at multiples of 64 elements, and a buffer's
+# megatron-core's buffers under the distributed optimizer: parameters start at multiples of 64 elements, and a bucket's
 # length is a multiple of 128 and of the number of data ranks.
-_PARAMETER_ALIGNMENT, _BUFFER_ALIGNMENT = 64, 128
+_PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
+# megatron-core's buckets where gradients are reduced beside computation: elements, the first where data ranks are few.
+_BUCKET_SIZE, _BUCKET_SIZE_PER_DATA_RANK = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,15 @@ class Parameter:
     Attributes:
         name: as in `named_parameters()` of the chunk's encoder.
         shape: this rank's share.
-        sums_over_tensor: whether its gradient is summed over the tensor group under sequence parallelism.
+        is_sharded: whether each tensor-parallel rank holds its own part.
+        sees_sequence: whether its gradient is a sum over the sequence that the tensor group shares under sequence
+            parallelism.
     """
 
     name: str
     shape: tuple[int, ...]
-    sums_over_tensor: bool = False
+    is_sharded: bool = False
+    sees_sequence: bool = False
 
     @property
     def size(self) -> int:
@@ -36,7 +41,7 @@ def chunk_parameters(encoder: EncoderConfig, layout: Layout, *, stage: int, chun
     """Returns the parameters of a model chunk, in the order of the modules of local layers."""
     hidden, parameters = encoder.hidden_size, []
     if layout.is_first(stage, chunk):
-        parameters.append(Parameter("patch_embed.weight", (hidden, 3 * encoder.patch_size**2), True))
+        parameters.append(Parameter("patch_embed.weight", (hidden, 3 * encoder.patch_size**2), sees_sequence=True))
         parameters += _norm("layernorm_pre", hidden)
     for index in range(len(layout.layers_of(stage, chunk))):
         parameters += _layer(f"decoder.layers.{index}", encoder, layout.tensor)
@@ -46,7 +51,7 @@ def chunk_parameters(encoder: EncoderConfig, layout: Layout, *, stage: int, chun
 
 
 def _norm(name: str, size: int) -> list[Parameter]:
-    return [Parameter(f"{name}.weight", (size,), True), Parameter(f"{name}.bias", (size,), True)]
+    return [Parameter(f"{name}.{kind}", (size,), sees_sequence=True) for kind in ("weight", "bias")]
 
 
 def _layer(name: str, encoder: EncoderConfig, tensor: int) -> list[Parameter]:
@@ -54,15 +59,15 @@ def _layer(name: str, encoder: EncoderConfig, tensor: int) -> list[Parameter]:
     attention, mlp = f"{name}.self_attention", f"{name}.mlp"
     return [
         *_norm(f"{name}.input_layernorm", hidden),
-        Parameter(f"{attention}.linear_proj.weight", (hidden, hidden // tensor)),
-        Parameter(f"{attention}.linear_proj.bias", (hidden,), True),
-        Parameter(f"{attention}.linear_qkv.weight", (3 * hidden // tensor, hidden)),
-        Parameter(f"{attention}.linear_qkv.bias", (3 * hidden // tensor,)),
+        Parameter(f"{attention}.linear_proj.weight", (hidden, hidden // tensor), is_sharded=True),
+        Parameter(f"{attention}.linear_proj.bias", (hidden,), sees_sequence=True),
+        Parameter(f"{attention}.linear_qkv.weight", (3 * hidden // tensor, hidden), is_sharded=True),
+        Parameter(f"{attention}.linear_qkv.bias", (3 * hidden // tensor,), is_sharded=True),
         *_norm(f"{name}.pre_mlp_layernorm", hidden),
-        Parameter(f"{mlp}.linear_fc1.weight", (ffn // tensor, hidden)),
-        Parameter(f"{mlp}.linear_fc1.bias", (ffn // tensor,)),
-        Parameter(f"{mlp}.linear_fc2.weight", (hidden, ffn // tensor)),
-        Parameter(f"{mlp}.linear_fc2.bias", (hidden,), True),
+        Parameter(f"{mlp}.linear_fc1.weight", (ffn // tensor, hidden), is_sharded=True),
+        Parameter(f"{mlp}.linear_fc1.bias", (ffn // tensor,), is_sharded=True),
+        Parameter(f"{mlp}.linear_fc2.weight", (hidden, ffn // tensor), is_sharded=True),
+        Parameter(f"{mlp}.linear_fc2.bias", (hidden,), sees_sequence=True),
     ]
 
 
@@ -84,34 +89,53 @@ def _pooling_head(encoder: EncoderConfig) -> list[Parameter]:
 
 @dataclass(frozen=True)
 class GradientBuffer:
-    """The one buffer of a chunk's gradients; under the distributed optimizer its parameters lie in one alike.
+    """The buffer of a chunk's gradients; under the distributed optimizer its parameters lie in one alike.
 
     Attributes:
-        size: elements, padding included.
+        buckets: elements of each part that is reduced by itself, padding included.
         ranges: (start, stop) of each parameter, last parameter first.
     """
 
-    size: int
+    buckets: tuple[int, ...]
     ranges: tuple[tuple[int, int], ...]
 
+    @property
+    def size(self) -> int:
+        return sum(self.buckets)
+
     def owned(self, data_rank: int, data_size: int) -> list[int]:
-        """Returns how many elements of each parameter belong to a data rank's share, for those that have any."""
-        share = self.size // data_size
-        first, last = data_rank * share, (data_rank + 1) * share
-        overlaps = [min(stop, last) - max(start, first) for start, stop in self.ranges]
+        """Returns how many elements of each parameter belong to a data rank's shares, for those that have any."""
+        overlaps, bucket_start = [], 0
+        for bucket in self.buckets:
+            share = bucket // data_size
+            first = bucket_start + data_rank * share
+            overlaps += [min(stop, first + share) - max(start, first) for start, stop in self.ranges]
+            bucket_start += bucket
         return [overlap for overlap in overlaps if overlap > 0]
 
 
-def gradient_buffer(parameters: list[Parameter], layout: Layout) -> GradientBuffer:
-    """Lays parameters out as megatron-core does: in reverse order, aligned under the distributed optimizer."""
-    is_aligned = layout.distributed_optimizer
-    end, ranges = 0, []
+def gradient_buffer(parameters: list[Parameter], layout: Layout, *, stage: int, chunk: int) -> GradientBuffer:
+    """Lays parameters out as megatron-core does: in reverse order, aligned under the distributed optimizer.
+
+    Where reduction overlaps with computation, the first chunk of the first stage has buckets: on the others there is
+    time enough.
+    """
+    has_buckets = layout.overlaps_reduce and stage == 0 and chunk == 0
+    bucket_size = max(_BUCKET_SIZE, _BUCKET_SIZE_PER_DATA_RANK * layout.data) if has_buckets else None
+    alignment = _PARAMETER_ALIGNMENT if layout.distributed_optimizer else 1
+    bucket_alignment = math.lcm(layout.data, _BUCKET_ALIGNMENT) if layout.distributed_optimizer else 1
+    end, bucket_start = 0, 0
+    buckets: list[int] = []
+    ranges: list[tuple[int, int]] = []
     for parameter in reversed(parameters):
-        start = _round_up(end, _PARAMETER_ALIGNMENT) if is_aligned else end
+        start = _round_up(end, alignment)
         end = start + parameter.size
         ranges.append((start, end))
-    size = _round_up(end, math.lcm(layout.data, _BUFFER_ALIGNMENT)) if is_aligned else end
-    return GradientBuffer(size, tuple(ranges))
+        if parameter is parameters[0] or (bucket_size is not None and end - bucket_start >= bucket_size):
+            end = _round_up(end, bucket_alignment)
+            buckets.append(end - bucket_start)
+            bucket_start = end
+    return GradientBuffer(tuple(buckets), tuple(ranges))
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -158,7 +158,7 @@ def make_plan(config: TrainConfig, *, world_size: int, device: Device, workload:
         traffic=[one.traffic for one in ranks],
         memory=[one.memory for one in ranks],
     )
-    return Plan(config, layout, device, workload, ranks, _count_parameters(config, layout), operations, time)
+    return Plan(config, layout, device, workload, ranks, _count_parameters(config), operations, time)
 
 
 def _plan_rank(config: TrainConfig, layout: Layout, place: Place, workload: Workload, device: Device) -> RankPlan:
@@ -166,15 +166,15 @@ def _plan_rank(config: TrainConfig, layout: Layout, place: Place, workload: Work
     return RankPlan(
         rank=layout.rank_of(place),
         stage=place.stage,
-        num_layers=sum(len(layout.layers_of(place.stage, chunk)) for chunk in range(layout.chunks)),
+        num_layers=layout.stage_layers[place.stage],
         memory=plan_memory(config, layout, place, workload, tables, is_gpu=device.is_gpu),
         traffic=plan_communication(config, layout, place, workload, tables),
         tables=tables,
     )
 
 
-def _count_parameters(config: TrainConfig, layout: Layout) -> tuple[int, int]:
-    whole = Layout(1, 1, 1, 1, layout.num_layers, False, False)
+def _count_parameters(config: TrainConfig) -> tuple[int, int]:
+    whole = Layout(1, 1, 1, 1, (config.encoder.num_layers,), False, False)
     encoder = sum(one.size for one in chunk_parameters(config.encoder, whole, stage=0, chunk=0))
     centers = sum(objective.num_classes for objective in config.objectives.values()) * config.encoder.hidden_size
     return encoder, centers

@@ -29,8 +29,8 @@ def print_layouts(plans: list[Plan], console: Console, *, most: int = 12) -> Non
     if not plans:
         console.print("No layout of these ranks fits; see the settings above, or use more ranks.")
         return
-    # tensor x pipeline (with chunks) x data, and the microbatches of a replica; short, to fit 80 columns
-    columns = ("TP", "PP", "chunks", "DP", "n", "step s", "samples/s", "MFU", "bubble", "GiB")
+    # tensor x pipeline (chunks, layers of the last stage) x data, a replica's microbatches; short, to fit 80 columns
+    columns = ("TP", "PP", "chunks", "last", "DP", "n", "step s", "samples/s", "MFU", "bubble", "GiB")
     table = Table(
         title=f"Layouts that fit, fastest first ({min(most, len(plans))} of {len(plans)})", title_justify="left"
     )
@@ -39,8 +39,9 @@ def print_layouts(plans: list[Plan], console: Console, *, most: int = 12) -> Non
     for plan in plans[:most]:
         layout = plan.layout
         rate = plan.config.train.global_batch_size / plan.time.total
-        sizes = (layout.tensor, layout.pipeline, layout.chunks, layout.data, plan.workload.num_microbatches)
+        grid = (layout.tensor, layout.pipeline, layout.chunks, layout.stage_layers[-1], layout.data)
         shares = (f"{plan.mfu:.1%}", f"{plan.bubble_share:.1%}", f"{plan.fullest.memory.total / _GIB:.1f}")
+        sizes = (*grid, plan.workload.num_microbatches)
         table.add_row(*map(str, sizes), f"{plan.time.total:.3f}", f"{rate:,.0f}", *shares)
     console.print(table)
 
@@ -49,6 +50,8 @@ def _headline(plan: Plan) -> list[str]:
     layout, workload, config = plan.layout, plan.workload, plan.config
     encoder, centers = plan.num_parameters
     chunks = f", {layout.chunks} chunks a rank" if layout.chunks > 1 else ""
+    if len(set(layout.stage_layers)) > 1:
+        chunks += f", stages of {', '.join(map(str, layout.stage_layers))} layers"
     return [
         f"{config.name}: {layout.world_size} x {plan.device.name} = tensor {layout.tensor} x pipeline "
         f"{layout.pipeline} x data {layout.data}{chunks}; {config.train.precision}, recompute: "

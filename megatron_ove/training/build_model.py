@@ -8,8 +8,10 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.model.encoder import VisionEncoder, build_encoder_chunks
+from megatron_ove.model.pooling import AttentionPoolingHead
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.parallel.topology import ParallelTopology
+from megatron_ove.training.determinism import use_deterministic_kernels
 from megatron_ove.training.pretrain_model import PretrainModel
 
 
@@ -30,12 +32,21 @@ def build_model_chunks(
         topology: this rank's place.
         objectives: on the last pipeline stage; None elsewhere.
     """
-    encoders = build_encoder_chunks(config.encoder, topology, dtype=weight_dtype(config), seed=config.seed)
+    if config.train.deterministic and topology.device.type == "cuda":
+        use_deterministic_kernels()
+    encoders = build_encoder_chunks(
+        config.encoder, topology, dtype=weight_dtype(config), seed=config.seed, has_gradient_buffers=True
+    )
+    parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
     chunks = []
     for index, encoder in enumerate(encoders):
+        _average_replicated_gradients(encoder)
         is_last = topology.is_last_chunk(encoder.vp_stage)
         module: MegatronModule = PretrainModel(encoder, objectives if is_last else None)
         if config.train.precision == "bf16":
@@ -44,8 +55,37 @@ def build_model_chunks(
         chunk = DistributedDataParallel(
             encoder.config, ddp_config, module, disable_bucketing=index > 0, pg_collection=topology.process_groups
         )
+        if parallel.overlap_param_gather and encoder.head is not None:
+            _gather_before_pooling(chunk, encoder.head)
         chunks.append(chunk)
+    if parallel.overlap_grad_reduce:
+        # Only the step's last microbatch starts the reduction; all chunks share one configuration.
+        holds = [chunk.no_sync for chunk in chunks]
+        chunks[0].config.no_sync_func = holds if len(holds) > 1 else holds[0]
     return chunks
+
+
+def _average_replicated_gradients(encoder: VisionEncoder) -> None:
+    """Has megatron-core average gradients that every tensor-parallel rank computes in full.
+
+    They are equal by arithmetic, but kernels that add in changing order make them differ in the last bits, and the
+    ranks' copies of a weight would drift apart over a long run.
+    """
+    for parameter in encoder.parameters():
+        is_sharded = getattr(parameter, "tensor_model_parallel", False)
+        is_summed = encoder.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+        if not is_sharded and not is_summed:
+            parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+
+
+def _gather_before_pooling(chunk: DistributedDataParallel, head: AttentionPoolingHead) -> None:
+    """Waits for the weights of the head's attention, a module that is never called and so has no hook of its own."""
+
+    def gather(*_: object) -> None:
+        for parameter in head.attention.parameters(recurse=False):
+            chunk.param_to_bucket_group[parameter].finish_param_sync()
+
+    head.register_forward_pre_hook(gather)
 
 
 def encoder_of(chunk: DistributedDataParallel) -> VisionEncoder:

@@ -69,6 +69,7 @@ class RunCheckpoints:
         Raises:
             CheckpointError: it could not be written; earlier ones are untouched.
         """
+        self._optimizer.finish_param_gather()
         content = self._sharded_state(has_moments=state.samples_seen > 0, is_loading=False)
         content |= {
             "step": state.step,

@@ -23,6 +23,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "pp2_vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "pp2_uneven": (2, {"pipeline_model_parallel_size": 2, "num_layers_in_last_stage": 1}),
+    "pp3_uneven": (3, {"pipeline_model_parallel_size": 3, "num_layers_in_first_stage": 2}),
 }
 SAVED_SEED, OTHER_SEED = 1, 2
 
@@ -60,7 +62,11 @@ def load(rank: int, world_size: int, folder: str, parallel: dict[str, Any]) -> d
 
 
 @pytest.mark.parametrize(
-    ("writer", "reader"), [("tp2_sp", "one"), ("one", "tp2_pp2"), ("tp2_sp", "pp2_vpp2"), ("pp2", "tp2_sp")]
+    ("writer", "reader"),
+    [
+        *[("tp2_sp", "one"), ("one", "tp2_pp2"), ("tp2_sp", "pp2_vpp2"), ("pp2", "tp2_sp")],
+        *[("pp2_uneven", "one"), ("pp2_vpp2", "pp2_uneven"), ("pp2_uneven", "pp3_uneven"), ("pp3_uneven", "pp2")],
+    ],
 )
 def test_state_is_read_under_another_layout(tmp_path: Path, writer: str, reader: str) -> None:
     keys = set().union(*run_distributed(save, LAYOUTS[writer][0], str(tmp_path), LAYOUTS[writer][1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_texts_stay_texts(text: str) -> None:
             "parallel.pipeline_model_parallel_size",
             3,
             "encoder.num_layers = 4 is not divisible by the 3 model chunks of the pipeline",
+        ),
+        ("parallel.context_parallel_size", 2, "context_parallel_size = 2 is not offered: a sample's few"),
+        (
+            "parallel.overlap_param_gather",
+            True,
+            "overlap_param_gather = true with use_distributed_optimizer = false and overlap_grad_reduce = false",
+        ),
+        (
+            "parallel.num_layers_in_last_stage",
+            3,
+            "num_layers_in_last_stage = 3 with pipeline_model_parallel_size = 1 has only one stage",
         ),
         ("parallel.sequence_parallel", True, "sequence_parallel = true with tensor_model_parallel_size = 1"),
         (
@@ -232,13 +244,62 @@ def test_a_number_of_negatives_takes_the_place_of_their_share() -> None:
     assert config.inclusion_probability == 0.7
 
 
-def test_fp8_needs_a_token_budget_it_can_multiply() -> None:
-    data = changed("encoder.fp8", "delayed")
-    data["data"]["tokens_per_microbatch"] = 1000
-    with pytest.raises(ConfigError) as caught:
+def fp8_sentences(recipe: str, **sections: dict[str, Any]) -> list[str]:
+    """The sentences about a configuration whose encoder computes in FP8."""
+    data = changed("encoder.fp8", recipe)
+    for name, section in sections.items():
+        data[name] = {**data.get(name, {}), **section}
+    try:
         config_from_dict(data, "run.yaml")
-    assert "data.tokens_per_microbatch = 1000 is not a multiple of 16" in str(caught.value)
-    assert str(caught.value).endswith("use 1008")
+    except ConfigError as error:
+        return [line.removeprefix("  - ") for line in str(error).splitlines() if not line.endswith("errors:")]
+    return []
+
+
+WIDE = {"hidden_size": 256, "ffn_hidden_size": 512}
+
+
+@pytest.mark.parametrize(("recipe", "rounded"), [("delayed", 1008), ("current", 1008), ("mxfp8", 1024)])
+def test_fp8_needs_a_token_budget_it_can_multiply(recipe: str, rounded: int) -> None:
+    (sentence,) = fp8_sentences(recipe, data={"tokens_per_microbatch": 1000})
+    assert f"data.tokens_per_microbatch = 1000 is not a multiple of {32 if recipe == 'mxfp8' else 16}" in sentence
+    assert sentence.endswith(f"use {rounded}")
+    assert not fp8_sentences(recipe, data={"tokens_per_microbatch": rounded})
+
+
+def test_fp8_budget_of_each_sequence_parallel_rank() -> None:
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    (sentence,) = fp8_sentences("blockwise", encoder={**WIDE}, data={"tokens_per_microbatch": 1152}, parallel=parallel)
+    assert (
+        "is not a multiple of 256, which FP8 matrix products of encoder.fp8 = blockwise need on each of 2 " in sentence
+    )
+
+
+def test_fp8_needs_widths_it_can_multiply() -> None:
+    (sentence,) = fp8_sentences("blockwise", encoder={"hidden_size": 192, "ffn_hidden_size": 256})
+    assert sentence == (
+        "run.yaml: encoder.hidden_size = 192 is not a multiple of 128, which FP8 matrix products of encoder.fp8 = "
+        "blockwise need; use another fp8 recipe, a multiple of 128, or fp8: off"
+    )
+    parallel = {"tensor_model_parallel_size": 2}
+    (sentence,) = fp8_sentences("mxfp8", encoder={"hidden_size": 64, "ffn_hidden_size": 96}, parallel=parallel)
+    assert "encoder.ffn_hidden_size = 96 is not a multiple of 64" in sentence and "each of 2 tensor-par" in sentence
+
+
+def test_fp8_layers_in_bf16() -> None:
+    skips = {"fp8_skip_first_layers": 1, "fp8_skip_last_layers": 1}
+    assert not fp8_sentences("current", encoder=skips)
+    assert not fp8_sentences("off", encoder={**skips, "fp8_skip_last_layers": 4})
+    (sentence,) = fp8_sentences("delayed", encoder=skips)
+    assert "cannot be had with fp8 = delayed" in sentence and sentence.endswith("or use fp8: current")
+    (sentence,) = fp8_sentences("current", encoder={**skips, "fp8_skip_last_layers": 3})
+    assert "fp8_skip_first_layers + fp8_skip_last_layers = 1 + 3 leaves none of the num_layers = 4 to FP8" in sentence
+    two_stages = {"pipeline_model_parallel_size": 2}
+    (sentence,) = fp8_sentences("current", encoder={"fp8_skip_last_layers": 3}, parallel=two_stages)
+    assert sentence.endswith(
+        "encoder.fp8_skip_last_layers = 3 is more than the 2 layers of one of 2 equal pipeline stages, which is "
+        "megatron-core's limit; use at most 2"
+    )
 
 
 def test_missing_keys_and_all_errors_are_reported_at_once() -> None:
@@ -333,3 +394,32 @@ def test_shipped_recipes_are_valid() -> None:
     assert recipes, "no recipe found"
     for path in recipes:
         assert load_config(path).name
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "chunks", "first", "last", "message"),
+    [
+        (2, None, 1, 2, "num_layers_in_first_stage = 1 and parallel.num_layers_in_last_stage = 2 are the only"),
+        (2, None, None, 4, "parallel.num_layers_in_last_stage = 4 leaves 0 of encoder.num_layers = 4 for the 1 model"),
+        (3, None, 1, None, "leaves 3 of encoder.num_layers = 4 for the 2 model chunks of the other stages"),
+        (2, 2, None, 1, "num_layers_in_last_stage = 1 is not divisible by virtual_pipeline_model_parallel_size = 2"),
+    ],
+)
+def test_uneven_stages_that_do_not_fit_get_a_sentence(
+    pipeline: int, chunks: int | None, first: int | None, last: int | None, message: str
+) -> None:
+    data = changed("parallel.pipeline_model_parallel_size", pipeline)
+    data["parallel"] |= {"num_layers_in_first_stage": first, "num_layers_in_last_stage": last}
+    data["parallel"]["virtual_pipeline_model_parallel_size"] = chunks
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_from_dict(data, "test")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "first", "last", "stages"),
+    [(1, None, None, [4]), (2, None, None, [2, 2]), (2, None, 1, [3, 1]), (2, 1, 3, [1, 3]), (3, 1, 1, [1, 2, 1])],
+)
+def test_layers_of_stages(pipeline: int, first: int | None, last: int | None, stages: list[int]) -> None:
+    data = changed("parallel.pipeline_model_parallel_size", pipeline)
+    data["parallel"] |= {"num_layers_in_first_stage": first, "num_layers_in_last_stage": last}
+    assert config_from_dict(data, "test").parallel.layers_of_stages(4) == stages

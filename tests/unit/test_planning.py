@@ -36,8 +36,9 @@ def planned(*overrides: str, path: Path = STAGE2, world_size: int = 128, gpu: st
 
 
 def layout(**changes: Any) -> Layout:
-    sizes = {"tensor": 1, "pipeline": 1, "data": 1, "chunks": 1, "num_layers": 24}
-    return Layout(**{**sizes, "sequence_parallel": False, "distributed_optimizer": False, **changes})
+    sizes = {"tensor": 1, "pipeline": 1, "data": 1, "chunks": 1, **changes}
+    stages = (24 // sizes["pipeline"],) * sizes["pipeline"]
+    return Layout(**{"stage_layers": stages, "sequence_parallel": False, "distributed_optimizer": False, **sizes})
 
 
 def test_encoder_sizes_are_the_published_ones():
@@ -66,7 +67,17 @@ def test_a_replica_sees_the_published_batches():
     assert workload.real_tokens.sum() == 4 * 57_344 * 128
 
 
-@pytest.mark.parametrize("changes", [{}, {"tensor": 2}, {"pipeline": 4}, {"tensor": 4, "pipeline": 3, "chunks": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tensor": 2},
+        {"pipeline": 4},
+        {"tensor": 4, "pipeline": 3, "chunks": 2},
+        {"pipeline": 3, "stage_layers": (9, 10, 5)},
+        {"pipeline": 3, "chunks": 2, "stage_layers": (8, 10, 6)},
+    ],
+)
 def test_shards_add_up_to_the_whole_encoder(changes):
     encoder = load_config(STAGE2).encoder
     grid = layout(**changes)
@@ -88,7 +99,7 @@ def test_optimizer_shares_cover_every_parameter_once(data):
     encoder = load_config(STAGE2).encoder
     grid = layout(data=data, distributed_optimizer=True)
     parameters = chunk_parameters(encoder, grid, stage=0, chunk=0)
-    buffer = gradient_buffer(parameters, grid)
+    buffer = gradient_buffer(parameters, grid, stage=0, chunk=0)
     assert buffer.size % np.lcm(128, data) == 0
     assert sum(sum(buffer.owned(rank, data)) for rank in range(data)) == 315_509_760
 
