@@ -38,10 +38,24 @@ class EncoderConfig(StrictModel):
     """Whether the encoder has its final norm and attention-pooling head."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto = Transformer Engine when it is installed and a GPU is there, else local."""
+    attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine"] = "auto"
+    """Attention within samples: torch's scaled_dot_product_attention, flash-attn, or Transformer Engine's choice of
+    kernel; auto = Transformer Engine's with its layers, else flash-attn where it is installed, else torch's."""
+    fused_kernels: bool = True
+    """Whether layers on a GPU use Transformer Engine's fused rotation, Apex's LayerNorm and weight gradients that are
+    added to the gradient buffer by the matrix product, where they are installed. Never on a CPU."""
+    compile: bool = False
+    """Whether torch.compile fuses the rotation of queries and keys where no fused kernel does; needs a C++ compiler on
+    a CPU, Triton on a GPU."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass to save memory."""
-    fp8: Literal["off", "delayed", "current"] = "off"
-    """FP8 recipe of the Transformer Engine linear layers; off elsewhere."""
+    """Activations recomputed in the backward pass to save memory: none, attention's, or whole layers'."""
+    fp8: Literal["off", "delayed", "current", "mxfp8", "blockwise"] = "off"
+    """FP8 recipe of the matrix products in Transformer Engine layers. Everything else stays in bf16: patch embedding,
+    attention, norms, pooling head, class centers."""
+    fp8_skip_first_layers: Annotated[int, Field(ge=0)] = 0
+    """First layers of the encoder that compute in bf16 all the same; not with `delayed`."""
+    fp8_skip_last_layers: Annotated[int, Field(ge=0)] = 0
+    """Last layers of the encoder that compute in bf16 all the same; not with `delayed`."""
     mcore_overrides: dict[str, Any] = {}
     """Fields of megatron-core's TransformerConfig set to these values; the checked escape hatch."""
 
@@ -61,4 +75,19 @@ class EncoderConfig(StrictModel):
             yield (
                 f"head dim = hidden_size / num_attention_heads = {self.head_dim} is not divisible by 32, which the "
                 f"4:6:6 split of the rotary dims over time, height and width needs; use heads of 32, 64, 96 or 128"
+            )
+
+    def _check_fp8_layers(self) -> Iterator[str]:
+        first, last = self.fp8_skip_first_layers, self.fp8_skip_last_layers
+        if self.fp8 == "off" or not first + last:
+            return
+        if self.fp8 == "delayed":
+            yield (
+                f"fp8_skip_first_layers = {first} and fp8_skip_last_layers = {last} cannot be had with fp8 = delayed, "
+                "which keeps one history of scales for all layers together; set both to 0, or use fp8: current"
+            )
+        elif first + last >= self.num_layers:
+            yield (
+                f"fp8_skip_first_layers + fp8_skip_last_layers = {first} + {last} leaves none of the num_layers = "
+                f"{self.num_layers} to FP8; skip fewer layers, or set fp8: off"
             )

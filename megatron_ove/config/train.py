@@ -10,9 +10,11 @@ from pydantic import Field
 from megatron_ove.config.base import StrictModel
 from megatron_ove.config.data import DataConfig, ImageSourceConfig
 from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.config.fp8 import FP8_RECIPES
 from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.optim import OptimConfig
 from megatron_ove.config.parallel import ParallelConfig
+from megatron_ove.config.profile import ProfileConfig
 
 
 class CheckpointConfig(StrictModel):
@@ -46,6 +48,9 @@ class TrainLoopConfig(StrictModel):
     """Samples of one step over all replicas and sources."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights and gradients."""
+    deterministic: bool = False
+    """Whether a GPU adds numbers in a fixed order, so that equal runs and resumed runs are bit-equal; slower. A CPU
+    always does."""
     log_interval_steps: Annotated[int, Field(gt=0)] = 10
     """Steps between metric reductions."""
     max_refused_steps: Annotated[int, Field(gt=0)] = 3
@@ -75,6 +80,13 @@ class TrainConfig(StrictModel):
     train: TrainLoopConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    @property
+    def token_multiple(self) -> int:
+        """What the patches of every microbatch must be a multiple of: ranks share them, and FP8 products want whole tiles."""
+        share = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        return share if self.encoder.fp8 == "off" else share * FP8_RECIPES[self.encoder.fp8].multiple
 
     def _check_tensor_parallel_divides(self) -> Iterator[str]:
         size = self.parallel.tensor_model_parallel_size
@@ -121,13 +133,42 @@ class TrainConfig(StrictModel):
             )
 
     def _check_fp8_token_count(self) -> Iterator[str]:
-        parallel, budget = self.parallel, self.data.tokens_per_microbatch
+        parallel, budget, fp8 = self.parallel, self.data.tokens_per_microbatch, self.encoder.fp8
+        if fp8 == "off":
+            return
         share = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        if self.encoder.fp8 != "off" and budget % (16 * share):
+        multiple = FP8_RECIPES[fp8].multiple * share
+        if budget % multiple:
+            ranks = f" on each of {share} sequence-parallel ranks" if share > 1 else ""
             yield (
-                f"data.tokens_per_microbatch = {budget} is not a multiple of {16 * share}, which FP8 matrix products "
-                f"need on each of {share} sequence-parallel ranks; use {-(-budget // (16 * share)) * 16 * share}"
+                f"data.tokens_per_microbatch = {budget} is not a multiple of {multiple}, which FP8 matrix products of "
+                f"encoder.fp8 = {fp8} need{ranks}; use {-(-budget // multiple) * multiple}"
             )
+
+    def _check_fp8_widths(self) -> Iterator[str]:
+        size, fp8 = self.parallel.tensor_model_parallel_size, self.encoder.fp8
+        if fp8 == "off":
+            return
+        multiple = FP8_RECIPES[fp8].multiple * size
+        for field in ("hidden_size", "ffn_hidden_size"):
+            value = getattr(self.encoder, field)
+            if value % multiple:
+                ranks = f" on each of {size} tensor-parallel ranks" if size > 1 else ""
+                yield (
+                    f"encoder.{field} = {value} is not a multiple of {multiple}, which FP8 matrix products of "
+                    f"encoder.fp8 = {fp8} need{ranks}; use another fp8 recipe, a multiple of {multiple}, or fp8: off"
+                )
+
+    def _check_fp8_skipped_layers(self) -> Iterator[str]:
+        stages = self.parallel.pipeline_model_parallel_size
+        most = self.encoder.num_layers // stages
+        for field in ("fp8_skip_first_layers", "fp8_skip_last_layers"):
+            value = getattr(self.encoder, field)
+            if self.encoder.fp8 != "off" and most < value < self.encoder.num_layers:
+                yield (
+                    f"encoder.{field} = {value} is more than the {most} layers of one of {stages} equal pipeline "
+                    f"stages, which is megatron-core's limit; use at most {most}"
+                )
 
     def _check_objective_sources(self) -> Iterator[str]:
         for name, objective in self.objectives.items():
@@ -147,19 +188,44 @@ class TrainConfig(StrictModel):
             )
 
     def _check_image_size(self) -> Iterator[str]:
-        patch, budget = self.encoder.patch_size, self.data.tokens_per_microbatch
+        patch = self.encoder.patch_size
         for name, source in self.data.sources.items():
-            if isinstance(source, ImageSourceConfig) and source.image_size % patch:
+            if not isinstance(source, ImageSourceConfig):
+                continue
+            for place, size in source.named_sizes():
+                if size % patch:
+                    yield (
+                        f"data.sources.{name}.{place} = {size} is not a multiple of encoder.patch_size = {patch}, so "
+                        f"pixels at the edge would be lost; use {size // patch * patch or patch}"
+                    )
+
+    def _check_sample_fits_budget(self) -> Iterator[str]:
+        budget = self.data.tokens_per_microbatch
+        for name, source in self.data.sources.items():
+            largest = max(source.list_budgets(self.encoder.patch_size))
+            if largest > budget:
                 yield (
-                    f"data.sources.{name}.image_size = {source.image_size} is not a multiple of encoder.patch_size = "
-                    f"{patch}, so pixels at the edge would be lost; use {source.image_size // patch * patch or patch}"
-                )
-            tokens = (source.image_size // patch) ** 2 if isinstance(source, ImageSourceConfig) else source.max_patches
-            if tokens > budget:
-                yield (
-                    f"one sample of data.sources.{name} can have {tokens} patches, more than "
+                    f"one sample of data.sources.{name} can have {largest} patches, more than "
                     f"data.tokens_per_microbatch = {budget}; raise the budget or make samples smaller"
                 )
+
+    def _check_warmup_ends(self) -> Iterator[str]:
+        warmup, num_steps = self.optim.schedule.warmup_steps, self.train.num_steps
+        if warmup >= num_steps:
+            yield (
+                f"optim.schedule.warmup_steps = {warmup} is not below train.num_steps = {num_steps}, so the rate would "
+                "never reach optim.lr; shorten the warm-up, or, to try a few steps of a long run, set "
+                "train.stop_after_steps instead of num_steps"
+            )
+
+    def _check_profile_window(self) -> Iterator[str]:
+        start, num_steps = self.profile.start_step, self.train.num_steps
+        if start is not None and start + self.profile.num_steps - 1 > num_steps:
+            yield (
+                f"profile.start_step = {start} with profile.num_steps = {self.profile.num_steps} asks for steps up to "
+                f"{start + self.profile.num_steps - 1}, but train.num_steps = {num_steps} is the last one; start "
+                "earlier or profile fewer steps"
+            )
 
     def _check_head(self) -> Iterator[str]:
         if not self.encoder.use_head:

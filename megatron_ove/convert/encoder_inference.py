@@ -30,7 +30,8 @@ def load_encoder_for_inference(
     state, config = encoder_state_from_checkpoint(checkpoint_dir)
     topology = topology or initialize_topology(ParallelConfig(), seed=0)
     # How it was trained says nothing about this machine.
-    here = config.model_copy(update={"layer_spec": "auto", "recompute": "none", "fp8": "off"})
+    plain = {"layer_spec": "auto", "attention_backend": "auto", "compile": False, "recompute": "none", "fp8": "off"}
+    here = config.model_copy(update=plain)
     dtype = next(iter(state.values())).dtype
     encoder = build_encoder(here, topology, dtype=dtype, seed=0)
     # Transformer Engine layers name their norms otherwise.

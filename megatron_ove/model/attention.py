@@ -8,6 +8,7 @@ segments of its own, so it costs little and never touches a real token.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,12 +43,14 @@ class PatchSegments(PackedSeqParams):
     """Where the segments of a pack lie, and the rotary tables of its tokens.
 
     Attributes:
+        angles: [P, d] fp32, rotary angles of every token.
         cos, sin: [P, 1, d], of the rotary angles, in the model's dtype.
         sample_runs: runs over the samples, one row of the pooled output per segment, in order.
         padding_runs: runs over the padding tokens.
     """
 
-    cos: Tensor = None  # type: ignore[assignment]  # a dataclass that inherits defaults must go on with defaults
+    angles: Tensor = None  # type: ignore[assignment]  # a dataclass that inherits defaults must go on with defaults
+    cos: Tensor = None  # type: ignore[assignment]
     sin: Tensor = None  # type: ignore[assignment]
     sample_runs: list[SegmentRun] = field(default_factory=list)
     padding_runs: list[SegmentRun] = field(default_factory=list)
@@ -80,6 +83,7 @@ def build_segments(cu_seqlens: Tensor, angles: Tensor, dtype: torch.dtype) -> Pa
         cu_seqlens_kv=covering,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        angles=angles,
         cos=angles.cos().to(dtype).unsqueeze(1),
         sin=angles.sin().to(dtype).unsqueeze(1),
         sample_runs=find_runs(lengths, start=0),
@@ -99,6 +103,11 @@ def find_runs(lengths: list[int], *, start: int) -> list[SegmentRun]:
     return runs
 
 
+def rotate_by_tables(x: Tensor, segments: PatchSegments) -> Tensor:
+    """Returns queries or keys [P, n, d], turned by the tables of the pack."""
+    return rotate(x, segments.cos, segments.sin)
+
+
 class PackedAttention(MegatronModule):
     """megatron-core's `core_attention` over torch's scaled_dot_product_attention, for packed tokens."""
 
@@ -111,11 +120,13 @@ class PackedAttention(MegatronModule):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        rotation: Callable[[Tensor, PatchSegments], Tensor] = rotate_by_tables,
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.no_mask:
             raise ValueError(f"PackedAttention sees whole samples; it has no mask type {attn_mask_type}")
         self.softmax_scale = softmax_scale
+        self.rotation = rotation
 
     def forward(
         self,
@@ -138,7 +149,7 @@ class PackedAttention(MegatronModule):
             [P, n/tp * d].
         """
         segments = packed_seq_params
-        query, key = (rotate(x, segments.cos, segments.sin) for x in (query, key))
+        query, key = (self.rotation(x, segments) for x in (query, key))
         outputs = []
         for run in [*segments.sample_runs, *segments.padding_runs]:
             q, k, v = (split_run(x, run) for x in (query, key, value))  # [count, n, length, d]

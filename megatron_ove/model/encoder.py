@@ -23,11 +23,12 @@ from megatron_ove.batch import Batch
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.model.attention import PatchSegments, build_segments
 from megatron_ove.model.initialization import initialize_parameters
-from megatron_ove.model.layer_specs import SequenceParallelLayerNorm, build_block_submodules, resolve_layer_spec
+from megatron_ove.model.kernels import EncoderKernels, resolve_kernels
+from megatron_ove.model.layer_specs import SequenceParallelLayerNorm, build_block_submodules
 from megatron_ove.model.patch_embed import PatchEmbed
 from megatron_ove.model.pooling import AttentionPoolingHead
 from megatron_ove.model.rotary import inverse_frequencies, rotary_angles
-from megatron_ove.model.transformer_config import LayerSpecKind, build_transformer_config
+from megatron_ove.model.transformer_config import build_transformer_config
 from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology
 
@@ -52,7 +53,7 @@ class VisionEncoder(MegatronModule):
         topology: ParallelTopology,
         transformer_config: TransformerConfig,
         *,
-        layer_spec: LayerSpecKind,
+        kernels: EncoderKernels,
         vp_stage: int | None,
     ) -> None:
         super().__init__(config=transformer_config)
@@ -73,7 +74,7 @@ class VisionEncoder(MegatronModule):
         num_layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage, pp_rank=topology.pipeline_rank)
         self.decoder = TransformerBlock(  # "decoder" is where megatron-core's schedules look for layers
             config=transformer_config,
-            spec=build_block_submodules(layer_spec, num_layers),
+            spec=build_block_submodules(kernels, num_layers),
             post_layer_norm=config.use_head,
             pre_process=self.pre_process,
             post_process=self.post_process,
@@ -134,11 +135,11 @@ class VisionEncoder(MegatronModule):
     ) -> dict[str, Any]:
         """Returns the state for megatron-core's distributed checkpoints; readable under any layout and layer spec.
 
-        Transformer Engine's extra state (FP8 scaling history) is left out unless FP8 is on, so that checkpoints of
-        local layers and of Transformer Engine layers have the same keys.
+        Transformer Engine's extra state is left out unless it holds something, the scaling history of `fp8: delayed`,
+        so that checkpoints of local layers and of Transformer Engine layers have the same keys.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.config.fp8:
+        if self.encoder_config.fp8 == "delayed":
             return state
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
@@ -149,32 +150,57 @@ def _extra_state_may_be_missing(module: torch.nn.Module, incompatible_keys: Any)
     missing[:] = [name for name in missing if not name.endswith("_extra_state")]
 
 
-def build_encoder(
-    config: EncoderConfig,
-    topology: ParallelTopology,
-    *,
-    dtype: torch.dtype,
-    seed: int,
-    vp_stage: int | None = None,
-    transformer_config: TransformerConfig | None = None,
-) -> VisionEncoder:
-    """Builds and initialises one model chunk of the encoder on the topology's device.
+def build_encoder(config: EncoderConfig, topology: ParallelTopology, *, dtype: torch.dtype, seed: int) -> VisionEncoder:
+    """Builds and initialises a whole encoder, or a stage without a virtual pipeline, on the topology's device.
+
+    Its gradients are torch's own; for training under DistributedDataParallel use `build_encoder_chunks`.
 
     Args:
         config: the encoder.
         topology: where this process stands.
         dtype: of parameters and activations.
         seed: of the initial weights; equal seeds give equal weights under every layout.
-        vp_stage: which chunk, with a virtual pipeline.
-        transformer_config: megatron-core's configuration to share with other chunks; None builds one.
 
     Raises:
         ConfigError: the configuration cannot be built here.
     """
-    layer_spec = resolve_layer_spec(config, topology.device)
-    if transformer_config is None:
-        transformer_config = build_transformer_config(config, topology, dtype=dtype, layer_spec=layer_spec)
-    encoder = VisionEncoder(config, topology, transformer_config, layer_spec=layer_spec, vp_stage=vp_stage)
+    kernels = resolve_kernels(config, topology.device, dtype, has_gradient_buffers=False)
+    shared = build_transformer_config(config, topology, dtype=dtype, kernels=kernels)
+    return _build_chunk(config, topology, shared, kernels, seed=seed, vp_stage=None)
+
+
+def build_encoder_chunks(
+    config: EncoderConfig,
+    topology: ParallelTopology,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    has_gradient_buffers: bool = False,
+) -> list[VisionEncoder]:
+    """Builds every model chunk of this rank, one without a virtual pipeline, all sharing one TransformerConfig.
+
+    Args:
+        config, topology, dtype, seed: as for `build_encoder`.
+        has_gradient_buffers: whether the chunks will be wrapped in megatron-core's DistributedDataParallel before their
+            first forward pass, so that weight gradients may go straight to its buffers.
+    """
+    kernels = resolve_kernels(config, topology.device, dtype, has_gradient_buffers=has_gradient_buffers)
+    shared = build_transformer_config(config, topology, dtype=dtype, kernels=kernels)
+    size = topology.virtual_pipeline_size
+    stages = [None] if size is None else range(size)
+    return [_build_chunk(config, topology, shared, kernels, seed=seed, vp_stage=stage) for stage in stages]
+
+
+def _build_chunk(
+    config: EncoderConfig,
+    topology: ParallelTopology,
+    transformer_config: TransformerConfig,
+    kernels: EncoderKernels,
+    *,
+    seed: int,
+    vp_stage: int | None,
+) -> VisionEncoder:
+    encoder = VisionEncoder(config, topology, transformer_config, kernels=kernels, vp_stage=vp_stage)
     initialize_parameters(
         encoder.named_parameters(),
         seed=seed,
@@ -184,17 +210,3 @@ def build_encoder(
         tensor_size=topology.tensor_size,
     )
     return encoder
-
-
-def build_encoder_chunks(
-    config: EncoderConfig, topology: ParallelTopology, *, dtype: torch.dtype, seed: int
-) -> list[VisionEncoder]:
-    """Builds every model chunk of this rank, one without a virtual pipeline, all sharing one TransformerConfig."""
-    if topology.virtual_pipeline_size is None:
-        return [build_encoder(config, topology, dtype=dtype, seed=seed)]
-    layer_spec = resolve_layer_spec(config, topology.device)
-    shared = build_transformer_config(config, topology, dtype=dtype, layer_spec=layer_spec)
-    return [
-        build_encoder(config, topology, dtype=dtype, seed=seed, vp_stage=stage, transformer_config=shared)
-        for stage in range(topology.virtual_pipeline_size)
-    ]

@@ -6,12 +6,11 @@ fused kernels, flash attention over packs, and FP8.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -22,13 +21,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_ove.config.encoder import EncoderConfig
-from megatron_ove.errors import ConfigError
 from megatron_ove.model.attention import PackedAttention
-from megatron_ove.model.rotary import rotate
-from megatron_ove.model.transformer_config import LayerSpecKind
-
-logger = logging.getLogger(__name__)
+from megatron_ove.model.kernels import EncoderKernels
+from megatron_ove.model.parameter_names import FUSED_NORMS
+from megatron_ove.model.rotation import rotation_of
 
 # megatron-core's submodule fields are annotated more narrowly than what it accepts there.
 _RESIDUAL_ADD: Any = get_bias_dropout_add
@@ -48,90 +44,60 @@ class SequenceParallelLayerNorm(torch.nn.LayerNorm):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def resolve_layer_spec(encoder: EncoderConfig, device: torch.device) -> LayerSpecKind:
-    """Decides which layers to build, and says so when `auto` falls back.
+class ApexLayerNorm(FusedLayerNorm):
+    """Apex's fused LayerNorm, as megatron-core wraps it, made on the model's device in the model's dtype."""
 
-    Raises:
-        ConfigError: Transformer Engine was asked for and cannot be used here.
-    """
-    if encoder.layer_spec == "local":
-        return "local"
-    obstacle = _transformer_engine_obstacle(device)
-    if obstacle is None:
-        return "transformer_engine"
-    if encoder.layer_spec == "transformer_engine":
-        raise ConfigError(
-            f"encoder.layer_spec = transformer_engine, but {obstacle}; install the gpu extra on a machine with a CUDA "
-            "device, or set encoder.layer_spec: auto to use local layers"
-        )
-    # On a CPU nothing is lost; on a GPU speed and FP8 are.
-    level = logging.WARNING if device.type == "cuda" else logging.INFO
-    logger.log(
-        level,
-        "encoder.layer_spec = auto uses local layers, because %s; fused kernels, flash attention over packs and FP8 "
-        "are not available",
-        obstacle,
-    )
-    return "local"
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        with torch.device(torch.cuda.current_device()):
+            super().__init__(config, hidden_size, eps=eps)
+        self.to(config.params_dtype)
 
 
-def _transformer_engine_obstacle(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "this run is on the CPU and Transformer Engine needs CUDA"
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed"
-    return None
-
-
-def build_block_submodules(kind: LayerSpecKind, num_layers: int) -> TransformerBlockSubmodules:
+def build_block_submodules(kernels: EncoderKernels, num_layers: int) -> TransformerBlockSubmodules:
     """Returns what megatron-core's TransformerBlock is built of: `num_layers` equal layers and the final norm."""
-    layer = _local_layer() if kind == "local" else _transformer_engine_layer()
-    final_norm: Any = SequenceParallelLayerNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+    norm: Any = ApexLayerNorm if kernels.norm == "apex" else SequenceParallelLayerNorm
+    if kernels.layers == "local":
+        layer = _local_layer(norm, _core_attention(kernels))
+    else:
+        layer = _transformer_engine_layer(_core_attention(kernels))
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def _local_layer() -> ModuleSpec:
+def _core_attention(kernels: EncoderKernels) -> ModuleSpec:
+    if kernels.attention == "transformer_engine":
+        from megatron_ove.model.engine_attention import EngineAttention as Attention
+    elif kernels.attention == "flash":
+        from megatron_ove.model.flash_attention import FlashPackedAttention as Attention
+    else:
+        Attention = PackedAttention  # noqa: N806  # a class
+    return ModuleSpec(module=Attention, params={"rotation": rotation_of(kernels.rotation)})
+
+
+def _local_layer(norm: Any, core_attention: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=SequenceParallelLayerNorm,
-            self_attention=_attention(ColumnParallelLinear, PackedAttention, RowParallelLinear),
+            input_layernorm=norm,
+            self_attention=_attention(ColumnParallelLinear, core_attention, RowParallelLinear),
             self_attn_bda=_RESIDUAL_ADD,
-            pre_mlp_layernorm=SequenceParallelLayerNorm,
+            pre_mlp_layernorm=norm,
             mlp=_mlp(ColumnParallelLinear, RowParallelLinear),
             mlp_bda=_RESIDUAL_ADD,
             # Checkpoints carry Transformer Engine's names, so that either kind of layer reads them.
             sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+                separate.removeprefix("."): fused.removeprefix(".") for fused, separate in FUSED_NORMS.items()
             },
         ),
     )
 
 
-def _transformer_engine_layer() -> ModuleSpec:
-    from megatron.core.extensions.transformer_engine import (
-        TEDotProductAttention,
-        TELayerNormColumnParallelLinear,
-        TERowParallelLinear,
-    )
-
-    class RotaryDotProductAttention(TEDotProductAttention):
-        """Transformer Engine's attention on rotated queries and keys.
-
-        The rotation is done here, from tables made once per forward: megatron-core's packed path would slice the angles
-        segment by segment with a host sync each, and its fused kernel restarts positions at every segment.
-        """
-
-        def forward(self, query: Any, key: Any, value: Any, *args: Any, packed_seq_params: Any, **kwargs: Any) -> Any:
-            segments = packed_seq_params
-            query, key = (rotate(x, segments.cos, segments.sin) for x in (query, key))
-            return super().forward(query, key, value, *args, packed_seq_params=segments, **kwargs)
+def _transformer_engine_layer(core_attention: ModuleSpec) -> ModuleSpec:
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=_attention(TELayerNormColumnParallelLinear, RotaryDotProductAttention, TERowParallelLinear),
+            self_attention=_attention(TELayerNormColumnParallelLinear, core_attention, TERowParallelLinear),
             self_attn_bda=_RESIDUAL_ADD,
             pre_mlp_layernorm=IdentityOp,  # both norms live inside the linear layers that follow them
             mlp=_mlp(TELayerNormColumnParallelLinear, TERowParallelLinear),

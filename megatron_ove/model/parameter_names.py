@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-_FUSED_NORMS = {
+# Part of a Transformer Engine name -> the same part with local layers.
+FUSED_NORMS = {
     ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
     ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
 }
@@ -18,14 +19,14 @@ _LAYER = re.compile(r"(?P<prefix>^|.*\.)decoder\.layers\.(?P<index>\d+)\.")
 
 def canonical_name(name: str) -> str:
     """Returns the local layers' name of a parameter that may carry its Transformer Engine name."""
-    for fused, separate in _FUSED_NORMS.items():
+    for fused, separate in FUSED_NORMS.items():
         name = name.replace(fused, separate)
     return name
 
 
 def transformer_engine_name(name: str) -> str:
     """Returns the Transformer Engine name of a parameter that carries its local layers' name."""
-    for fused, separate in _FUSED_NORMS.items():
+    for fused, separate in FUSED_NORMS.items():
         if ".layers." in name:
             name = name.replace(separate, fused)
     return name

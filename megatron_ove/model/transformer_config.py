@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.config.fp8 import FP8_RECIPES
 from megatron_ove.errors import ConfigError
+from megatron_ove.model.kernels import EncoderKernels
 from megatron_ove.parallel.topology import ParallelTopology
-
-LayerSpecKind = Literal["local", "transformer_engine"]
 
 # Fields that would make another model of it, which neither checkpoints' checks nor exports would notice.
 _OTHER_MODEL_PREFIXES = (
@@ -41,11 +41,12 @@ _OTHER_MODEL_PREFIXES = (
     *("experimental_attention_variant", "heterogeneous_block_specs", "context_parallel_size", "fp16", "fp4"),
 )
 
-_FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise"}
+# Settings of ours that decide what a field of megatron-core would.
+_OUR_SETTINGS = {"fp8": "encoder.fp8", "fp8_recipe": "encoder.fp8", "attention_backend": "encoder.attention_backend"}
 
 
 def build_transformer_config(
-    encoder: EncoderConfig, topology: ParallelTopology, *, dtype: torch.dtype, layer_spec: LayerSpecKind
+    encoder: EncoderConfig, topology: ParallelTopology, *, dtype: torch.dtype, kernels: EncoderKernels
 ) -> TransformerConfig:
     """Builds megatron-core's configuration of the encoder.
 
@@ -53,17 +54,19 @@ def build_transformer_config(
         encoder: the encoder's settings.
         topology: sizes of the parallel grid, and the device.
         dtype: of parameters, activations and pipeline messages; torch.float32 or torch.bfloat16.
-        layer_spec: the layer implementation that will be built with it.
+        kernels: the implementations that will be built with it.
 
     Raises:
-        ConfigError: FP8 without Transformer Engine, or an override that megatron-core does not have or refuses.
+        ConfigError: an override that megatron-core does not have or refuses.
     """
-    if encoder.fp8 != "off" and layer_spec != "transformer_engine":
-        raise ConfigError(
-            f"encoder.fp8 = {encoder.fp8} needs Transformer Engine layers, and this run uses local layers, which would "
-            "ignore it in silence; install the gpu extra on a CUDA machine, or set encoder.fp8: off"
-        )
-    fields = {**_sizes(encoder), **_numerics(encoder, dtype), **_parallelism(topology, dtype), **_memory(encoder)}
+    fields = {
+        **_sizes(encoder),
+        **_numerics(encoder, dtype),
+        **fp8_fields(encoder),
+        **_parallelism(topology, dtype),
+        **_memory(encoder),
+        "gradient_accumulation_fusion": kernels.fuses_weight_gradients,
+    }
     _check_overrides(encoder.mcore_overrides, fields)
     try:
         return TransformerConfig(**{**fields, **encoder.mcore_overrides})
@@ -85,7 +88,6 @@ def _sizes(encoder: EncoderConfig) -> dict[str, Any]:
 
 
 def _numerics(encoder: EncoderConfig, dtype: torch.dtype) -> dict[str, Any]:
-    fp8 = {} if encoder.fp8 == "off" else {"fp8": "hybrid", "fp8_recipe": _FP8_RECIPES[encoder.fp8]}
     return {
         "activation_func": F.gelu,  # exact erf; megatron-core's fused bias-GELU is the tanh form
         "add_bias_linear": True,
@@ -101,10 +103,30 @@ def _numerics(encoder: EncoderConfig, dtype: torch.dtype) -> dict[str, Any]:
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
-        **fp8,
+        "apply_rope_fusion": False,  # queries and keys are rotated by `rotation`, within the core attention
     }
+
+
+def fp8_fields(encoder: EncoderConfig) -> dict[str, Any]:
+    """Returns megatron-core's fields of the encoder's FP8 recipe; {} when FP8 is off.
+
+    Layers are counted over the whole model, so skipped layers are the same under every pipeline layout.
+    """
+    if encoder.fp8 == "off":
+        return {}
+    recipe = FP8_RECIPES[encoder.fp8]
+    fields: dict[str, Any] = {"fp8": recipe.number_format, "fp8_recipe": recipe.name}
+    if encoder.fp8 == "delayed":
+        # Transformer Engine's defaults. megatron-core's, the one step before, would let one odd batch set the scales.
+        fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    first, last = encoder.fp8_skip_first_layers, encoder.fp8_skip_last_layers
+    if first + last:
+        fields |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": first,
+            "num_layers_at_end_in_bf16": last,
+        }
+    return fields
 
 
 def _leave_uninitialised(weight: Tensor) -> Tensor:
@@ -150,11 +172,15 @@ def _check_overrides(overrides: dict[str, Any], ours: dict[str, Any]) -> None:
                 f"encoder.mcore_overrides.{name} is decided by this project's own settings, and two places for one "
                 "value would contradict each other; use the setting of the encoder or parallel section instead"
             )
-        is_fp8_switch = name in ("fp8", "fp8_recipe")
-        if is_fp8_switch or (name in known and name.startswith(_OTHER_MODEL_PREFIXES)):
+        if name in _OUR_SETTINGS:
+            raise ConfigError(
+                f"encoder.mcore_overrides.{name} would bypass what is checked about the device and the shapes; use "
+                f"{_OUR_SETTINGS[name]}"
+            )
+        if name in known and name.startswith(_OTHER_MODEL_PREFIXES):
             raise ConfigError(
                 f"encoder.mcore_overrides.{name} would change what the encoder computes, and neither checkpoints nor "
-                f"exports would know; {'use encoder.fp8' if is_fp8_switch else 'remove it'}"
+                "exports would know; remove it"
             )
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import re
 from typing import Any
 
@@ -15,7 +13,7 @@ from megatron_ove.errors import ConfigError
 from megatron_ove.model.attention import PADDING_SEGMENT, SegmentRun, build_segments, find_runs
 from megatron_ove.model.encoder import VisionEncoder, build_encoder
 from megatron_ove.model.initialization import initial_value
-from megatron_ove.model.layer_specs import resolve_layer_spec
+from megatron_ove.model.kernels import EncoderKernels
 from megatron_ove.model.rotary import inverse_frequencies, rotary_angles, rotate
 from megatron_ove.parallel.topology import ParallelTopology
 from tests.support.tiny import codec_clip_sample, image_sample, make_batch, tiny_encoder_config
@@ -156,7 +154,7 @@ def test_virtual_pipeline_never_batches_messages(topology: ParallelTopology) -> 
 
     for size, overlaps in ((None, False), (2, True)):
         grid = replace(topology, pipeline_size=2, virtual_pipeline_size=size)
-        config = build_transformer_config(tiny_encoder_config(), grid, dtype=torch.float32, layer_spec="local")
+        config = build_transformer_config(tiny_encoder_config(), grid, dtype=torch.float32, kernels=EncoderKernels())
         assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (overlaps, not overlaps)
 
 
@@ -183,8 +181,7 @@ ERRORS = [
     ),
     (
         {"mcore_overrides": {"fp8": "hybrid"}},
-        "encoder.mcore_overrides.fp8 would change what the encoder computes, and neither checkpoints nor exports would "
-        "know; use encoder.fp8",
+        "encoder.mcore_overrides.fp8 would bypass what is checked about the device and the shapes; use encoder.fp8",
     ),
     (
         {"mcore_overrides": {"recompute_granularity": "some"}},
@@ -208,23 +205,6 @@ def test_refused_configurations(topology: ParallelTopology, changes: dict[str, A
 def test_an_override_reaches_megatron_core(topology: ParallelTopology) -> None:
     encoder = build(topology, mcore_overrides={"distribute_saved_activations": True, "recompute_granularity": None})
     assert encoder.config.distribute_saved_activations
-
-
-def test_auto_says_what_is_lost(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_encoder_config(layer_spec="auto")
-    with caplog.at_level(logging.INFO):
-        assert resolve_layer_spec(config, torch.device("cpu")) == "local"
-    assert caplog.records[-1].levelno == logging.INFO
-    assert caplog.messages[-1] == (
-        "encoder.layer_spec = auto uses local layers, because this run is on the CPU and Transformer Engine needs "
-        "CUDA; fused kernels, flash attention over packs and FP8 are not available"
-    )
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert resolve_layer_spec(config, torch.device("cuda")) == "local"
-    assert caplog.records[-1].levelno == logging.WARNING
-    assert "because Transformer Engine is not installed;" in caplog.messages[-1]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert resolve_layer_spec(config, torch.device("cuda")) == "transformer_engine"
 
 
 def test_weights_load_into_layers_with_extra_state(topology: ParallelTopology, monkeypatch: pytest.MonkeyPatch) -> None:
