@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_ove.batch import Batch
 from megatron_ove.objectives.base import Objective
@@ -44,7 +45,8 @@ class ObjectiveSet:
     def begin_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Prepares all objectives for a step; see `Objective.begin_step`."""
         for objective in self._objectives.values():
-            objective.begin_step(step, batches)
+            with _trace(objective.name):
+                objective.begin_step(step, batches)
 
     def forward(self, features: VisionFeatures, batch: Batch, scales: Mapping[str, float]) -> StepOutput:
         """Returns the weighted loss of one microbatch.
@@ -63,7 +65,8 @@ class ObjectiveSet:
         results: dict[str, LossTerms] = {}
         for kind, objectives in by_class.items():
             names = [objective.name for objective in objectives]
-            results |= zip(names, kind.forward_together(objectives, features, batch), strict=True)
+            with _trace(*names):
+                results |= zip(names, kind.forward_together(objectives, features, batch), strict=True)
         for name in self._objectives:
             terms = results[name]
             loss = loss + scales[name] * terms.loss_sum
@@ -72,12 +75,17 @@ class ObjectiveSet:
 
     def row_gradient_norms(self) -> dict[str, Tensor]:
         """Returns the gradient norm of each objective's table, before clipping; collective."""
-        return {name: objective.row_gradient_norm() for name, objective in self._objectives.items()}
+        norms = {}
+        for name, objective in self._objectives.items():
+            with _trace(name):
+                norms[name] = objective.row_gradient_norm()
+        return norms
 
     def apply_update(self, lr: float) -> None:
         """Updates every table and ends the step; collective."""
         for objective in self._objectives.values():
-            objective.apply_update(lr)
+            with _trace(objective.name):
+                objective.apply_update(lr)
 
     def discard_update(self) -> None:
         """Ends the step as if it had never begun."""
@@ -92,3 +100,8 @@ class ObjectiveSet:
         """Takes over what was read for `sharded_state_dict`; objectives without rows on this rank may be missing."""
         for name, objective in self._objectives.items():
             objective.load_state(state.get(name, {}))
+
+
+def _trace(*names: str) -> record_function:
+    """Names a part of a profiler's trace after objectives; costs a microsecond when there is no profiler."""
+    return record_function(f"ove/objective {' + '.join(names)}")

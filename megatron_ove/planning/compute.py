@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.model.operations import encoder_operations
 from megatron_ove.planning.activations import activation_bytes
 from megatron_ove.planning.layout import Layout
 from megatron_ove.planning.workload import Workload
@@ -92,14 +93,9 @@ def model_operations(config: TrainConfig, workload: Workload) -> dict[str, float
 
     Only real tokens count, nothing is counted twice for recomputation or tensor parallelism: what MFU is measured by.
     """
-    encoder = config.encoder
-    hidden, ffn = encoder.hidden_size, encoder.ffn_hidden_size
-    tokens, samples = float(workload.real_tokens.sum()), float(workload.num_samples.sum())
-    squares = float(workload.sample_squares.sum())
-    head = tokens * (4 * hidden * hidden + 4 * hidden) + samples * 2 * (hidden * hidden + 2 * hidden * ffn)
-    return {
-        "patch embedding": 2 * 2 * tokens * 3 * encoder.patch_size**2 * hidden,
-        "linear layers": 3 * 2 * tokens * encoder.num_layers * (4 * hidden * hidden + 2 * hidden * ffn),
-        "attention": 3 * 4 * squares * hidden * encoder.num_layers,
-        "pooling head": 3 * head,
-    }
+    return encoder_operations(
+        config.encoder,
+        tokens=float(workload.real_tokens.sum()),
+        samples=float(workload.num_samples.sum()),
+        squares=float(workload.sample_squares.sum()),
+    )

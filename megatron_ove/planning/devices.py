@@ -122,3 +122,10 @@ def find_device(name: str, *, world_size: int) -> Device:
         f"--gpu {name} is not a device whose figures are known, so nothing could be said about memory and time; use "
         f"one of {', '.join(DEVICE_NAMES)}"
     )
+
+
+def device_of_torch(name: str) -> Device | None:
+    """Returns the device that torch calls by `name` ("NVIDIA H100 80GB HBM3"); None when its figures are not known."""
+    words = set(name.lower().replace("-", " ").split())
+    is_slower_form = bool(words & {"pcie", "nvl"})
+    return next((gpu for gpu in _GPUS if gpu.name.split("-")[0] in words and not is_slower_form), None)

@@ -7,12 +7,27 @@ which adds them in rank order in float64, so that a figure does not depend on ti
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 MetricSums = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Total(NamedTuple):
+    """A metric over all ranks that added to it.
+
+    Attributes:
+        sum: of all ranks.
+        count: of all ranks.
+        largest: the largest sum / count of one rank; -inf when no rank counted.
+    """
+
+    sum: float
+    count: float
+    largest: float
 
 
 class MetricAccumulator:
@@ -37,22 +52,23 @@ class MetricAccumulator:
     def items(self) -> MetricSums:
         return self._sums
 
-    def reduce(self) -> dict[str, tuple[float, float]]:
-        """Returns name -> (sum, count) over all ranks on rank 0, {} elsewhere, and starts anew; collective."""
+    def reduce(self) -> dict[str, Total]:
+        """Returns name -> total over all ranks on rank 0, {} elsewhere, and starts anew; collective."""
         local = {name: (total.item(), count.item()) for name, (total, count) in self._sums.items()}
         self._sums = {}
         parts: list[dict[str, tuple[float, float]]] | None = None
         if dist.get_rank() == 0:
             parts = [{} for _ in range(dist.get_world_size())]
         dist.gather_object(local, parts, dst=0)
-        totals: dict[str, tuple[float, float]] = {}
+        totals: dict[str, Total] = {}
         for part in parts or []:
             for name, (total, count) in part.items():
-                before = totals.get(name, (0.0, 0.0))
-                totals[name] = (before[0] + total, before[1] + count)
+                before = totals.get(name, Total(0.0, 0.0, float("-inf")))
+                largest = max(before.largest, total / count) if count else before.largest
+                totals[name] = Total(before.sum + total, before.count + count, largest)
         return totals
 
 
-def averages(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+def averages(totals: Mapping[str, Total]) -> dict[str, float]:
     """Returns name -> sum / count, leaving out metrics without a count."""
-    return {name: total / count for name, (total, count) in totals.items() if count}
+    return {name: total.sum / total.count for name, total in totals.items() if total.count}

@@ -16,6 +16,8 @@ from megatron_ove.batch import Batch
 from megatron_ove.model.encoder import VisionEncoder
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.outputs import StepOutput, VisionFeatures
+from megatron_ove.training.step_timers import StepTimers
+from megatron_ove.training.timed_head import timed_head
 
 
 class PretrainModel(MegatronModule):
@@ -57,4 +59,7 @@ class PretrainModel(MegatronModule):
             return output
         if not isinstance(output, VisionFeatures):
             raise TypeError(f"the last chunk of the encoder returned {type(output).__name__}, not VisionFeatures")
-        return self.objectives.forward(output, batch, scales)
+        timers: StepTimers | None = self.config.timers  # type: ignore[assignment]  # megatron-core says "a callable"
+        if timers is None:
+            return self.objectives.forward(output, batch, scales)
+        return timed_head(timers, self.objectives, output, batch, scales)

@@ -13,9 +13,14 @@ from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_PHASES = {
+    **{"fwd": "forward", "bwd": "backward", "head": "head", "opt": "optimizer", "comm": "communication"},
+    "other": "other",
+}
+
 
 class ProgressDisplay:
-    """Shows steps, loss per objective, throughput, share of time spent waiting for data, and gradient norm.
+    """Shows steps, loss per objective, throughput, gradient norm, and where the time of a step goes.
 
     On a terminal: a bar with the times, and below it the figures, which wrap where the terminal is narrow.
     """
@@ -72,6 +77,9 @@ def describe_row(row: Mapping[str, float]) -> str:
     parts += [text.format(row[name]) for name, text in formats if name in row]
     if "data_wait_share" in row:
         parts.append(f"data wait {100 * row['data_wait_share']:.0f} %")
+    if "phase_share/forward" in row:
+        shares = "/".join(f"{100 * row[f'phase_share/{phase}']:.0f}" for phase in _SHOWN_PHASES.values())
+        parts.append(f"{'/'.join(_SHOWN_PHASES)} {shares} %")
     if row.get("refused_steps"):
         parts.append(f"refused steps {int(row['refused_steps'])}")
     return "  ".join(parts)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.model.operations import encoder_operations
 from megatron_ove.training.loggers import MetricLogger, build_loggers
-from megatron_ove.training.metrics import MetricAccumulator, averages
+from megatron_ove.training.metrics import MetricAccumulator, Total, averages
 from megatron_ove.training.progress import ProgressDisplay
+from megatron_ove.training.step_timers import PHASES, StepTimers
 from megatron_ove.training.train_state import TrainState
 from megatron_ove.training.train_step import StepResult
 
@@ -15,50 +17,45 @@ from megatron_ove.training.train_step import StepResult
 class RunReporter:
     """Collects on all ranks, writes and shows on rank 0."""
 
-    def __init__(self, config: TrainConfig, *, is_main: bool, start_step: int) -> None:
+    def __init__(
+        self, config: TrainConfig, timers: StepTimers, *, is_main: bool, start_step: int, peak_rate: float | None
+    ) -> None:
         """
         Args:
             config: the run.
+            timers: of the steps.
             is_main: whether this is rank 0.
             start_step: steps done before this launch; later rows of an earlier launch are dropped.
+            peak_rate: operations per second that a device can do at best; None = not known, so no MFU.
         """
         self._config = config
+        self._timers = timers
         self._is_main = is_main
+        self._peak_rate = peak_rate
         self._metrics = MetricAccumulator()
         self._steps = 0
         self._loggers: list[MetricLogger] = build_loggers(config, resume_step=start_step) if is_main else []
         self._display = ProgressDisplay(num_steps=config.train.num_steps, start_step=start_step) if is_main else None
 
-    def step_done(
-        self,
-        state: TrainState,
-        result: StepResult,
-        *,
-        lr: float,
-        data_wait_s: float,
-        step_time_s: float,
-        is_due: bool,
-    ) -> None:
+    def step_done(self, state: TrainState, result: StepResult, *, lr: float, is_due: bool) -> None:
         """Takes in a step; reports if due; collective.
 
         Args:
             state: counters after the step.
             result: what came of it.
             lr: the encoder's rate in it.
-            data_wait_s: seconds this rank waited for data.
-            step_time_s: seconds of the whole step on this rank.
             is_due: whether to report now. True before every save too, so that rows do not depend on interruptions.
         """
         self._metrics.merge(result.metrics)
-        self._metrics.add("data_wait_s", data_wait_s)
-        self._metrics.add("step_time_s", step_time_s)
         self._steps += 1
         if self._display:
             self._display.step_done(state.step)
         if not is_due:
             return
-        totals = self._metrics.reduce()
         num_steps, self._steps = self._steps, 0
+        for phase, seconds in self._timers.take().items():
+            self._metrics.add(f"phase_s/{phase}", seconds, num_steps)
+        totals = self._metrics.reduce()
         if not self._is_main:
             return
         row = self._row(state, totals, lr=lr, num_steps=num_steps)
@@ -67,26 +64,37 @@ class RunReporter:
         if self._display:
             self._display.report(row)
 
-    def _row(
-        self, state: TrainState, totals: dict[str, tuple[float, float]], *, lr: float, num_steps: int
-    ) -> dict[str, float]:
-        tokens, capacity = totals.pop("tokens", (0.0, 0.0))
-        waited, ranks = totals.pop("data_wait_s")
-        step_time = totals["step_time_s"][0] / totals["step_time_s"][1]
+    def _row(self, state: TrainState, totals: dict[str, Total], *, lr: float, num_steps: int) -> dict[str, float]:
+        phases = {phase: totals.pop(f"phase_s/{phase}") for phase in PHASES}
+        num_ranks = phases["other"].count / num_steps
+        seconds = {phase: total.sum / total.count for phase, total in phases.items()}
+        step_time = sum(seconds.values())
+        nothing = Total(0.0, 0.0, 0.0)
+        tokens, capacity, _ = totals.pop("tokens", nothing)
+        samples, squares = totals.pop("encoded_samples", nothing).sum, totals.pop("token_squares", nothing).sum
+        operations = encoder_operations(self._config.encoder, tokens=tokens, samples=samples, squares=squares)
+        rate = sum(operations.values()) / num_steps / step_time / num_ranks
         values = averages(totals)
-        return {
+        row = {
             "step": state.step,
             "samples": state.samples_seen,
-            **{name: values[name] for name in sorted(values) if name != "step_time_s"},
+            **{name: values[name] for name in sorted(values)},
             "lr": lr,
             "samples_per_s": self._config.train.global_batch_size / step_time,
             "tokens_per_s": tokens / num_steps / step_time,
-            "data_wait_share": waited / ranks / step_time,
+            "data_wait_share": seconds["data"] / step_time,
             "step_time_s": step_time,
             "padding_share": 1.0 - tokens / capacity if capacity else 0.0,
+            "tflops_per_device": rate / 1e12,
+            **({"mfu": rate / self._peak_rate} if self._peak_rate else {}),
+            **{f"phase_s/{phase}": value for phase, value in seconds.items()},
+            **{f"phase_share/{phase}": value / step_time for phase, value in seconds.items()},
             "refused_steps": state.refused_steps,
             "time": time.time(),
         }
+        if num_ranks > 1:
+            row |= {f"phase_s_max/{phase}": total.largest for phase, total in phases.items()}
+        return row
 
     def close(self) -> None:
         """Writes out and closes everything."""

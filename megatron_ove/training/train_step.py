@@ -26,6 +26,7 @@ from megatron_ove.optim.optimizer import EncoderOptimizer
 from megatron_ove.outputs import StepOutput
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.metrics import MetricAccumulator
+from megatron_ove.training.step_timers import StepTimers
 
 _MAX_KEYS_IN_MESSAGE = 8
 
@@ -75,8 +76,7 @@ class TrainStep:
         chunks: Sequence[DistributedDataParallel],
         objectives: ObjectiveSet | None,
         optimizer: EncoderOptimizer,
-        *,
-        tokens_per_microbatch: int,
+        timers: StepTimers,
     ) -> None:
         """
         Args:
@@ -84,13 +84,15 @@ class TrainStep:
             chunks: wrapped model chunks of this rank.
             objectives: on the last pipeline stage; None elsewhere.
             optimizer: of the encoder.
-            tokens_per_microbatch: P, the fixed number of patches of a microbatch.
+            timers: told what is being done; megatron-core's schedules and the chunks get them too.
         """
         self._topology = topology
         self._chunks: list[torch.nn.Module] = list(chunks)
         self._objectives = objectives
         self._optimizer = optimizer
-        self._tokens = tokens_per_microbatch
+        self._timers = timers
+        for chunk in chunks:
+            chunk.config.timers = timers
         # Tensor-parallel ranks hold the same losses; one of them reports.
         self._reports = topology.is_last_stage and topology.tensor_rank == 0
 
@@ -109,20 +111,24 @@ class TrainStep:
         Returns:
             A `StepResult`.
         """
-        scales = self._begin(step, batches)
-        self._optimizer.zero_grad()
+        with self._timers.phase("head"):
+            scales = self._begin(step, batches)
+        with self._timers.phase("optimizer"):
+            self._optimizer.zero_grad()
         outputs = self._forward_backward(batches, scales)
-        encoder_norm = self._optimizer.gradient_norm()
-        head_norms = self._objectives.row_gradient_norms() if self._objectives else {}
+        with self._timers.phase("optimizer"):
+            encoder_norm = self._optimizer.gradient_norm()
+            head_norms = self._objectives.row_gradient_norms() if self._objectives else {}
         problem = _describe_non_finite(outputs, batches, self._objectives, encoder_norm, head_norms)
         refused, stop_requested = self._agree(bool(problem), wants_stop)
         if refused:
             if self._objectives:
                 self._objectives.discard_update()
             return StepResult(False, stop_requested, refusal=self._collect_problems(problem))
-        self._optimizer.step(gradient_norm=encoder_norm, lr=encoder_lr)
-        if self._objectives:
-            self._objectives.apply_update(class_lr)
+        with self._timers.phase("optimizer"):
+            self._optimizer.step(gradient_norm=encoder_norm, lr=encoder_lr)
+            if self._objectives:
+                self._objectives.apply_update(class_lr)
         return StepResult(True, stop_requested, metrics=self._measure(outputs, batches, encoder_norm, head_norms))
 
     def _begin(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
@@ -150,7 +156,7 @@ class TrainStep:
             data_iterator=[iter(batches) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(batches),
-            seq_length=self._tokens,
+            seq_length=batches[0].num_patches,  # equal in a step, not in all steps
             micro_batch_size=1,
             forward_only=False,
         )
@@ -184,7 +190,10 @@ class TrainStep:
             # Summed over all microbatches and replicas this is the step's loss; counted once, below.
             metrics.add("loss", output.loss / replicas, 0.0)
         for batch in batches:
+            lengths = batch.cu_seqlens.diff().double()
             metrics.add("tokens", batch.cu_seqlens[-1], batch.num_patches)
+            metrics.add("encoded_samples", batch.num_samples, 0.0)
+            metrics.add("token_squares", lengths.square().sum(), 0.0)
         if self._topology.data_rank == 0:
             metrics.add("loss", 0.0, 1.0)
             metrics.add("grad_norm", encoder_norm)

@@ -9,7 +9,6 @@ the step in `optim/schedule.py`. So the only states of a run are weights, moment
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 
 from megatron_ove.config.train import TrainConfig
@@ -20,8 +19,10 @@ from megatron_ove.optim.optimizer import build_encoder_optimizer
 from megatron_ove.optim.schedule import learning_rate
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.build_model import build_model_chunks, weight_dtype
+from megatron_ove.training.profiling import StepProfiler
 from megatron_ove.training.reporting import RunReporter
 from megatron_ove.training.run_checkpoints import RunCheckpoints
+from megatron_ove.training.step_timers import StepTimers
 from megatron_ove.training.stop_signal import StopSignal
 from megatron_ove.training.train_state import TrainState
 from megatron_ove.training.train_step import StepResult, TrainStep
@@ -32,10 +33,16 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One run on one rank; build and run it on every rank of the topology."""
 
-    def __init__(self, config: TrainConfig, topology: ParallelTopology) -> None:
+    def __init__(self, config: TrainConfig, topology: ParallelTopology, *, peak_rate: float | None = None) -> None:
         """Builds all parts and restores the newest checkpoint of `config.run_dir`; collective.
 
+        Args:
+            config: the run.
+            topology: this rank's place.
+            peak_rate: operations per second that a device can do at best, for MFU; None = not known.
+
         Raises:
+            ConfigError: a rank is to be profiled that does not exist.
             CheckpointError: the run folder holds a checkpoint that does not fit or cannot be read.
             DataError: a source cannot be used.
         """
@@ -43,6 +50,8 @@ class Trainer:
         self.state = TrainState()
         self._is_main = topology.global_rank == 0
         self._run_dir = Path(config.run_dir)
+        self.timers = StepTimers(topology.device)
+        self.profiler = StepProfiler(config.profile, topology, self._run_dir / "profile")
 
         self.objectives = None
         if topology.is_last_stage:
@@ -67,7 +76,7 @@ class Trainer:
             self.chunks,
             self.objectives,
             self.optimizer,
-            tokens_per_microbatch=config.data.tokens_per_microbatch,
+            self.timers,
         )
         self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer)
         self._restore()
@@ -75,29 +84,36 @@ class Trainer:
         if self._is_main:
             for sentence in self.checkpoints.size_warnings(self.loader.source_sizes):
                 logger.warning("%s", sentence)
-        self.reporter = RunReporter(config, is_main=self._is_main, start_step=self.state.step)
+        self.reporter = RunReporter(
+            config, self.timers, is_main=self._is_main, start_step=self.state.step, peak_rate=peak_rate
+        )
 
     def run(self) -> TrainState:
         """Trains to `num_steps`, or until a stop is asked for; saves at the end; returns the counters."""
         config, state = self.config, self.state
         first_step = state.step
         try:
-            with StopSignal(self._run_dir, watch_file=self._is_main) as stop:
+            with (
+                StopSignal(self._run_dir, watch_file=self._is_main) as stop,
+                self.timers.watch_communication(),
+                self.profiler.run_from(state.step + 1),
+            ):
                 if config.checkpoint.save_initial and not self._was_restored:
                     self._save()
                 is_last = state.step >= config.train.num_steps
                 while not is_last:
                     wants_stop = stop.requested or state.step + 1 - first_step == config.train.stop_after_steps
-                    lr, started = self._lr(state.step), time.perf_counter()
-                    result = self._one_step(lr, wants_stop)
+                    lr, number = self._lr(state.step), state.step + 1
+                    self.profiler.before_step(number)
+                    with self.timers.step(number):
+                        result = self._one_step(lr, wants_stop)
+                    self.profiler.after_step(number)
                     is_last = result.stop_requested or state.step >= config.train.num_steps
                     saves = is_last or state.step % config.checkpoint.interval_steps == 0
                     self.reporter.step_done(
                         state,
                         result,
                         lr=lr,
-                        data_wait_s=self.loader.last_wait_s,
-                        step_time_s=time.perf_counter() - started,
                         is_due=saves or state.step % config.train.log_interval_steps == 0,
                     )
                     if saves:
@@ -110,9 +126,11 @@ class Trainer:
 
     def _one_step(self, lr: float, wants_stop: bool) -> StepResult:
         state = self.state
+        with self.timers.phase("data"):
+            batches = self.loader.step_batches(state.step)
         result = self.train_step(
             state.step,
-            self.loader.step_batches(state.step),
+            batches,
             encoder_lr=lr,
             class_lr=lr * self.config.optim.class_centers.lr_multiplier,
             wants_stop=wants_stop,
