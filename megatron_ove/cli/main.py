@@ -20,6 +20,7 @@ from typing import TextIO
 
 from megatron_ove import __version__
 from megatron_ove.errors import ConfigError, MegatronOveError, file_system_sentence
+from megatron_ove.parallel.launcher import slurm_rank_variables
 
 _REPEAT_DELAY_S = 2.0
 
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     rank, world_size = 0, 1
     try:
+        os.environ.update(slurm_rank_variables(os.environ, has_terminal=os.isatty(0)))
         rank, world_size = _read_number("RANK", 0), _read_number("WORLD_SIZE", 1)
         set_up_logging(rank, verbose=parsed.verbose)
         return parsed.run(parsed)

@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.parallel import cpu_backend
+from megatron_ove.parallel.launcher import slurm_rank_variables
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,9 @@ class ParallelTopology:
 def initialize_topology(config: ParallelConfig, *, seed: int) -> ParallelTopology:
     """Starts communication and lays the parallel grid over the ranks.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them it is a run of one process. An already
-    initialised torch.distributed is used as it is. NCCL with CUDA, else gloo and the CPU backend.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or what SLURM says instead (launcher.py); without
+    either it is a run of one process. An already initialised torch.distributed is used as it is. NCCL with CUDA, else
+    gloo and the CPU backend.
 
     Args:
         config: sizes of the grid.
@@ -149,6 +151,7 @@ def _read_environment() -> tuple[int, int, int]:
     """Returns (rank, world size, local rank); (0, 1, 0) outside a launcher."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    os.environ.update(slurm_rank_variables(os.environ))  # torch reads them there
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if not given:
         return 0, 1, int(os.environ.get("LOCAL_RANK", "0"))
@@ -174,7 +177,8 @@ def _resolve_device(config: ParallelConfig, local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"LOCAL_RANK = {local_rank} but this node shows {torch.cuda.device_count()} CUDA devices, and each process "
-            f"needs its own; start at most {torch.cuda.device_count()} processes per node"
+            f"needs its own; start at most {torch.cuda.device_count()} processes per node, and under srun give every "
+            "task all devices of its node (no --gpus-per-task)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -2,6 +2,7 @@
 
 A signal may reach one rank only, or ranks at different steps. So handlers set a flag, and once a step all ranks agree
 on it in the same all-reduce that decides whether the step is accepted. The trainer then saves and ends with status 0.
+The file stays until the next start removes it: a launch script sees by it that the stop was somebody's wish.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ logger = logging.getLogger(__name__)
 
 STOP_FILE_NAME = "stop"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def clear_stop_file(run_dir: Path) -> None:
+    """Removes what an earlier launch was asked by; for one rank, as early as it can, since it may be asked soon."""
+    (run_dir / STOP_FILE_NAME).unlink(missing_ok=True)
 
 
 class StopSignal:
@@ -35,7 +41,6 @@ class StopSignal:
     @property
     def requested(self) -> bool:
         if self._reason is None and self._watch_file and self._file.exists():
-            self._file.unlink(missing_ok=True)  # else the next start would stop at once
             self._reason = f"the file {self._file} was found"
         return self._reason is not None
 

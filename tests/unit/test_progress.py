@@ -15,7 +15,7 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.training.loggers import JsonLinesLogger, TensorBoardLogger, build_loggers, truncate_metrics
 from megatron_ove.training.progress import ProgressDisplay, describe_row
-from megatron_ove.training.stop_signal import StopSignal
+from megatron_ove.training.stop_signal import StopSignal, clear_stop_file
 from megatron_ove.training.train_state import TrainState, sampler_state
 
 ROW = {
@@ -53,6 +53,11 @@ def test_a_row_is_one_line_with_loss_per_head_and_throughput():
     assert describe_row(ROW) == (
         "loss 12.3456 (images 7.500, pages 4.846)  grad norm 1.25  lr 1.00e-03  8.0 samples/s  512 tokens/s  "
         "data wait 7 %"
+    )
+    shares = {"data": 0.07, "forward": 0.2, "backward": 0.4, "head": 0.1, "optimizer": 0.03, "communication": 0.15}
+    timed = {f"phase_share/{phase}": share for phase, share in (shares | {"other": 0.05}).items()}
+    assert describe_row({"lr": 0.1, "data_wait_share": 0.07, **timed}) == (
+        "lr 1.00e-01  data wait 7 %  fwd/bwd/head/opt/comm/other 20/40/10/3/15/5 %"
     )
     assert describe_row({"step": 1, "refused_steps": 2.0, "lr": 0.1}) == "lr 1.00e-01  refused steps 2"
 
@@ -145,14 +150,17 @@ def test_a_second_interrupt_is_immediate(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_stop_file_asks_once(tmp_path):
+def test_a_stop_file_asks_until_the_next_start(tmp_path):
     (tmp_path / "stop").touch()
     with StopSignal(tmp_path, watch_file=False) as stop:
         assert not stop.requested
     with StopSignal(tmp_path, watch_file=True) as stop:
         assert stop.requested and stop.requested
         assert stop.reason == f"the file {tmp_path / 'stop'} was found"
-    assert not (tmp_path / "stop").exists()
+    assert (tmp_path / "stop").exists()
+    clear_stop_file(tmp_path)
+    with StopSignal(tmp_path, watch_file=True) as stop:
+        assert not stop.requested
 
 
 def test_counters_survive_a_round_trip():
