@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_ove.config.train import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +38,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--nproc", type=int, default=1, metavar="N", help="start N processes on this machine (default 1)"
     )
+    parser.add_argument(
+        "--profile",
+        metavar="START:COUNT",
+        help="record COUNT steps from step START on (the first step is 1) into the run folder's profile/",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="check the configuration, print the run folder, and start nothing"
+    )
     parser.set_defaults(run=run)
 
 
@@ -38,33 +53,76 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains; returns the exit status."""
     from megatron_ove.config.loader import dump_config, load_config
     from megatron_ove.errors import ConfigError, MegatronOveError
+    from megatron_ove.training.done_marker import is_done, mark_done, unmark_done
+    from megatron_ove.training.stop_signal import clear_stop_file
 
     if arguments.nproc < 1:
         raise ConfigError(f"--nproc {arguments.nproc} starts no process; give at least 1")
+    if arguments.nproc > 1 and "RANK" in os.environ:
+        raise ConfigError(
+            f"--nproc {arguments.nproc} starts processes on this machine, but a launcher (torchrun, srun) has started "
+            "this one as one of its ranks already; leave --nproc away",
+            on_every_rank=True,
+        )
     is_main = os.environ.get("RANK", "0") == "0"
     try:
+        arguments.overrides += _profile_overrides(arguments.profile)
         config = load_config(arguments.config, arguments.overrides)
     except MegatronOveError as error:
         error.on_every_rank = True
         raise
-    if arguments.nproc > 1 and "RANK" not in os.environ:
+    run_dir, text = Path(config.run_dir), dump_config(config)
+    if arguments.check:
+        sys.stdout.write(f"{config.run_dir}\n")
+        return 0
+    if is_done(run_dir, num_steps=config.train.num_steps, config_text=text):
+        logger.info("All %d steps are done. Raise train.num_steps to train on.", config.train.num_steps)
+        return 0
+    if arguments.nproc > 1:
         return _start_processes(arguments)
-    text = dump_config(config)
     if is_main:
         sys.stdout.write(text)
         sys.stdout.flush()
-        _open_run_dir(Path(config.run_dir))
+        _open_run_dir(run_dir)
+        clear_stop_file(run_dir)
 
     from megatron_ove.parallel.topology import destroy_topology, initialize_topology
     from megatron_ove.training.trainer import Trainer
 
     topology = initialize_topology(config.parallel, seed=config.seed)
-    trainer = Trainer(config, topology)
+    trainer = Trainer(config, topology, peak_rate=_peak_rate(config, topology.device))
     if is_main:  # only now, so that a command that cannot continue the run leaves the run's own configuration alone
-        (Path(config.run_dir) / "config.resolved.yaml").write_text(text, encoding="utf-8")
-    trainer.run()
+        (run_dir / "config.resolved.yaml").write_text(text, encoding="utf-8")
+        unmark_done(run_dir)
+    state = trainer.run()
+    if is_main and state.step >= config.train.num_steps:
+        mark_done(run_dir, step=state.step, config_text=text)
     destroy_topology()
     return 0
+
+
+def _profile_overrides(window: str | None) -> list[str]:
+    from megatron_ove.errors import ConfigError
+
+    if window is None:
+        return []
+    match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", window)
+    if match is None:
+        raise ConfigError(
+            f"--profile {window} is not of the form START:COUNT with two whole numbers of at least 1, so no window of "
+            "steps can be read from it; write for instance 10:3 for steps 10, 11 and 12"
+        )
+    return [f"profile.start_step={match[1]}", f"profile.num_steps={match[2]}"]
+
+
+def _peak_rate(config: TrainConfig, device: torch.device) -> float | None:
+    """Returns the operations per second that MFU is a share of; None where they are not known."""
+    import torch
+
+    from megatron_ove.planning.devices import device_of_torch
+
+    known = device_of_torch(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known.rate("fp8" if config.encoder.fp8 != "off" else config.train.precision) if known else None
 
 
 def _open_run_dir(run_dir: Path) -> None:
