@@ -1,13 +1,61 @@
-"""Data sources: a tagged union by kind (image, ocr, video) and the microbatch token budget."""
+"""Data sources: a tagged union by kind (image, ocr, video) and the microbatch token budget.
+
+Where a field takes a number or a list, each sample draws one of the list from its seed; a number that is listed twice
+is drawn twice as often.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from megatron_ove.config.base import StrictModel
+
+_Positive = Annotated[int, Field(gt=0)]
+
+
+def _form_of(value: Any) -> str:
+    """Which of its forms a value has, so that a mistake is told for that form only."""
+    if isinstance(value, dict | SizeRange):
+        return "range"
+    return "list" if isinstance(value, list | tuple) else "number"
+
+
+def _form_of_choice(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "number"
+
+
+_Number = Annotated[_Positive, Tag("number")]
+_List = Annotated[Annotated[tuple[_Positive, ...], Field(min_length=1)], Tag("list")]
+Choice = Annotated[_Number | _List, Discriminator(_form_of_choice)]
+"""A number, or a list of numbers of which each sample draws one."""
+
+
+class SizeRange(StrictModel):
+    """All sizes from `min` to `max` in steps of the patch size; each is drawn equally often."""
+
+    min: _Positive
+    """Smallest size in pixels; must be a multiple of the patch size."""
+    max: _Positive
+    """Largest size in pixels; must be a multiple of the patch size."""
+
+    def _check_order(self) -> Iterator[str]:
+        if self.min > self.max:
+            yield (
+                f"min = {self.min} is above max = {self.max}, so the range holds no size; use min: {self.max} and "
+                f"max: {self.min}"
+            )
+
+
+ImageSize = Annotated[_Number | _List | Annotated[SizeRange, Tag("range")], Discriminator(_form_of)]
+"""A size, a list of sizes, or a range of them."""
+
+
+def list_choices(value: Choice) -> tuple[int, ...]:
+    """Returns the numbers of which a sample draws one."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 class _SourceConfig(StrictModel):
@@ -20,11 +68,17 @@ class _SourceConfig(StrictModel):
 
 
 class ImageSourceConfig(_SourceConfig):
-    """Cluster-labelled images: random crop, resize to a square, random flip."""
+    """Cluster-labelled images: random crop, resize to a square or at its own aspect, random flip."""
 
     kind: Literal["image"]
-    image_size: Annotated[int, Field(gt=0)] = 224
-    """Side of the square crop in pixels; must be a multiple of the patch size."""
+    image_size: ImageSize = 224
+    """Side of the square in pixels, a multiple of the patch size; a list or a range {min, max} of sides is drawn from
+    per sample. No sample has more than (image_size / patch_size)^2 patches, whatever its aspect."""
+    aspect: Literal["square", "keep"] = "square"
+    """square = the crop is stretched to image_size x image_size; keep = it keeps its aspect, is scaled down to the
+    number of patches of such a square, and each side is rounded to whole patches."""
+    max_upscale: Annotated[float, Field(ge=1)] = 1.0
+    """With `aspect: keep`: how much a crop with fewer patches may be enlarged; 1 = it keeps its native resolution."""
     crop_area: tuple[float, float] = (0.7, 1.0)
     """Range of the crop's share of the picture's area."""
     crop_aspect: tuple[float, float] = (0.8, 1.25)
@@ -47,13 +101,41 @@ class ImageSourceConfig(_SourceConfig):
                 f"crop_aspect = {self.crop_aspect} is no range of positive numbers, lowest first; use e.g. [0.8, 1.25]"
             )
 
+    def _check_max_upscale(self) -> Iterator[str]:
+        if self.aspect == "square" and self.max_upscale != 1:
+            yield (
+                f"max_upscale = {self.max_upscale:g} has no effect with aspect: square, which enlarges every crop to "
+                "image_size; set aspect: keep or remove max_upscale"
+            )
+
+    def named_sizes(self) -> Iterator[tuple[str, int]]:
+        """Yields every size that is written in the configuration, with its place there."""
+        size = self.image_size
+        if isinstance(size, SizeRange):
+            yield from (("image_size.min", size.min), ("image_size.max", size.max))
+        else:
+            yield from (("image_size", one) for one in list_choices(size))
+
+    def list_sizes(self, patch_size: int) -> tuple[int, ...]:
+        """Returns the sizes in pixels of which a sample draws one."""
+        size = self.image_size
+        return tuple(range(size.min, size.max + 1, patch_size)) if isinstance(size, SizeRange) else list_choices(size)
+
+    def list_budgets(self, patch_size: int) -> tuple[int, ...]:
+        """Returns the most patches of a sample, for each draw."""
+        return tuple((size // patch_size) ** 2 for size in self.list_sizes(patch_size))
+
 
 class OcrSourceConfig(_SourceConfig):
     """Pages with word tags: resized whole with their aspect kept; nothing is cut off and nothing is mirrored."""
 
     kind: Literal["ocr"]
-    max_patches: Annotated[int, Field(gt=0)] = 1024
-    """Most patches of a page; a larger page is scaled down to fit."""
+    max_patches: Choice = 1024
+    """Most patches of a page; a larger page is scaled down to fit. A list is drawn from per sample."""
+
+    def list_budgets(self, patch_size: int) -> tuple[int, ...]:
+        """Returns the most patches of a sample, for each draw."""
+        return list_choices(self.max_patches)
 
 
 class VideoStrategies(StrictModel):
@@ -81,10 +163,16 @@ class VideoSourceConfig(_SourceConfig):
     kind: Literal["video"]
     strategies: VideoStrategies = VideoStrategies()
     """Shares of clips that are seen as selected patches, sampled frames or a collage."""
-    num_frames: Annotated[int, Field(gt=0)] = 8
-    """Frames drawn for frame sampling and collage; must divide the stored number of frames."""
-    max_patches: Annotated[int, Field(gt=0)] = 2048
-    """Most selected patches used of a clip; a clip that stores more keeps its first ones in (t, h, w) order."""
+    num_frames: Choice = 8
+    """Frames drawn for frame sampling and collage; must divide the stored number of frames. A list is drawn from per
+    sample."""
+    max_patches: Choice = 2048
+    """Most selected patches used of a clip; of a clip that stores more, evenly spaced ones in (t, h, w) order are used.
+    A list is drawn from per sample."""
+
+    def list_budgets(self, patch_size: int) -> tuple[int, ...]:
+        """Returns the most selected patches of a sample, for each draw."""
+        return list_choices(self.max_patches)
 
 
 SourceConfig = Annotated[ImageSourceConfig | OcrSourceConfig | VideoSourceConfig, Field(discriminator="kind")]
@@ -96,7 +184,10 @@ class DataConfig(StrictModel):
     sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
     """Source name -> source."""
     tokens_per_microbatch: Annotated[int, Field(gt=0)] = 8192
-    """Patches of a microbatch, padding included; samples of a step are packed first-fit into such budgets."""
+    """Most patches of a microbatch, padding included; a step has as few microbatches as its samples need."""
+    trim_padding: bool = True
+    """Whether the microbatches of a step are cut to its fullest one; false = they always have tokens_per_microbatch
+    patches, for kernels that are made for one shape (CUDA graphs, torch.compile)."""
     num_threads: Annotated[int, Field(gt=0)] = 2
     """Decoding threads per replica."""
     prefetch_steps: Annotated[int, Field(gt=0)] = 2

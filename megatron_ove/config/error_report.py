@@ -1,7 +1,7 @@
 """Turns pydantic's errors into sentences: where, what is wrong with the value, what is allowed, did you mean.
 
-Surprising: pydantic puts the tag of a union into an error's location (data.sources.pages.ocr.max_patches); such parts
-are dropped, because the user never wrote them.
+Surprising: pydantic puts the tag of a union into an error's location (data.sources.pages.ocr.max_patches.number); such
+parts are dropped, because the user never wrote them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         children = list(_models_in(field.annotation))
         path = f"{prefix}{name}"
-        if not children:
+        if not children or _holds_plain_value(field.annotation):
             default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
             yield f"{path}: {_type_name(field.annotation)} = {default}"
         for child, tag, is_map in children:
@@ -50,7 +50,7 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _describe(details: ErrorDetails, data: dict[str, Any], model: type[BaseModel]) -> list[str]:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
-    path = _real_path(details["loc"], data)
+    path = _real_path(details["loc"], data, is_missing=kind == "missing")
     name = ".".join(path)
     if kind == "extra_forbidden":
         return [f"unknown key '{name}'{_suggestion(path, data, model)}"]
@@ -72,17 +72,15 @@ def _describe(details: ErrorDetails, data: dict[str, Any], model: type[BaseModel
     return [f"{name} = {value!r} is not allowed: {message[0].lower()}{message[1:]}"]
 
 
-def _real_path(location: Sequence[int | str], data: Any) -> list[str]:
-    """Drops union tags: parts that are neither a key of the data nor the last part."""
+def _real_path(location: Sequence[int | str], data: Any, *, is_missing: bool) -> list[str]:
+    """Drops union tags: parts that are not in the data, except the last part where a key is missing."""
     path: list[str] = []
     for depth, part in enumerate(location):
-        if isinstance(data, dict):
-            if part in data:
-                data = data[part]
-            elif depth < len(location) - 1:
-                continue
-        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
+        is_item = isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
+        if is_item or (isinstance(data, dict) and part in data):
             data = data[part]
+        elif not is_missing or depth < len(location) - 1:
+            continue
         path.append(str(part))
     return path
 
@@ -133,6 +131,16 @@ def _models_in(annotation: Any) -> Iterator[tuple[type[BaseModel], str | None, b
             yield from _models_in(part)
 
 
+def _holds_plain_value(annotation: Any) -> bool:
+    """Whether an annotation with sections in it can also hold a value that is none."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _holds_plain_value(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(_holds_plain_value(part) for part in typing.get_args(annotation))
+    return annotation is not type(None) and origin is not dict and not any(_models_in(annotation))
+
+
 def _tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("kind")
     values = typing.get_args(field.annotation) if field else ()
@@ -150,6 +158,8 @@ def _type_name(annotation: Any) -> str:
         return _type_name(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_type_name(part) for part in typing.get_args(annotation))
-    if annotation is type(None):
-        return "None"
+    if origin is tuple:
+        return f"tuple[{', '.join(_type_name(part) for part in typing.get_args(annotation))}]"
+    if annotation in (type(None), ...):
+        return "None" if annotation is type(None) else "..."
     return annotation.__name__ if origin is None else str(annotation).replace("typing.", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,9 @@ def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path) -> Pat
 
 
 def trained_image_size(facts: Mapping[str, Any]) -> int:
-    """Returns the largest side of a run's square images in pixels, or what an imported model said of itself."""
+    """Returns the largest `image_size` of a run in pixels, or what an imported model said of itself."""
     imported = facts.get("image_size", DEFAULT_IMAGE_SIZE)
     sources = facts["config"].get("data", {}).get("sources", {}).values()
-    return max((source["image_size"] for source in sources if source["kind"] == "image"), default=imported)
+    sizes = [source["image_size"] for source in sources if source["kind"] == "image"]  # a number, a list or a range
+    values = [size.values() if isinstance(size, dict) else [size] if isinstance(size, int) else size for size in sizes]
+    return max(itertools.chain(*values), default=imported)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_ove.config.data import ImageSourceConfig, OcrSourceConfig, SourceConfig, VideoSourceConfig
+from megatron_ove.config.data import (
+    ImageSourceConfig,
+    OcrSourceConfig,
+    SourceConfig,
+    VideoSourceConfig,
+    list_choices,
+)
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.delivery import StepLoader
 from megatron_ove.data.image_dali import ImageSource
-from megatron_ove.data.mixture import MicrobatchPlanner
+from megatron_ove.data.mixture import planner_of
 from megatron_ove.data.ocr_dali import OcrSource
 from megatron_ove.data.shard_index import DatasetInfo, ShardSet
 from megatron_ove.data.source import DataSource
@@ -45,13 +51,7 @@ def build_loader(config: TrainConfig, topology: ParallelTopology, *, start_step:
         )
         for name, source in config.data.sources.items()
     ]
-    planner = MicrobatchPlanner(
-        sources,
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
-        microbatch_multiple=topology.data_size * _microbatch_group(topology),
-    )
+    planner = planner_of(config, sources, data_size=topology.data_size)
     return StepLoader(
         planner,
         sources,
@@ -60,11 +60,6 @@ def build_loader(config: TrainConfig, topology: ParallelTopology, *, start_step:
         prefetch_steps=config.data.prefetch_steps,
         start_step=start_step,
     )
-
-
-def _microbatch_group(topology: ParallelTopology) -> int:
-    """megatron-core's interleaved schedule takes a replica's microbatches in groups of the number of stages."""
-    return topology.pipeline_size if topology.virtual_pipeline_size else 1
 
 
 def open_shard_sets(config: TrainConfig) -> dict[str, ShardSet]:
@@ -170,17 +165,19 @@ def _video_mismatches(config: TrainConfig, place: str, source: VideoSourceConfig
             f"a time grid of {info.frames} frames, so an exported model would place frames elsewhere than training "
             f"did; set it to {info.frames} or write the shard set again"
         )
-    if info.frames % source.num_frames:
-        problems.append(
-            f"{place}.num_frames = {source.num_frames} does not divide the {info.frames} stored frames of "
-            f"{source.path}, so the bins that frames are drawn from would be unequal; use a divisor of {info.frames}"
-        )
     _, rows, columns = info.clip_grid
-    tokens, budget = source.num_frames * rows * columns, config.data.tokens_per_microbatch
-    strategies = source.strategies
-    if tokens > budget and strategies.frame_sampling + strategies.collage > 0:
-        problems.append(
-            f"{place}.num_frames = {source.num_frames} frames of {rows} x {columns} patches make "
-            f"{tokens} patches, more than data.tokens_per_microbatch = {budget}; raise the budget or use fewer frames"
-        )
+    budget, strategies = config.data.tokens_per_microbatch, source.strategies
+    shows_frames = strategies.frame_sampling + strategies.collage > 0
+    for count in dict.fromkeys(list_choices(source.num_frames)):
+        if info.frames % count:
+            problems.append(
+                f"{place}.num_frames = {count} does not divide the {info.frames} stored frames of {source.path}, so "
+                f"the bins that frames are drawn from would be unequal; use a divisor of {info.frames}"
+            )
+        tokens = count * rows * columns
+        if tokens > budget and shows_frames:
+            problems.append(
+                f"{place}.num_frames = {count} frames of {rows} x {columns} patches make {tokens} patches, more than "
+                f"data.tokens_per_microbatch = {budget}; raise the budget or use fewer frames"
+            )
     return problems

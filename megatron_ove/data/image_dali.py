@@ -1,4 +1,4 @@
-"""Images: a random window of the picture, resized to a square and mirrored half of the time."""
+"""Images: a random window of the picture, resized to a square or at its own aspect, mirrored half of the time."""
 
 from __future__ import annotations
 
@@ -9,46 +9,62 @@ import numpy as np
 from torch import Tensor
 
 from megatron_ove.config.data import ImageSourceConfig
+from megatron_ove.data.native_size import native_grids
 from megatron_ove.data.patchify import grid_positions, write_patches
 from megatron_ove.data.picture_decoder import PictureDecoder, Windows
-from megatron_ove.data.sampler import draw_uniform
+from megatron_ove.data.sampler import draw_choice, draw_uniform
 from megatron_ove.data.shard_format import PICTURE_MEMBER
 from megatron_ove.data.source import DataSource
 
-_DRAW_AREA, _DRAW_ASPECT, _DRAW_Y, _DRAW_X, _DRAW_MIRROR = range(5)
+_DRAW_AREA, _DRAW_ASPECT, _DRAW_Y, _DRAW_X, _DRAW_MIRROR, _DRAW_SIZE = range(6)
 
 
 class ImageSource(DataSource):
-    """Cluster-labelled images, (image_size / p) ** 2 patches each."""
+    """Cluster-labelled images of at most (image_size / p) ** 2 patches each."""
 
     def __init__(self, name: str, config: ImageSourceConfig, **common: Any) -> None:
         """Prepares a source; `common` are the arguments of `DataSource` other than name and weight."""
         super().__init__(name, config.weight, **common)
         self._config = config
-        self._grid = config.image_size // self.patch_size
         self._decoder = PictureDecoder(device=self.device, num_threads=self.num_threads, resizes=True)
 
     def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        return np.full(len(rows), self._grid**2, dtype=np.int64)
+        if self._config.aspect == "square":
+            return (draw_sides(seeds, self._config, self.patch_size) // self.patch_size) ** 2
+        return (self._windows(rows, seeds).size // self.patch_size).prod(axis=1)
 
     def positions(self, row: int, seed: int) -> np.ndarray:
-        return grid_positions(self._grid, self._grid)
+        if self._config.aspect == "square":
+            (side,) = draw_sides(np.array([seed]), self._config, self.patch_size) // self.patch_size
+            return grid_positions(int(side), int(side))
+        ((height, width),) = self._windows(np.array([row]), np.array([seed])).size // self.patch_size
+        return grid_positions(int(height), int(width))
 
     def decode_into(self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor]) -> None:
         shards = self.shards
-        heights, widths = shards.height[rows].astype(np.int64), shards.width[rows].astype(np.int64)
         pictures = self._decoder.decode(
-            heights * widths,
+            shards.height[rows].astype(np.int64) * shards.width[rows],
             lambda i: shards.read(int(rows[i]), PICTURE_MEMBER),
             lambda i: f"the picture of {shards.describe(int(rows[i]))}",
-            draw_windows(heights, widths, seeds, self._config),
+            self._windows(rows, seeds),
         )
         for i, picture in pictures:
             write_patches(picture, targets[i], self.patch_size)
 
+    def _windows(self, rows: np.ndarray, seeds: np.ndarray) -> Windows:
+        heights, widths = (side[rows].astype(np.int64) for side in (self.shards.height, self.shards.width))
+        return draw_windows(heights, widths, seeds, self._config, self.patch_size)
 
-def draw_windows(heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray, config: ImageSourceConfig) -> Windows:
-    """Draws the crop window and mirroring of each image from its seed.
+
+def draw_sides(seeds: np.ndarray, config: ImageSourceConfig, patch_size: int) -> np.ndarray:
+    """Draws the `image_size` of each image, [n] int64 pixels, from its seed, [n] int64."""
+    return draw_choice(config.list_sizes(patch_size), seeds, _DRAW_SIZE)
+
+
+def draw_windows(
+    heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray, config: ImageSourceConfig, patch_size: int
+) -> Windows:
+    """Draws the crop window, size and mirroring of each image from its seed.
 
     The window's area is uniform in `crop_area` of the picture; its aspect relative to the picture's is log-uniform in
     the part of `crop_aspect` with which such an area fits into the picture (so nothing has to be drawn again); its
@@ -58,7 +74,8 @@ def draw_windows(heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray, con
         heights: [n] int64 pixels.
         widths: [n] int64 pixels.
         seeds: [n] int64 sample seeds.
-        config: ranges and output size.
+        config: ranges and output sizes.
+        patch_size: p; output sizes are multiples of it.
     """
     low_area, high_area = config.crop_area
     area = low_area + (high_area - low_area) * draw_uniform(seeds, _DRAW_AREA)
@@ -68,9 +85,13 @@ def draw_windows(heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray, con
     width = np.clip(np.rint(widths * np.sqrt(area * aspect)), 1, widths).astype(np.int32)
     top = (draw_uniform(seeds, _DRAW_Y) * (heights - height + 1)).astype(np.int32)
     left = (draw_uniform(seeds, _DRAW_X) * (widths - width + 1)).astype(np.int32)
+    sides = draw_sides(seeds, config, patch_size)
+    size = np.stack([sides, sides], axis=1)
+    if config.aspect == "keep":
+        size = native_grids(height, width, patch_size, (sides // patch_size) ** 2, config.max_upscale) * patch_size
     return Windows(
         corner=np.stack([top, left], axis=1),
         extent=np.stack([height, width], axis=1),
-        size=np.full((len(seeds), 2), config.image_size, dtype=np.int32),
+        size=size.astype(np.int32),
         mirror=(draw_uniform(seeds, _DRAW_MIRROR) < config.flip_probability).astype(np.int32),
     )

@@ -1,8 +1,9 @@
 """What fills each microbatch of a step: the same plan on every rank, computed from (seed, step) without history.
 
-A step takes exactly `global_batch_size` samples, whatever the number of ranks. Its samples are packed first-fit
-decreasing into token budgets; only the number of microbatches is rounded up to a multiple of the replicas. So the set
-of samples of a step, and every draw that belongs to one, is independent of how a run is laid out.
+A step takes exactly `global_batch_size` samples, whatever the number of ranks. Its samples are packed into token
+budgets (packing.py); only the number of microbatches is rounded up to a multiple of the replicas, and then they are cut
+to the fullest one. So the set of samples of a step, and every draw that belongs to one, is independent of how a run is
+laid out.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, floor
+from math import ceil, floor, lcm
 from typing import Protocol
 
 import numpy as np
 
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.packing import pack_samples
 from megatron_ove.data.sampler import SourceSampler
 from megatron_ove.errors import ConfigError
 
@@ -48,7 +51,7 @@ class MicrobatchPlan:
 
     Attributes:
         step: number of the step, from 0.
-        tokens_per_microbatch: budget P.
+        tokens_per_microbatch: P, patches of every microbatch of the step, padding included; at most the budget.
         num_microbatches: M, over all replicas; microbatch j belongs to replica j % data_parallel_size.
         source_index: [B] int64.
         ordinals: [B] int64, how many samples of its source came before.
@@ -76,6 +79,39 @@ class MicrobatchPlan:
         """Returns the microbatches of a replica."""
         return range(data_rank, self.num_microbatches, data_size)
 
+    @property
+    def padding_share(self) -> float:
+        """Part of the step's patches that is padding."""
+        return 1 - int(self.num_tokens.sum()) / (self.num_microbatches * self.tokens_per_microbatch)
+
+
+_LENGTH_MULTIPLE = 64
+"""A step's microbatches are cut to a multiple of this many patches: few different shapes, each good for kernels."""
+
+
+def planner_of(config: TrainConfig, sources: Sequence[PlannedSource], *, data_size: int) -> MicrobatchPlanner:
+    """Returns the planner of a run.
+
+    Args:
+        config: the run.
+        sources: in the order of the configuration.
+        data_size: replicas.
+
+    Raises:
+        ConfigError: a step is too small to hold every source's share.
+    """
+    parallel = config.parallel
+    # megatron-core's interleaved schedule takes a replica's microbatches in groups of the number of stages.
+    group = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
+    return MicrobatchPlanner(
+        sources,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        microbatch_multiple=data_size * group,
+        length_multiple=lcm(_LENGTH_MULTIPLE, config.token_multiple) if config.data.trim_padding else None,
+    )
+
 
 class MicrobatchPlanner:
     """Makes the plan of any step."""
@@ -88,6 +124,7 @@ class MicrobatchPlanner:
         global_batch_size: int,
         tokens_per_microbatch: int,
         microbatch_multiple: int,
+        length_multiple: int | None = None,
     ) -> None:
         """Prepares planning.
 
@@ -95,9 +132,11 @@ class MicrobatchPlanner:
             sources: in the order of the configuration.
             seed: of order and draws.
             global_batch_size: B, samples of a step.
-            tokens_per_microbatch: budget P.
+            tokens_per_microbatch: budget, most patches of a microbatch.
             microbatch_multiple: the number of microbatches of a step is rounded up to a multiple of this; at least the
-                number of replicas. Microbatches that this adds are empty.
+                number of replicas.
+            length_multiple: a step's microbatches are cut to the fullest one, rounded up to a multiple of this but
+                within the budget; None = they always have as many patches as the budget.
 
         Raises:
             ConfigError: a step is too small to hold every source's share.
@@ -107,6 +146,7 @@ class MicrobatchPlanner:
         self._batch_size = global_batch_size
         self._tokens = tokens_per_microbatch
         self._multiple = microbatch_multiple
+        self._length_multiple = length_multiple or tokens_per_microbatch
         total = sum(Fraction(source.weight) for source in self._sources)
         self._shares = [Fraction(source.weight) / total for source in self._sources]
         self._largest = self._shares.index(max(self._shares))
@@ -135,18 +175,18 @@ class MicrobatchPlanner:
                     f"data.tokens_per_microbatch = {self._tokens}; raise the budget or make samples smaller"
                 )
         num_tokens = np.concatenate(tokens).astype(np.int64)
-        bins = pack_first_fit_decreasing(num_tokens, self._tokens)
-        used = int(bins.max()) + 1
+        packing = pack_samples(num_tokens, capacity=self._tokens, multiple=self._multiple)
+        length = -(-packing.longest // self._length_multiple) * self._length_multiple
         return MicrobatchPlan(
             step=step,
-            tokens_per_microbatch=self._tokens,
-            num_microbatches=-(-used // self._multiple) * self._multiple,
+            tokens_per_microbatch=min(length, self._tokens),
+            num_microbatches=packing.num_microbatches,
             source_index=np.repeat(np.arange(len(parts)), [part.size for part in parts]),
             ordinals=np.concatenate(parts),
             rows=np.concatenate(rows),
             seeds=np.concatenate(seeds),
             num_tokens=num_tokens,
-            microbatch_index=bins,
+            microbatch_index=packing.microbatch_index,
         )
 
     def samples_before(self, step: int) -> list[int]:
@@ -159,37 +199,3 @@ class MicrobatchPlanner:
         counts = [floor(share * total) for share in self._shares]
         counts[self._largest] += total - sum(counts)
         return counts
-
-
-def pack_first_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Packs items into bins: largest first, each into the first bin with room, a new bin when there is none.
-
-    Items of one size fill the bins in order, so a whole size is placed at once: the cost follows the number of
-    different sizes, not of items.
-
-    Args:
-        sizes: [n] int64, each 1 .. capacity.
-        capacity: room of a bin.
-
-    Returns:
-        [n] int64, bin of each item; items of equal size keep their order.
-
-    Source: Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the best number of bins, plus one.
-    """
-    result = np.empty(sizes.size, dtype=np.int64)
-    order = np.argsort(-sizes, kind="stable")
-    distinct, counts = np.unique(sizes, return_counts=True)
-    free = np.empty(0, dtype=np.int64)
-    placed = 0
-    for size, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        room = free // size
-        missing = count - int(room.sum())
-        if missing > 0:
-            new_bins = -(-missing // (capacity // size))
-            free = np.concatenate([free, np.full(new_bins, capacity, dtype=np.int64)])
-            room = free // size
-        taken = np.diff(np.minimum(np.cumsum(room), count), prepend=0)
-        result[order[placed : placed + count]] = np.repeat(np.arange(free.size), taken)
-        free -= taken * size
-        placed += count
-    return result

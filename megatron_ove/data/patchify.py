@@ -7,22 +7,24 @@ import torch
 from torch import Tensor
 
 
-def write_patches(picture: Tensor, target: Tensor, patch_size: int) -> None:
+def write_patches(picture: Tensor, target: Tensor, patch_size: int, chosen: np.ndarray | None = None) -> None:
     """Cuts a picture into patches, row by row, into `target`.
 
     Pixels inside a patch are channel-major (c, y, x), the order of a flattened Conv2d weight [D, 3, p, p].
 
     Args:
         picture: [hp * p, wp * p, 3] uint8.
-        target: [n, 3 * p * p] uint8, n <= hp * wp; receives the first n patches. Same device as the picture.
+        target: [n, 3 * p * p] uint8, n <= hp * wp; receives the patches. Same device as the picture.
         patch_size: p.
+        chosen: [n] int64, which patches; None = the first n.
     """
     rows, columns = picture.shape[0] // patch_size, picture.shape[1] // patch_size
     grid = picture.view(rows, patch_size, columns, patch_size, 3).permute(0, 2, 4, 1, 3)  # [hp, wp, 3, p, p]
     if target.shape[0] == rows * columns:
         target.view(rows, columns, 3, patch_size, patch_size).copy_(grid)
     else:
-        target.copy_(grid.reshape(rows * columns, -1)[: target.shape[0]])
+        places = slice(target.shape[0]) if chosen is None else torch.from_numpy(chosen).to(picture.device)
+        target.copy_(grid.reshape(rows * columns, -1)[places])
 
 
 def read_patches(patches: Tensor, rows: int, columns: int) -> Tensor:

@@ -7,6 +7,7 @@ computed directly. All arithmetic is uint64 modulo 2**64, the same on every mach
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,12 @@ def draw_uniform(seeds: np.ndarray, draw: int) -> np.ndarray:
         [n] float64 in [0, 1).
     """
     return unit_interval(mix64(np.asarray(seeds, dtype=np.int64), draw))
+
+
+def draw_choice(choices: Sequence[int], seeds: np.ndarray, draw: int) -> np.ndarray:
+    """Returns one of `choices` for each sample, [n] int64, equally likely, by the `draw`-th number of its stream."""
+    values = np.asarray(choices, dtype=np.int64)
+    return values[(draw_uniform(seeds, draw) * len(values)).astype(np.int64)]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_ove.config.data import VideoSourceConfig
+from megatron_ove.config.data import VideoSourceConfig, list_choices
 from megatron_ove.data.patchify import grid_positions, write_patches
 from megatron_ove.data.picture_decoder import PictureDecoder
-from megatron_ove.data.sampler import draw_uniform
+from megatron_ove.data.sampler import draw_choice, draw_uniform
 from megatron_ove.data.shard_format import MOSAIC_MEMBER, POSITIONS_MEMBER, frame_member, mosaic_size
 from megatron_ove.data.shard_writer import read_positions
 from megatron_ove.data.source import DataSource
@@ -25,6 +25,8 @@ CODEC, FRAME_SAMPLING, COLLAGE = range(3)
 _DRAW_STRATEGY = 0
 _DRAW_FIRST_FRAME = 1
 """Draws 1 .. num_frames are the frames."""
+_DRAW_NUM_FRAMES, _DRAW_BUDGET = 1 << 20, (1 << 20) + 1
+"""Beyond any number of frames."""
 
 
 class VideoSource(DataSource):
@@ -34,13 +36,13 @@ class VideoSource(DataSource):
         """Prepares a source; `common` are the arguments of `DataSource` other than name and weight."""
         super().__init__(name, config.weight, **common)
         self._config = config
-        frames, self._grid_height, self._grid_width = self.shards.info.clip_grid
-        self._bin = frames // config.num_frames
+        self._frames, self._grid_height, self._grid_width = self.shards.info.clip_grid
         self._decoder = PictureDecoder(device=self.device, num_threads=self.num_threads, resizes=False)
 
     def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        selected = np.minimum(self.shards.num_patches[rows], self._config.max_patches).astype(np.int64)
-        whole_frames = self._config.num_frames * self._grid_height * self._grid_width
+        budgets = draw_choice(list_choices(self._config.max_patches), seeds, _DRAW_BUDGET)
+        selected = np.minimum(self.shards.num_patches[rows], budgets)
+        whole_frames = self._num_frames(seeds) * (self._grid_height * self._grid_width)
         return np.where(self.strategies(seeds) == CODEC, selected, whole_frames)
 
     def strategies(self, seeds: np.ndarray) -> np.ndarray:
@@ -51,18 +53,20 @@ class VideoSource(DataSource):
 
     def frames(self, seed: int) -> np.ndarray:
         """Returns the frames, [num_frames] int64 ascending, that a sample shows: a random one of each equal bin."""
-        count = self._config.num_frames
+        (count,) = self._num_frames(np.array([seed]))
         draws = np.concatenate([draw_uniform(np.array([seed]), _DRAW_FIRST_FRAME + i) for i in range(count)])
-        return np.arange(count) * self._bin + (draws * self._bin).astype(np.int64)
+        size = self._frames // count
+        return np.arange(count) * size + (draws * size).astype(np.int64)
 
     def positions(self, row: int, seed: int) -> np.ndarray:
         strategy = int(self.strategies(np.array([seed]))[0])
         if strategy == CODEC:
-            return self._selected_positions(row)[: self._config.max_patches]
-        height, width = self._grid_height, self._grid_width
+            (count,) = self.count_tokens(np.array([row]), np.array([seed]))
+            return self._selected_positions(row)[self._evenly_spaced(row, int(count))]
+        height, width, frames = self._grid_height, self._grid_width, self.frames(seed)
         if strategy == FRAME_SAMPLING:
-            return np.concatenate([grid_positions(height, width, frame=int(frame)) for frame in self.frames(seed)])
-        return grid_positions(height * self._config.num_frames, width)
+            return np.concatenate([grid_positions(height, width, frame=int(frame)) for frame in frames])
+        return grid_positions(height * len(frames), width)
 
     def decode_into(self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor]) -> None:
         pictures: list[tuple[int, str, Tensor]] = []  # (row, member, where its patches go)
@@ -80,7 +84,16 @@ class VideoSource(DataSource):
             lambda i: f"{pictures[i][1]} of {self.shards.describe(pictures[i][0])}",
         )
         for i, picture in decoded:
-            write_patches(picture, pictures[i][2], self.patch_size)
+            row, member, target = pictures[i]
+            chosen = self._evenly_spaced(row, len(target)) if member == MOSAIC_MEMBER else None
+            write_patches(picture, target, self.patch_size, chosen)
+
+    def _num_frames(self, seeds: np.ndarray) -> np.ndarray:
+        return draw_choice(list_choices(self._config.num_frames), seeds, _DRAW_NUM_FRAMES)
+
+    def _evenly_spaced(self, row: int, count: int) -> np.ndarray:
+        """Returns `count` places, [count] int64 ascending, among the selected patches of a clip: all of its time."""
+        return np.arange(count) * int(self.shards.num_patches[row]) // count
 
     def _pixels(self, row: int, member: str) -> int:
         if member == MOSAIC_MEMBER:

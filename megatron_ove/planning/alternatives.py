@@ -15,7 +15,6 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.planning.devices import GPUS_PER_NODE, Device
 from megatron_ove.planning.plan import Plan, make_plan
-from megatron_ove.planning.workload import largest_sample
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _memory_changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"parallel.sequence_parallel": True}
     for mode in {"none": ("selective", "full"), "selective": ("full",), "full": ()}[config.encoder.recompute]:
         yield {"encoder.recompute": mode}
-    largest = max(largest_sample(source, config.encoder.patch_size) for source in config.data.sources.values())
+    largest = max(max(one.list_budgets(config.encoder.patch_size)) for one in config.data.sources.values())
     if config.data.tokens_per_microbatch // 2 >= largest:
         yield {"data.tokens_per_microbatch": config.data.tokens_per_microbatch // 2}
     yield {"parallel.tensor_model_parallel_size": 2 * tensor, "parallel.sequence_parallel": True}

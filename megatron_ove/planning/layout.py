@@ -48,11 +48,6 @@ class Layout:
         """Ranks that share the tokens between tensor-parallel blocks."""
         return self.tensor if self.sequence_parallel else 1
 
-    @property
-    def microbatch_multiple(self) -> int:
-        """The microbatches of a step come in multiples of this."""
-        return self.data * (self.pipeline if self.chunks > 1 else 1)
-
     def rank_of(self, place: Place) -> int:
         return place.tensor + self.tensor * (place.data + self.data * place.stage)
 

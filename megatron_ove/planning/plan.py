@@ -150,7 +150,7 @@ def make_plan(config: TrainConfig, *, world_size: int, device: Device, workload:
         table.operations * sharers[table.is_stage_wide] * replicas[table.is_stage_wide] for table in tables
     )
     time = estimate_step(
-        config,
+        _at_length(config, workload),
         layout,
         workload,
         device,
@@ -168,9 +168,16 @@ def _plan_rank(config: TrainConfig, layout: Layout, place: Place, workload: Work
         stage=place.stage,
         num_layers=layout.stage_layers[place.stage],
         memory=plan_memory(config, layout, place, workload, tables, is_gpu=device.is_gpu),
-        traffic=plan_communication(config, layout, place, workload, tables),
+        traffic=plan_communication(_at_length(config, workload), layout, place, workload, tables),
         tables=tables,
     )
+
+
+def _at_length(config: TrainConfig, workload: Workload) -> TrainConfig:
+    """Returns the configuration with microbatches as long as the workload's, for time and messages; memory has to do
+    for a step that fills its token budget."""
+    length = {"tokens_per_microbatch": workload.tokens_per_microbatch}
+    return config.model_copy(update={"data": config.data.model_copy(update=length)})
 
 
 def _count_parameters(config: TrainConfig) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ove.config.data import ImageSourceConfig, SourceConfig
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.mixture import MicrobatchPlan, MicrobatchPlanner
+from megatron_ove.data.mixture import MicrobatchPlan, planner_of
+from megatron_ove.data.sampler import draw_choice
 from megatron_ove.planning.layout import Layout
 
 _ANY_SIZE = 2**20
@@ -25,11 +25,11 @@ _PADDING_SEGMENT = 128
 class _AssumedSource:
     name: str
     weight: float
-    num_tokens: int
+    budgets: tuple[int, ...]
     size: int = _ANY_SIZE
 
     def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        return np.full(len(rows), self.num_tokens, dtype=np.int64)
+        return draw_choice(self.budgets, seeds, 0)
 
 
 @dataclass(frozen=True)
@@ -88,28 +88,15 @@ def workload_of(plan: MicrobatchPlan, source_names: tuple[str, ...], data_size: 
     return Workload(shape[0], plan.tokens_per_microbatch, counts, real, squares, squares + padding)
 
 
-def largest_sample(source: SourceConfig, patch_size: int) -> int:
-    """Returns the patches of a source's largest sample."""
-    if isinstance(source, ImageSourceConfig):
-        return (source.image_size // patch_size) ** 2
-    return source.max_patches
-
-
 def assumed_workload(config: TrainConfig, layout: Layout) -> Workload:
-    """Packs the first step of a run whose samples all are as large as they may be.
+    """Packs the first step of a run whose samples all are as large as they may be; sizes of a list or range are drawn.
 
     Raises:
         ConfigError: the global batch is too small for its sources.
     """
     sources = [
-        _AssumedSource(name, source.weight, largest_sample(source, config.encoder.patch_size))
+        _AssumedSource(name, source.weight, source.list_budgets(config.encoder.patch_size))
         for name, source in config.data.sources.items()
     ]
-    planner = MicrobatchPlanner(
-        sources,
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
-        microbatch_multiple=layout.microbatch_multiple,
-    )
+    planner = planner_of(config, sources, data_size=layout.data)
     return workload_of(planner.plan(0), tuple(config.data.sources), layout.data)

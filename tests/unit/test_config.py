@@ -177,6 +177,48 @@ def test_texts_stay_texts(text: str) -> None:
         ("data.sources.images.image_size", 225, "is not a multiple of encoder.patch_size = 14"),
         ("data.tokens_per_microbatch", 100, "can have 256 patches, more than data.tokens_per_microbatch = 100"),
         ("data.sources.more", {"kind": "ocr", "path": "x"}, "data.sources.more feeds no objective"),
+        ("data.sources.images.image_size", [224, 225], "image_size = 225 is not a multiple of encoder.patch_size = 14"),
+        (
+            "data.sources.images.image_size",
+            {"min": 224, "max": 576},
+            "data.sources.images.image_size.max = 576 is not a multiple of encoder.patch_size = 14, so pixels at the "
+            "edge would be lost; use 574",
+        ),
+        (
+            "data.sources.images.image_size",
+            {"min": 574, "max": 224},
+            "data.sources.images.image_size: min = 574 is above max = 224, so the range holds no size; use min: 224 "
+            "and max: 574",
+        ),
+        ("data.sources.images.image_size", {"min": 224}, "missing key 'data.sources.images.image_size.max': it has no"),
+        ("data.sources.images.image_size", {"min": 2, "top": 3}, "unknown key 'data.sources.images.image_size.top'; k"),
+        ("data.sources.images.image_size", [], "data.sources.images.image_size = () is not allowed: tuple should have"),
+        ("data.sources.images.image_size", [224, 0], "image_size.1 = 0 is not allowed: it should be greater than 0"),
+        (
+            "data.sources.images.image_size",
+            "big",
+            "image_size = 'big' is a text, but a whole number is needed; correct",
+        ),
+        (
+            "data.sources.images.image_size",
+            [28, 1400],
+            "can have 10000 patches, more than data.tokens_per_microbatch = 81",
+        ),
+        (
+            "data.sources.images.aspect",
+            "native",
+            "aspect = 'native' is not one of the known values; use square or keep",
+        ),
+        (
+            "data.sources.images.max_upscale",
+            2.0,
+            "max_upscale = 2 has no effect with aspect: square, which enlarges ever",
+        ),
+        (
+            "data.sources.clips",
+            {"kind": "video", "path": "x", "num_frames": {"min": 4, "max": 8}},
+            "data.sources.clips.num_frames = {'min': 4, 'max': 8} is a section, but a whole number is needed; correct",
+        ),
         (
             "data.sources.clips",
             {"kind": "video", "path": "x", "strategies": {"codec": 0.5, "frame_sampling": 0.5, "collage": 0.5}},

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from megatron_ove.config.data import ImageSourceConfig
-from megatron_ove.data.image_dali import ImageSource, draw_windows
+from megatron_ove.data.image_dali import ImageSource, draw_sides, draw_windows
 from megatron_ove.data.patchify import read_patches, write_patches
 from megatron_ove.data.picture_decoder import _chunks
 from megatron_ove.data.shard_index import ShardSet, ShardWriter
@@ -22,6 +22,7 @@ from megatron_ove.errors import DataError
 from tests.support.id_shards import encode
 
 CPU = torch.device("cpu")
+PATCH = 14
 
 
 def config(**options: object) -> ImageSourceConfig:
@@ -66,7 +67,7 @@ def test_pixels_equal_an_independent_crop_and_resize(tmp_path: Path) -> None:
     images = source(tmp_path / "set", pictures, config())
     seeds = [11, 22, 33, 44]
     heights, widths = (np.array([p.shape[axis] for p in pictures]) for axis in (0, 1))
-    windows = draw_windows(heights, widths, np.array(seeds), config())
+    windows = draw_windows(heights, widths, np.array(seeds), config(), PATCH)
     assert set(windows.mirror.tolist()) == {0, 1}, "seeds must cover both"
     for patches, picture, corner, extent, mirror in zip(
         decode(images, [0, 1, 2, 3], seeds), pictures, windows.corner, windows.extent, windows.mirror, strict=True
@@ -97,6 +98,75 @@ def test_without_augmentation_the_whole_picture_is_seen(tmp_path: Path) -> None:
     )
     assert np.array_equal(read_patches(decode(images, [0], [3])[0], 4, 4).numpy(), picture)
     assert images.positions(0, 3).tolist()[:6] == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 1, 0], [0, 1, 1]]
+
+
+RANGE = {"min": 28, "max": 84}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    height=st.integers(60, 3000), width=st.integers(60, 3000), seed=st.integers(0, 2**63 - 1), upscale=st.floats(1, 4)
+)
+def test_a_kept_aspect_is_within_a_patch_and_the_cap(height: int, width: int, seed: int, upscale: float) -> None:
+    settings_ = config(image_size=RANGE, aspect="keep", max_upscale=upscale, crop_aspect=(0.5, 2.0))
+    windows = draw_windows(np.array([height]), np.array([width]), np.array([seed]), settings_, PATCH)
+    ((rows, columns),), ((tall, wide),) = windows.size / PATCH, windows.extent / PATCH
+    (side,) = draw_sides(np.array([seed]), settings_, PATCH) // PATCH
+    assert rows * columns <= side**2
+    scale = min(upscale, np.sqrt(side**2 / (tall * wide)))
+    assert rows <= max(1, tall * scale + 0.51)
+    assert columns <= max(1, wide * scale + 0.51)
+    if min(rows, columns) > 1:
+        assert max(rows / columns, columns / rows) == pytest.approx(
+            max(tall / wide, wide / tall), rel=1.5 / min(rows, columns)
+        )
+        assert rows * columns > min(side**2, tall * wide * upscale**2) - rows - columns, "the cap is not made use of"
+
+
+def test_sizes_of_lists_and_ranges_are_drawn_equally_often() -> None:
+    seeds = np.arange(6000)
+    for size, expected in (((28, 56, 56), [28, 56, 56]), (RANGE, [28, 42, 56, 70, 84]), (56, [56])):
+        sides = draw_sides(seeds, config(image_size=size), PATCH)
+        values, counts = np.unique(sides, return_counts=True)
+        assert values.tolist() == sorted(set(expected))
+        assert counts / 6000 == pytest.approx([expected.count(v) / len(expected) for v in values], abs=0.03)
+    plain, listed = (draw_windows(seeds, seeds + 9, seeds, config(image_size=s), PATCH) for s in (56, (28, 56)))
+    assert np.array_equal(plain.corner, listed.corner), "a list changes sizes only"
+    assert np.array_equal(plain.mirror, listed.mirror)
+
+
+@pytest.mark.parametrize("aspect", ["square", "keep"])
+def test_every_size_is_counted_and_decoded_exactly(tmp_path: Path, aspect: str) -> None:
+    pictures = [smooth_picture(i, 60 + 45 * i, 200 - 30 * i) for i in range(5)]
+    settings_ = config(image_size=RANGE, aspect=aspect)
+    images = source(tmp_path / "set", pictures, settings_)
+    rows, seeds = np.arange(25) % 5, np.arange(25) * 77 + 1
+    counts = images.count_tokens(rows, seeds)
+    assert len(set(counts.tolist())) > 4
+    targets = [torch.zeros(int(count), 588, dtype=torch.uint8) for count in counts]
+    images.decode_into(rows, seeds, targets)
+    heights, widths = (np.array([pictures[row].shape[axis] for row in rows]) for axis in (0, 1))
+    windows = draw_windows(heights, widths, seeds, settings_, PATCH)
+    for i, row in enumerate(rows):
+        (top, left), (tall, wide), (height, width) = windows.corner[i], windows.extent[i], windows.size[i]
+        positions = images.positions(int(row), int(seeds[i]))
+        assert positions.tolist() == [[0, y, x] for y in range(height // PATCH) for x in range(width // PATCH)]
+        cut = torch.from_numpy(pictures[row][top : top + tall, left : left + wide].copy()).permute(2, 0, 1)[None]
+        expected = torch.nn.functional.interpolate(
+            cut.float(), (int(height), int(width)), mode="bicubic", antialias=True
+        )[0].permute(1, 2, 0)
+        expected = expected.flip(1) if windows.mirror[i] else expected
+        decoded = read_patches(targets[i], height // PATCH, width // PATCH)
+        assert (decoded.float() - expected.clamp(0, 255)).abs().mean() < 1.0, (row, height, width)
+
+
+def test_a_picture_of_native_size_is_not_resized(tmp_path: Path) -> None:
+    picture = smooth_picture(0, 42, 98)
+    whole = {"crop_area": (1.0, 1.0), "crop_aspect": (1.0, 1.0), "flip_probability": 0.0, "aspect": "keep"}
+    images = source(tmp_path / "set", [picture], config(image_size=84, **whole))
+    target = torch.zeros(3 * 7, 588, dtype=torch.uint8)
+    images.decode_into(np.array([0]), np.array([3]), [target])
+    assert np.array_equal(read_patches(target, 3, 7).numpy(), picture)
 
 
 def test_a_rotated_photo_is_seen_upright_in_the_window_that_was_drawn(tmp_path: Path) -> None:
@@ -132,7 +202,7 @@ def test_pictures_are_decoded_in_bounded_groups() -> None:
 )
 def test_windows_lie_inside_the_picture(height: int, width: int, seed: int, low: float, aspect: float) -> None:
     settings_ = config(crop_area=(low, 1.0), crop_aspect=(aspect, 1 / aspect))
-    windows = draw_windows(np.array([height]), np.array([width]), np.array([seed]), settings_)
+    windows = draw_windows(np.array([height]), np.array([width]), np.array([seed]), settings_, PATCH)
     assert (windows.corner >= 0).all()
     assert (windows.extent >= 1).all()
     assert (windows.corner + windows.extent <= [height, width]).all()
@@ -143,7 +213,7 @@ def test_windows_lie_inside_the_picture(height: int, width: int, seed: int, low:
 def test_windows_cover_their_ranges() -> None:
     seeds = np.arange(4000)
     size = np.full(4000, 1000)
-    windows = draw_windows(size, size, seeds, config())
+    windows = draw_windows(size, size, seeds, config(), PATCH)
     area = windows.extent.prod(axis=1) / 1e6
     aspect = windows.extent[:, 1] / windows.extent[:, 0]
     assert (area.min(), area.max()) == (pytest.approx(0.7, abs=0.01), pytest.approx(1.0, abs=0.01))

@@ -83,8 +83,8 @@ def step_samples(config: object, size: int, rank: int) -> list[tuple[str, int]]:
 
 
 def test_replicas_without_samples_get_empty_batches(directory: Path) -> None:
-    config = id_config(directory, tokens=1000)
-    topology = single_process(data_size=2, data_rank=1)
+    config = id_config(directory)
+    topology = single_process(data_size=13, data_rank=12)  # a step has 12 samples
     (batches,) = take_steps(build_loader(config, topology, start_step=0), 0, 1)
     (empty,) = batches
     assert empty.num_samples == 0

@@ -1,4 +1,4 @@
-"""The microbatch plan: exact shares, every sample once, the same samples for any layout, valid packing."""
+"""The microbatch plan: exact shares, every sample once, the same samples for any layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ove.data.mixture import MicrobatchPlanner, pack_first_fit_decreasing
+from megatron_ove.data.mixture import MicrobatchPlanner
 from megatron_ove.errors import ConfigError
 
 
@@ -29,25 +29,6 @@ def planner(sources: list[FakeSource], batch: int = 12, tokens: int = 40, replic
     return MicrobatchPlanner(
         sources, seed=5, global_batch_size=batch, tokens_per_microbatch=tokens, microbatch_multiple=replicas
     )
-
-
-def naive_first_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    free: list[int] = []
-    result = np.empty(sizes.size, np.int64)
-    for item in np.argsort(-sizes, kind="stable"):
-        place = next((i for i, room in enumerate(free) if room >= sizes[item]), len(free))
-        if place == len(free):
-            free.append(capacity)
-        free[place] -= int(sizes[item])
-        result[item] = place
-    return result
-
-
-@settings(max_examples=100, deadline=None)
-@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=80), extra=st.integers(0, 60))
-def test_packing_equals_the_textbook_loop(sizes: list[int], extra: int) -> None:
-    values, capacity = np.array(sizes), 50 + extra
-    assert np.array_equal(pack_first_fit_decreasing(values, capacity), naive_first_fit_decreasing(values, capacity))
 
 
 @settings(max_examples=50, deadline=None)

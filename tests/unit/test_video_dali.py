@@ -72,17 +72,16 @@ def test_one_frame_of_every_bin(directory: Path) -> None:
 
 def test_codec_patches_are_the_stored_ones(directory: Path) -> None:
     source = clips(directory, **only(CODEC))
-    for row, count in ((0, 30), (2, 20)):  # clip 0 stores 40 and is cut to max_patches, clip 2 stores 20
+    # clip 0 stores 40 and is thinned to max_patches: 3 of every 4, over all of its time; clip 2 stores 20
+    for row, chosen in ((0, [i for i in range(40) if i % 4 != 3]), (2, list(range(20)))):
         stored = np.load(io.BytesIO(source.shards.read(row, "positions.npy")))
-        assert np.array_equal(source.positions(row, 1), stored[:count])
+        assert np.array_equal(source.positions(row, 1), stored[chosen])
         mosaic = plain(source.shards.read(row, "codec.jpg"))
         patches = decode(source, row, 1)
-        assert patches.shape == (count, 588)
-        for place in (0, 15, 16, count - 1):
+        assert patches.shape == (len(chosen), 588)
+        for i, place in enumerate(chosen):
             y, x = place // 16 * 14, place % 16 * 14
-            assert np.array_equal(
-                read_patches(patches[place : place + 1], 1, 1).numpy(), mosaic[y : y + 14, x : x + 14]
-            )
+            assert np.array_equal(read_patches(patches[i : i + 1], 1, 1).numpy(), mosaic[y : y + 14, x : x + 14])
 
 
 def test_sampled_frames_are_the_stored_ones_at_their_place(directory: Path) -> None:
@@ -105,6 +104,27 @@ def test_a_collage_is_one_tall_picture_of_the_same_frames(directory: Path) -> No
     frame, row = np.divmod(np.arange(8 * PER_FRAME) // COLUMNS, ROWS)
     assert np.array_equal(positions[:, 1], ROWS * frame + row)
     assert np.array_equal(positions[:, 2], np.arange(8 * PER_FRAME) % COLUMNS)
+
+
+def test_frames_and_budgets_of_a_list_are_drawn_per_sample(directory: Path) -> None:
+    source = clips(directory, num_frames=(4, 16, 64, 64), max_patches=(10, 25))
+    rows, seeds = np.zeros(4000, np.int64), np.arange(4000)
+    counts, strategies = source.count_tokens(rows, seeds), source.strategies(seeds)
+    sizes, numbers = np.unique(counts[strategies == CODEC], return_counts=True)
+    assert sizes.tolist() == [10, 25]
+    assert numbers / numbers.sum() == pytest.approx([0.5, 0.5], abs=0.04)
+    sizes, numbers = np.unique(counts[strategies != CODEC], return_counts=True)
+    assert sizes.tolist() == [4 * PER_FRAME, 16 * PER_FRAME, 64 * PER_FRAME]
+    assert numbers / numbers.sum() == pytest.approx([0.25, 0.25, 0.5], abs=0.04), "listed twice is drawn twice as often"
+    for seed in range(12):
+        row = seed % 6
+        (count,) = source.count_tokens(np.array([row]), np.array([seed]))
+        positions = source.positions(row, seed)
+        assert len(positions) == count
+        assert np.array_equal(np.lexsort(positions.T[::-1]), np.arange(count)), "in (t, h, w) order, each once"
+        assert decode(source, row, seed).any(dim=1).all(), "a patch was not written"
+    whole = next(seed for seed in range(99) if counts[seed] == 64 * PER_FRAME)
+    assert source.frames(whole).tolist() == list(range(64))
 
 
 def test_mixed_strategies_decode_together(directory: Path) -> None:
