@@ -1,8 +1,8 @@
 """The page of a run, drawn from its folder alone.
 
-Always there: loss per objective, learning rate, throughput, gradient norm, data wait (metrics.jsonl), rejects
-(rejects.jsonl), the resolved configuration. Added when present: headings, pictures and rankings of
-`report/extras.json`.
+Always there: loss per objective, learning rate, throughput, gradient norm, data wait, where the time of a step goes
+(metrics.jsonl), rejects (rejects.jsonl), the resolved configuration. Added when present: headings, pictures and
+rankings of `report/extras.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron_ove.report.blocks import draw_section, draw_table
 from megatron_ove.report.curves import Marker, format_number, line_chart
 from megatron_ove.report.metrics_log import LOSS_PREFIX, MetricsLog, read_metrics
 from megatron_ove.report.sections import EXTRAS_FILE, ReportExtras, read_extras
+from megatron_ove.report.time_use import time_use
 
 _COLORS = [f"var(--series-{number})" for number in range(1, 6)]
 # metric, title, unit, start the axis at zero
@@ -47,7 +48,7 @@ def write_run_report(run_dir: str | Path, output: str | Path | None = None) -> P
     folder = Path(run_dir)
     log, extras = read_metrics(folder / "metrics.jsonl"), read_extras(folder)
     title = extras.title or f"Run {folder.resolve().name}"
-    parts = [_header(title, extras), _curves(log, extras)]
+    parts = [_header(title, extras), _curves(log, extras), time_use(log)]
     parts += [draw_section(section, (folder / EXTRAS_FILE).parent) for section in extras.sections]
     parts += [_rejects(folder), _configuration(folder)]
     style = resources.files("megatron_ove.report").joinpath("style.css").read_text(encoding="utf-8")

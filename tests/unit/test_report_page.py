@@ -137,6 +137,27 @@ def test_page_of_a_bare_run_needs_only_metrics(tmp_path: Path) -> None:
     assert "Rejects" not in page
 
 
+def test_page_shows_where_the_time_goes(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert "Where the time goes" not in write_run_report(folder).read_text()
+    early = {"step": 10, "phase_s/forward": 0.3, "phase_s/head": 0.1}
+    late = {"step": 40, "phase_s/forward": 0.1, "phase_s/head": 0.1, "phase_s_max/forward": 0.15}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (early, late)))
+    page = write_run_report(folder).read_text()
+    parser = TagBalance()
+    parser.feed(page)
+    assert not parser.open
+    # forward: 0.3 s for 10 steps, 0.1 s for 30
+    assert '<th scope="row">forward</th><td>150.0</td><td>60.0 %</td>' in page
+    assert '<th scope="row">head</th><td>100.0</td><td>40.0 %</td>' in page
+    assert "Share of step time: forward 62 %, head 38 %" in page
+    bottom, top = re.findall(r'style="fill:var\(--series-\d\)" d="M([^"]+)Z"', page)
+    points = [[float(value) for value in point.split()] for point in bottom.split("L")]
+    # over the plot's 162 units of height: 75 % at the first step, 50 % at the last; then back along 0 %
+    assert points == [[50, 54.5], [708, 95], [708, 176], [50, 176]]
+    assert [point.split()[1] for point in top.split("L")] == ["14.0", "14.0", "95.0", "54.5"]
+
+
 def test_extras_survive_the_round_trip(tmp_path: Path) -> None:
     extras = sample_extras(tmp_path)
     write_extras(tmp_path, extras)

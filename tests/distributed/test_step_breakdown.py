@@ -1,0 +1,159 @@
+"""The phases of real steps: they add up, slowness shows up where it belongs, waiting ranks wait in communication."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.distributed import run_distributed
+from tests.support.tiny_run import check, tiny_config, write_tiny_sources
+
+DELAY_S = 0.3
+"""Ten times what a phase of these steps takes."""
+
+Row = dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_tiny_sources(tmp_path_factory.mktemp("sources"))
+
+
+class _SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, wait: Callable[[], None]) -> torch.Tensor:
+        ctx.wait = wait
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.wait()
+        return gradient, None
+
+
+def train(rank: int, world_size: int, data: dict[str, Any], slow: Mapping[int, tuple[str, int]]) -> list[float]:
+    """Trains; step s is slow in phase `slow[s][0]` on rank `slow[s][1]`. Returns the seconds of every step, by a clock
+    of our own."""
+    from megatron_ove.outputs import VisionFeatures
+    from megatron_ove.parallel.topology import initialize_topology
+    from megatron_ove.training.build_model import encoder_of
+    from megatron_ove.training.trainer import Trainer
+
+    config = check(data)
+    trainer = Trainer(config, initialize_topology(config.parallel, seed=config.seed))
+    slept: set[tuple[int, str]] = set()
+    seconds: list[float] = []
+
+    def wait(phase: str) -> None:
+        step = trainer.state.step + 1
+        if slow.get(step) == (phase, rank) and (step, phase) not in slept:  # once a step, not once a microbatch
+            slept.add((step, phase))
+            time.sleep(DELAY_S)
+
+    def before(owner: Any, name: str, phase: str) -> None:
+        call = getattr(owner, name)
+
+        def slowed(*args: Any, **kwargs: Any) -> Any:
+            wait(phase)
+            return call(*args, **kwargs)
+
+        object.__setattr__(owner, name, slowed)
+
+    before(trainer.loader, "step_batches", "data")
+    before(trainer.optimizer, "step", "optimizer")
+    encoder = encoder_of(trainer.chunks[-1])
+    encode = encoder.forward
+
+    def slow_encoder(batch: Any) -> Any:
+        wait("forward")
+        output = encode(batch)
+        if isinstance(output, VisionFeatures):
+            pooled = _SlowBackward.apply(output.pooled, lambda: wait("backward"))
+            return VisionFeatures(output.tokens, pooled, output.cu_seqlens)
+        return _SlowBackward.apply(output, lambda: wait("backward"))
+
+    object.__setattr__(encoder, "forward", slow_encoder)
+    if trainer.objectives is not None:
+        head = trainer.objectives.forward
+
+        def slow_head(features: VisionFeatures, *args: Any) -> Any:
+            pooled = _SlowBackward.apply(features.pooled, lambda: wait("head"))
+            return head(VisionFeatures(features.tokens, pooled, features.cu_seqlens), *args)
+
+        trainer.objectives.forward = slow_head  # type: ignore[method-assign]
+    one_step = trainer._one_step
+
+    def clocked(*args: Any) -> Any:
+        started = time.monotonic()
+        result = one_step(*args)
+        seconds.append(time.monotonic() - started)
+        return result
+
+    trainer._one_step = clocked  # type: ignore[method-assign]
+    trainer.run()
+    return seconds
+
+
+def run(
+    sources: dict[str, str], run_dir: Path, world_size: int, parallel: dict[str, Any], slow: dict[int, tuple[str, int]]
+) -> tuple[list[list[float]], list[Row]]:
+    loop = {"num_steps": max(slow) + 1, "global_batch_size": 16, "precision": "fp32", "log_interval_steps": 1}
+    data = tiny_config(sources, run_dir, parallel={"timeout_s": 60, **parallel}, train=loop)
+    seconds = run_distributed(train, world_size, data, slow, timeout_s=120)
+    return seconds, [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def phases(row: Row, prefix: str) -> Row:
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def test_the_slow_phase_of_a_step_is_the_one_that_is_slow_and_all_add_up(sources, tmp_path):
+    slow = {step: (phase, 0) for step, phase in enumerate(("data", "forward", "backward", "head", "optimizer"), 2)}
+    (seconds,), rows = run(sources, tmp_path, 1, {}, slow)
+    assert "phase_s_max/forward" not in rows[0]  # one rank: the mean is the slowest
+    for step, (clocked, row) in enumerate(zip(seconds, rows, strict=True), start=1):
+        parts = phases(row, "phase_s/")
+        assert all(value >= 0 for value in parts.values())
+        assert sum(parts.values()) == pytest.approx(clocked, rel=0.02)
+        assert row["step_time_s"] == pytest.approx(clocked, rel=0.02)
+        assert sum(phases(row, "phase_share/").values()) == pytest.approx(1.0)
+        if step in slow:
+            name, _ = slow[step]
+            assert parts[name] >= DELAY_S
+            assert max(parts, key=lambda phase: parts[phase]) == name
+            usual = phases(rows[-1], "phase_s/")
+            assert parts[name] - usual[name] == pytest.approx(DELAY_S, abs=DELAY_S / 3)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (2, {"use_distributed_optimizer": True}),
+    ],
+    ids=["pp2", "pp2_vpp2", "tp2_sp", "dp2"],
+)
+def test_a_rank_that_waits_for_a_slow_one_communicates(sources, tmp_path, world_size, parallel):
+    """Also under the interleaved schedule, which waits outside all of megatron-core's own timers."""
+    slow = {2: ("forward", 1), 3: ("backward", 1)}
+    seconds, rows = run(sources, tmp_path, world_size, parallel, slow)
+    for step, row in enumerate(rows, start=1):
+        mean, largest = phases(row, "phase_s/"), phases(row, "phase_s_max/")
+        clocked = sum(rank[step - 1] for rank in seconds) / world_size
+        assert sum(mean.values()) == pytest.approx(clocked, rel=0.02)
+        assert all(0 <= mean[name] <= largest[name] <= world_size * mean[name] * (1 + 1e-9) for name in mean)
+        if step in slow:
+            name, _ = slow[step]
+            assert largest[name] >= DELAY_S
+            # One of the two ranks was slow in the phase, and the other one waited for it.
+            usual = phases(rows[-1], "phase_s/")
+            assert mean[name] - usual[name] == pytest.approx(DELAY_S / 2, abs=DELAY_S / 4)
+            assert largest["communication"] >= 0.8 * DELAY_S

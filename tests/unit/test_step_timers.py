@@ -1,0 +1,156 @@
+"""Every moment of a step belongs to one phase; megatron-core's timers are understood; the head's backward is found."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import megatron.core
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ove.outputs import StepOutput, VisionFeatures
+from megatron_ove.training.step_timers import PHASES, StepTimers
+from megatron_ove.training.timed_head import timed_head
+
+
+@pytest.fixture
+def spend(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Returns how to let time pass; no other time passes."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    return spend
+
+
+@pytest.fixture
+def timers() -> StepTimers:
+    return StepTimers(torch.device("cpu"))
+
+
+def nonzero(seconds: dict[str, float]) -> dict[str, float]:
+    assert tuple(seconds) == PHASES
+    return {phase: round(value, 9) for phase, value in seconds.items() if value}
+
+
+def test_the_innermost_phase_is_charged_and_nothing_twice(timers: StepTimers, spend: Callable[[float], None]) -> None:
+    spend(64)  # between steps: nobody's
+    for _ in range(2):
+        with timers.step(1):
+            spend(1)
+            timers("forward-compute", log_level=2).start()
+            spend(2)
+            with timers.phase("head"):
+                spend(4)
+                timers.enter("communication")
+                spend(8)
+                timers.leave("communication")
+            spend(16)
+            timers("forward-compute").stop()
+            spend(32)
+    assert nonzero(timers.take()) == {"forward": 36, "head": 8, "communication": 16, "other": 66}
+    assert nonzero(timers.take()) == {}
+
+
+def test_waiting_for_the_rank_that_decodes_is_waiting_for_data(
+    timers: StepTimers, spend: Callable[[float], None]
+) -> None:
+    with timers.step(1), timers.phase("data"):
+        timers.enter("communication")
+        spend(3)
+        timers.leave("communication")
+        spend(1)
+    assert nonzero(timers.take()) == {"data": 4}
+
+
+def test_a_phase_ends_with_the_one_around_it(timers: StepTimers, spend: Callable[[float], None]) -> None:
+    """The head's backward pass ends where the gradient reaches the features; a frozen encoder has none to receive."""
+    with timers.step(1):
+        timers("backward-compute").start()
+        timers.enter("head")
+        spend(2)
+        timers("backward-compute").stop()
+        spend(1)
+        timers.leave("head")  # of no open phase
+    assert nonzero(timers.take()) == {"head": 2, "other": 1}
+
+
+def test_outside_a_step_nothing_happens(timers: StepTimers, spend: Callable[[float], None]) -> None:
+    with timers.phase("optimizer"):
+        spend(1)
+    timers("backward-compute").start()
+    timers("backward-compute").stop()
+    assert nonzero(timers.take()) == {}
+
+
+def test_every_timer_of_megatron_cores_schedules_is_understood(
+    timers: StepTimers, spend: Callable[[float], None]
+) -> None:
+    root = Path(megatron.core.__file__).parent
+    files = ("pipeline_parallel/schedules.py", "pipeline_parallel/p2p_communication.py")
+    files += ("distributed/finalize_model_grads.py",)
+    names = {name for file in files for name in re.findall(r"\btimers\('([\w-]+)'", (root / file).read_text())}
+    assert len(names) > 10
+    charged: dict[str, set[str]] = {}
+    for name in names:
+        with timers.step(1):
+            timers(name).start(barrier=False)
+            spend(1)
+            timers(name).stop()
+        (phase,) = nonzero(timers.take())
+        charged.setdefault(phase, set()).add(name)
+    assert charged.pop("forward") == {"forward-compute"}
+    assert charged.pop("backward") == {"backward-compute"}
+    assert charged.pop("other") == {"forward-backward"}  # encloses the others
+    assert charged == {"communication": names - {"forward-compute", "backward-compute", "forward-backward"}}
+
+
+class Head:
+    """Stands for the objectives: takes 2 s forward and 8 s backward."""
+
+    def __init__(self, spend: Callable[[float], None]) -> None:
+        self.spend = spend
+
+    def forward(self, features: VisionFeatures, batch: Any, scales: Any) -> StepOutput:
+        self.spend(2)
+        return StepOutput(_Slow.apply(features.pooled, lambda: self.spend(8)).square().sum(), {})
+
+
+class _Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wait: Callable[[], None]) -> Tensor:
+        ctx.wait = wait
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.wait()
+        return gradient, None
+
+
+def test_the_heads_backward_pass_is_told_from_the_encoders(timers: StepTimers, spend: Callable[[float], None]) -> None:
+    weight = torch.randn(4, requires_grad=True)
+    encoded = _Slow.apply(weight, lambda: spend(16)) * 3
+    features = VisionFeatures(tokens=encoded[:, None, None], pooled=encoded[:, None], cu_seqlens=torch.tensor([0, 4]))
+    head: Any = Head(spend)
+    plain = head.forward(features, None, {})
+    (expected,) = torch.autograd.grad(plain.loss, weight, retain_graph=True)
+    with timers.step(1):
+        output = timed_head(timers, head, features, SimpleNamespace(), {})
+        spend(1)
+        timers("backward-compute").start()
+        replace(output, loss=output.loss.clone()).loss.backward()
+        spend(32)
+        timers("backward-compute").stop()
+    assert nonzero(timers.take()) == {"head": 10, "backward": 48, "other": 1}
+    assert torch.equal(output.loss, plain.loss)
+    assert weight.grad is not None and torch.equal(weight.grad, expected)
