@@ -8,7 +8,7 @@ segments of its own, so it costs little and never touches a real token.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,14 +150,28 @@ class PackedAttention(MegatronModule):
         """
         segments = packed_seq_params
         query, key = (self.rotation(x, segments) for x in (query, key))
+        runs = [*segments.sample_runs, *segments.padding_runs]
         outputs = []
-        for run in [*segments.sample_runs, *segments.padding_runs]:
-            q, k, v = (split_run(x, run) for x in (query, key, value))  # [count, n, length, d]
-            attended = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
-            outputs.append(attended.transpose(1, 2).reshape(run.count * run.length, -1))
-        return torch.cat(outputs)
+        for q, k, v in zip(*(split_runs(x, runs) for x in (query, key, value)), strict=True):
+            attended = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)  # [count, n, length, d]
+            outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def split_run(x: Tensor, run: SegmentRun) -> Tensor:
-    """Returns the run's tokens of [P, n, d] as [count, n, length, d]."""
-    return x[run.start : run.stop].unflatten(0, (run.count, run.length)).transpose(1, 2)
+def split_runs(x: Tensor, runs: Sequence[SegmentRun]) -> list[Tensor]:
+    """Returns the tokens of each run as [count, n, length, d].
+
+    One cut for all runs: its backward pass writes the gradient once, where a slice of each run would write zeros of the
+    whole pack.
+
+    Args:
+        x: [P, n, d].
+        runs: one after the other from token 0 on; they need not reach the end.
+    """
+    sizes = [run.count * run.length for run in runs]
+    rest = x.shape[0] - sum(sizes)
+    pieces = (x,) if sizes == [x.shape[0]] else x.split([*sizes, rest])
+    return [
+        piece.unflatten(0, (run.count, run.length)).transpose(1, 2)
+        for piece, run in zip(pieces, runs, strict=False)  # the last piece may be what belongs to no run
+    ]

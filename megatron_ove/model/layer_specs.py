@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -23,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_ove.model.attention import PackedAttention
 from megatron_ove.model.kernels import EncoderKernels
+from megatron_ove.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megatron_ove.model.parameter_names import FUSED_NORMS
 from megatron_ove.model.rotation import rotation_of
 
@@ -78,10 +78,10 @@ def _local_layer(norm: Any, core_attention: ModuleSpec) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=_attention(ColumnParallelLinear, core_attention, RowParallelLinear),
+            self_attention=_attention(LocalColumnParallelLinear, core_attention, LocalRowParallelLinear),
             self_attn_bda=_RESIDUAL_ADD,
             pre_mlp_layernorm=norm,
-            mlp=_mlp(ColumnParallelLinear, RowParallelLinear),
+            mlp=_mlp(LocalColumnParallelLinear, LocalRowParallelLinear),
             mlp_bda=_RESIDUAL_ADD,
             # Checkpoints carry Transformer Engine's names, so that either kind of layer reads them.
             sharded_state_dict_keys_map={

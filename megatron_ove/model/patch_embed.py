@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_ove.model.linear import linear
 
 # Mean and standard deviation per colour of pixel values in 0..1. Source: CLIP (Radford et al., 2021), its image
 # preprocessing; the OneVision-Encoder keeps them.
@@ -38,4 +39,4 @@ class PatchEmbed(torch.nn.Module):
         """
         if not patches.is_floating_point():
             patches = (patches.float() / 255 - self._mean) / self._std
-        return F.linear(patches.to(self.weight.dtype), self.weight)
+        return linear(patches.to(self.weight.dtype), self.weight)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ove.config.encoder import EncoderConfig
-from megatron_ove.model.attention import SegmentRun, split_run
+from megatron_ove.model.attention import SegmentRun, split_runs
+from megatron_ove.model.linear import linear
 
 
 class AttentionPoolingHead(nn.Module):
@@ -50,14 +51,14 @@ class AttentionPoolingHead(nn.Module):
         weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
         hidden = tokens.shape[-1]
         query = F.linear(self.probe[0], weight[:hidden], bias[:hidden])  # [1, h]
-        key_value = F.linear(tokens, weight[hidden:], bias[hidden:])  # [P, 2h]
+        key_value = linear(tokens, weight[hidden:], bias[hidden:])  # [P, 2h]
         query, key, value = (
             x.unflatten(-1, (self.num_heads, -1)) for x in (query, key_value[:, :hidden], key_value[:, hidden:])
         )  # [1 or P, n, d]
         pooled = [(query[:0] + key[:0] + value[:0]).flatten(1)]  # [0, h]: gradients exist, and are 0, without samples
-        for run in runs:
-            queries = query.unsqueeze(2).expand(run.count, -1, -1, -1)  # [count, n, 1, d]
-            attended = F.scaled_dot_product_attention(queries, split_run(key, run), split_run(value, run))
+        for keys, values in zip(split_runs(key, runs), split_runs(value, runs), strict=True):
+            queries = query.unsqueeze(2).expand(len(keys), -1, -1, -1)  # [count, n, 1, d]
+            attended = F.scaled_dot_product_attention(queries, keys, values)
             pooled.append(attended.flatten(1))  # [count, h]
         attended = self.attention.out_proj(torch.cat(pooled))  # [b, h]
         return attended + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm(attended))))

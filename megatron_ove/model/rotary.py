@@ -6,6 +6,8 @@ channels, so the two members of a pair turn by different angles, and norms are n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [P, n, d].
-        cos, sin: [P, 1, d], of the angles, in x's dtype.
+        cos, sin: [P, 1, d], of the angles, in x's dtype; no gradient flows to them.
     """
-    pairs = x.unflatten(-1, (-1, 2))  # [P, n, d/2, 2]
-    swapped = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)  # [P, n, d]
-    return x * cos + swapped * sin
+    rotated: Tensor = _Rotate.apply(x, cos, sin)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """Half the passes over memory that autograd would take; only the tables are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        rotated = x * cos
+        rotated[..., 0::2] -= x[..., 1::2] * sin[..., 0::2]
+        rotated[..., 1::2] += x[..., 0::2] * sin[..., 1::2]
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        # The transposed map: a channel gets its partner's gradient times the partner's sine.
+        cos, sin = ctx.saved_tensors
+        g_x = gradient * cos
+        g_x[..., 0::2] += gradient[..., 1::2] * sin[..., 1::2]
+        g_x[..., 1::2] -= gradient[..., 0::2] * sin[..., 0::2]
+        return g_x, None, None
