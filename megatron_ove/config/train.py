@@ -84,7 +84,7 @@ class TrainConfig(StrictModel):
 
     @property
     def token_multiple(self) -> int:
-        """What the patches of every microbatch must be a multiple of: ranks share them, and FP8 products want whole tiles."""
+        """What a microbatch's patches must be a multiple of: ranks share them, and FP8 products want whole tiles."""
         share = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
         return share if self.encoder.fp8 == "off" else share * FP8_RECIPES[self.encoder.fp8].multiple
 
