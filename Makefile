@@ -16,6 +16,7 @@ TRANSFORMERS5_PACKAGES := transformers==5.23.0 huggingface_hub==2.4.0 tokenizers
 	typer==0.29.2 annotated-doc==0.0.7 anyio==4.16.0 truststore==0.10.5 h11==0.16.0
 # Kernels are tested under Triton's interpreter, which needs all of Triton (1 GB): only for tests.
 TRITON := $(VENV)/.triton-installed
+SHELL_SCRIPTS = $(shell find examples tests tools -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example')
 # On a terminal pip shows its progress bars.
 PIP = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet) --disable-pip-version-check
 
@@ -23,7 +24,7 @@ PIP = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet) --disable-pip-ve
 DEMO_ARGS := $(if $(FAST),--fast) $(if $(IMAGES),--images "$(IMAGES)") $(if $(PAGES),--pages "$(PAGES)") \
 	$(if $(VIDEOS),--videos "$(VIDEOS)")
 
-.PHONY: help setup demo test lint format type test-gpu bench clean
+.PHONY: help setup demo test lint format type test-gpu bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,8 +56,27 @@ $(TRITON): setup.py | $(STAMP)
 test: $(STAMP) $(TRANSFORMERS5)/.installed $(TRITON) ## all CPU tests
 	$(BIN)/python -m pytest -m "not gpu"
 
-test-gpu: $(STAMP) ## kernels on a CUDA machine
-	$(BIN)/python -m pytest -m gpu
+# On a CUDA machine without a network, make test-gpu WHEELS=dir installs the wheels in dir beside the machine's own torch
+# (SYSTEM_PYTHON=python3); with a network, in .venv. BENCH_GPU_ARGS goes to the benchmark, e.g. "--sections speed".
+ifdef WHEELS
+SYSTEM_PYTHON ?= python3
+GPU_SITE := runs/gpu/site
+GPU_SETUP := $(GPU_SITE)/.installed
+GPU_PYTHON := PYTHONPATH="$(abspath $(GPU_SITE)):$(CURDIR)" $(SYSTEM_PYTHON)
+else
+GPU_SETUP := $(STAMP)
+GPU_PYTHON := $(BIN)/python
+endif
+
+runs/gpu/site/.installed: $(if $(WHEELS),$(wildcard $(WHEELS)/*.whl*))
+	PYTHON=$(SYSTEM_PYTHON) tools/gpu/install_wheels.sh "$(WHEELS)" runs/gpu/site
+	@touch $@
+
+test-gpu: $(GPU_SETUP) ## kernels on a CUDA machine, against plain ones (WHEELS=dir: without a network)
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+
+bench-gpu: $(GPU_SETUP) ## speed, MFU, memory and FP8 of a CUDA machine, to runs/gpu/bench.json and .md
+	$(GPU_PYTHON) tools/gpu/bench_gpu.py $(BENCH_GPU_ARGS)
 
 bench: $(STAMP) ## heads against the published method and the full softmax, a few minutes of one core
 	$(BIN)/python tools/benchmark/heads.py --num-classes 50000 --json runs/benchmark/heads.json
@@ -67,7 +87,7 @@ lint: $(STAMP) ## formatting, lint, layers, types, spelling, shell scripts, Dock
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
 	$(BIN)/codespell
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run $(SHELL_SCRIPTS)
 	$(BIN)/hadolint Dockerfile
 
 format: $(STAMP) ## format and mend what can be mended
