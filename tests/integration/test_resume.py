@@ -24,7 +24,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "pp2_vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, "fp32"),
 }
 # What depends on the clock, not on the run.
-TIMINGS = {"time", "samples_per_s", "tokens_per_s", "data_wait_share", "step_time_s"}
+TIMINGS = {"time", "samples_per_s", "tokens_per_s", "data_wait_share", "step_time_s", "tflops_per_device"}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,13 @@ def read_tensors(rank: int, world_size: int, folder: str) -> tuple[dict[str, Any
     return {name: value for name, value in content.items() if torch.is_tensor(value)}, read_common_state(folder)
 
 
+def is_timing(name: str) -> bool:
+    return name in TIMINGS or name.startswith("phase_")
+
+
 def rows(run_dir: Path) -> list[dict[str, float]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMINGS} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if not is_timing(name)} for line in lines]
 
 
 def assert_equal_checkpoints(first: Path, second: Path) -> None:
