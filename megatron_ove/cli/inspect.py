@@ -1,21 +1,42 @@
-"""`megatron-ove inspect PATH`: says what a checkpoint, a run folder or a shard set holds."""
+"""`megatron-ove inspect PATH`: says what a checkpoint, run folder or shard set holds, or how a run will be packed."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from megatron_ove.data.packing_report import PackingFigures
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the sub-command."""
     parser = subparsers.add_parser(
         "inspect",
-        help="describe a checkpoint, a run folder or a shard set",
-        description="Describes a checkpoint folder, the newest checkpoint of a run folder, or a shard set.",
+        help="describe a checkpoint, a run folder, a shard set, or how a configuration packs its samples",
+        description="Describes a checkpoint folder, the newest checkpoint of a run folder, or a shard set. Of a "
+        "configuration: how full its microbatches will be, and with which token budgets.",
     )
-    parser.add_argument("path", help="checkpoint (holds manifest.json), run folder, or shard set (holds dataset.json)")
+    parser.add_argument(
+        "path", help="checkpoint (holds manifest.json), run folder, shard set (holds dataset.json), or YAML file"
+    )
     parser.add_argument("--verify", action="store_true", help="also read every file and check its content")
+    parser.add_argument(
+        *("--replicas", "-r"),
+        **{"type": int, "nargs": "+", "default": [1, 2, 4, 8], "metavar": "N"},
+        help="of a configuration: data-parallel sizes (default: 1 2 4 8)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=20,
+        metavar="N",
+        help="of a configuration: first steps that are planned (default: 20)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -27,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not path.exists():
         raise DataError(f"{path} does not exist, so there is nothing to describe; check the path")
+    if path.suffix in (".yaml", ".yml"):
+        return _describe_packing(arguments)
     if (path / "dataset.json").exists():
         return _print(f"shard set {path}", *_describe_shard_set(path, verify=arguments.verify))
     if not (path / MANIFEST_NAME).exists():
@@ -109,6 +132,71 @@ def _describe_shard_set(path: Path, *, verify: bool) -> tuple[dict[str, Any], li
         "members": ", ".join(info.members) if len(info.members) < 8 else f"{len(info.members)} files per sample",
         "size": _size(sum(file.stat().st_size for file in files), len(files)),
     }, []
+
+
+def _describe_packing(arguments: argparse.Namespace) -> int:
+    """Prints how full the microbatches of a configuration's first steps are, with its token budget and others."""
+    from megatron_ove.config.loader import load_config
+    from megatron_ove.errors import ConfigError
+
+    if min(arguments.steps, *arguments.replicas) < 1:
+        raise ConfigError("--steps and --replicas count something; give numbers of at least 1")
+    config = load_config(arguments.path)
+
+    import torch
+    from rich.console import Console
+    from rich.text import Text
+
+    from megatron_ove.data.build import build_source, open_shard_sets
+    from megatron_ove.data.packing_report import largest_sample, measure_packing, nearby_budgets
+
+    shard_sets, patch = open_shard_sets(config), config.encoder.patch_size
+    sources = [
+        build_source(name, source, shard_sets[name], patch_size=patch, device=torch.device("cpu"), num_threads=1)
+        for name, source in config.data.sources.items()
+    ]
+    replicas, steps, own = sorted(set(arguments.replicas)), arguments.steps, config.data.tokens_per_microbatch
+    largest = largest_sample(config, sources, num_steps=steps)
+    budgets = nearby_budgets(own, largest=largest, multiple=config.token_multiple)
+    figures = [
+        [measure_packing(config, sources, budget=budget, replicas=n, num_steps=steps) for n in replicas]
+        for budget in budgets
+    ]
+    console = Console()
+    console.print(Text(f"{config.name}: the first {steps} steps, largest sample {largest:,} patches"))
+    console.print(_packing_table(figures[budgets.index(own)]))
+    console.print(_budget_table(figures, own))
+    return 0
+
+
+def _packing_table(figures: Sequence[PackingFigures]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"tokens_per_microbatch = {figures[0].budget}", title_justify="left")
+    for heading in ("replicas", "microbatches each", "patches of one", "padding", "worst step", "attention waits"):
+        table.add_column(heading, justify="right")
+    for one in figures:
+        shares = (one.padding, one.worst_padding, one.attention_imbalance)
+        counts = (str(one.replicas), f"{one.microbatches:.1f}", f"{one.length:,.0f}")
+        table.add_row(*counts, *(f"{share:.1%}" for share in shares))
+    return table
+
+
+def _budget_table(figures: Sequence[Sequence[PackingFigures]], own: int) -> Table:
+    from rich.table import Table
+
+    table = Table(title="padding with other token budgets", title_justify="left")
+    table.add_column("tokens_per_microbatch", justify="right")
+    for one in figures[0]:
+        table.add_column(f"{one.replicas} replica{'s' if one.replicas > 1 else ''}", justify="right")
+    least = [min(one.padding for one in column) for column in zip(*figures, strict=True)]
+    for row in figures:
+        shown = (
+            f"{one.padding:.1%}{' *' if one.padding == best else ''}" for one, best in zip(row, least, strict=True)
+        )
+        table.add_row(f"{row[0].budget}{' (now)' if row[0].budget == own else ''}", *shown)
+    table.caption = "* least of its column"
+    return table
 
 
 def _size(num_bytes: int, num_files: int) -> str:

@@ -72,6 +72,16 @@ def measure_packing(
     )
 
 
+def largest_sample(config: TrainConfig, sources: Sequence[PlannedSource], *, num_steps: int) -> int:
+    """Returns the patches of the largest sample of the first steps.
+
+    Raises:
+        ConfigError: it has more patches than the token budget, or a step is too small for its sources.
+    """
+    planner = planner_of(config, sources, data_size=1)
+    return max(int(planner.plan(step).num_tokens.max()) for step in range(num_steps))
+
+
 def nearby_budgets(budget: int, *, largest: int, multiple: int) -> list[int]:
     """Returns budgets around `budget`, ascending, it included: none below the largest sample.
 

@@ -13,7 +13,6 @@ import yaml
 
 from megatron_ove.config.error_report import field_paths
 from megatron_ove.config.loader import config_from_dict, dump_config, load_config
-from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.config.yaml_file import parse_yaml
 from megatron_ove.errors import ConfigError
@@ -174,56 +173,6 @@ def test_texts_stay_texts(text: str) -> None:
             "first_moment = None is not one of the known values; use float32, bfloat16 or none",
         ),
         ("optim.class_centers", {"beta1": 1.0}, "optim.class_centers.beta1 = 1.0 is not allowed: it should be less"),
-        ("data.sources.images.image_size", 225, "is not a multiple of encoder.patch_size = 14"),
-        ("data.tokens_per_microbatch", 100, "can have 256 patches, more than data.tokens_per_microbatch = 100"),
-        ("data.sources.more", {"kind": "ocr", "path": "x"}, "data.sources.more feeds no objective"),
-        ("data.sources.images.image_size", [224, 225], "image_size = 225 is not a multiple of encoder.patch_size = 14"),
-        (
-            "data.sources.images.image_size",
-            {"min": 224, "max": 576},
-            "data.sources.images.image_size.max = 576 is not a multiple of encoder.patch_size = 14, so pixels at the "
-            "edge would be lost; use 574",
-        ),
-        (
-            "data.sources.images.image_size",
-            {"min": 574, "max": 224},
-            "data.sources.images.image_size: min = 574 is above max = 224, so the range holds no size; use min: 224 "
-            "and max: 574",
-        ),
-        ("data.sources.images.image_size", {"min": 224}, "missing key 'data.sources.images.image_size.max': it has no"),
-        ("data.sources.images.image_size", {"min": 2, "top": 3}, "unknown key 'data.sources.images.image_size.top'; k"),
-        ("data.sources.images.image_size", [], "data.sources.images.image_size = () is not allowed: tuple should have"),
-        ("data.sources.images.image_size", [224, 0], "image_size.1 = 0 is not allowed: it should be greater than 0"),
-        (
-            "data.sources.images.image_size",
-            "big",
-            "image_size = 'big' is a text, but a whole number is needed; correct",
-        ),
-        (
-            "data.sources.images.image_size",
-            [28, 1400],
-            "can have 10000 patches, more than data.tokens_per_microbatch = 81",
-        ),
-        (
-            "data.sources.images.aspect",
-            "native",
-            "aspect = 'native' is not one of the known values; use square or keep",
-        ),
-        (
-            "data.sources.images.max_upscale",
-            2.0,
-            "max_upscale = 2 has no effect with aspect: square, which enlarges ever",
-        ),
-        (
-            "data.sources.clips",
-            {"kind": "video", "path": "x", "num_frames": {"min": 4, "max": 8}},
-            "data.sources.clips.num_frames = {'min': 4, 'max': 8} is a section, but a whole number is needed; correct",
-        ),
-        (
-            "data.sources.clips",
-            {"kind": "video", "path": "x", "strategies": {"codec": 0.5, "frame_sampling": 0.5, "collage": 0.5}},
-            "codec + frame_sampling + collage = 1.5, but they are shares of all clips and must add up to 1",
-        ),
         (
             "encoder.use_head",
             False,
@@ -240,50 +189,6 @@ def test_wrong_value_gets_its_sentence(path: str, value: Any, message: str) -> N
     with pytest.raises(ConfigError) as caught:
         config_from_dict(changed(path, value), "run.yaml")
     assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "margins", [[0.0, 0.3, 0.2], [2.1, 0.3, 0.2], [1.0, 1.5, 0.2], [1.0, -0.1, 0.2], [1.0, 0.3, 1.0]]
-)
-def test_a_combined_margin_out_of_range_gets_its_sentence(margins: list[float]) -> None:
-    data = changed("objectives.clusters.margin_type", "combined")
-    data["objectives"]["clusters"]["combined_margin"] = margins
-    with pytest.raises(ConfigError) as caught:
-        config_from_dict(data, "run.yaml")
-    assert f"combined_margin = {margins} is outside its ranges: m1, a factor of the angle, in (0, 2]" in str(
-        caught.value
-    )
-    assert str(caught.value).endswith("use for instance [1.0, 0.3, 0.2]")
-
-
-def test_more_class_sets_than_labels_get_their_sentence() -> None:
-    data = changed("objectives.clusters.negatives", "grouped")
-    data["objectives"]["clusters"]["negative_groups"] = 9
-    with pytest.raises(ConfigError, match="negative_groups = 9 is more than labels_per_step = 8, so some class sets"):
-        config_from_dict(data, "run.yaml")
-
-
-@pytest.mark.parametrize(
-    ("options", "sizes"),
-    [
-        ({}, [1] * 8),
-        ({"negatives": "shared"}, [8]),
-        ({"negatives": "grouped", "negative_groups": 3}, [2, 3, 3]),
-        ({"negatives": "grouped", "negative_groups": 8}, [1] * 8),
-        ({"negatives": "grouped", "negative_groups": 1}, [8]),
-        ({"labels_per_step": 5, "negatives": "grouped", "negative_groups": 2}, [2, 3]),
-    ],
-)
-def test_class_sets_serve_every_label_slot_once(options: dict[str, Any], sizes: list[int]) -> None:
-    config = PartialFCConfig(source="images", num_classes=100, **options)
-    assert [len(slots) for slots in config.slots_of_sets] == sizes
-    assert [slot for slots in config.slots_of_sets for slot in slots] == list(range(config.labels_per_step))
-
-
-def test_a_number_of_negatives_takes_the_place_of_their_share() -> None:
-    assert PartialFCConfig(source="images", num_classes=10, sample_rate=0.3).inclusion_probability == 0.3
-    config = PartialFCConfig(source="images", num_classes=10, sample_rate=0.3, num_sampled=7)
-    assert config.inclusion_probability == 0.7
 
 
 def fp8_sentences(recipe: str, **sections: dict[str, Any]) -> list[str]:
