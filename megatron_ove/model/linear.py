@@ -77,5 +77,11 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product: Tensor = _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    product: Tensor = _ONEDNN_LINEAR(_dense(x), _dense(weight), bias, "none", [], "")
     return product
+
+
+def _dense(x: Tensor) -> Tensor:
+    """oneDNN multiplies matrices with gaps between their rows a thousand times more slowly."""
+    is_dense = x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous())
+    return x if is_dense else x.contiguous()
