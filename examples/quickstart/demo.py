@@ -106,6 +106,7 @@ def _overrides(run_dir: Path, num_classes: dict[str, int], sizes: DemoSizes) -> 
     """What is not known before the data is: sizes of the class tables, the length of this form, and another folder."""
     overrides = [f"objectives.{name}.num_classes={count}" for name, count in num_classes.items()]
     overrides += [f"train.num_steps={sizes.steps}", f"train.log_interval_steps={sizes.log_interval}"]
+    overrides += [f"optim.schedule.warmup_steps={min(20, sizes.steps // 2)}"]
     if run_dir != DEFAULT_RUN_DIR.resolve():
         overrides.append(f"run_dir={run_dir}")
         overrides += [f"data.sources.{kind}.path={run_dir / 'data' / kind / 'train'}" for kind in KINDS]

@@ -19,6 +19,7 @@ from megatron_ove.preprocess.tool_arguments import run_tool
 from tests.support.tiny_run import check, tiny_config, write_config, write_tiny_sources
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SHORT = {"train": {"num_steps": 2}, "optim": {"schedule": {"warmup_steps": 0}}}
 
 
 def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,14 +36,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def config(sources: dict[str, str], tmp_path: Path) -> Path:
-    return write_config(tiny_config(sources, tmp_path / "run", train={"num_steps": 2}), tmp_path / "config.yaml")
+    return write_config(tiny_config(sources, tmp_path / "run", **SHORT), tmp_path / "config.yaml")
 
 
 @pytest.fixture(scope="module")
 def trained(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 2 steps with a checkpoint after each; returns its folder, which holds config.yaml as well."""
     folder = tmp_path_factory.mktemp("trained")
-    data = tiny_config(sources, folder / "run", train={"num_steps": 2}, checkpoint={"interval_steps": 1})
+    data = tiny_config(sources, folder / "run", **SHORT, checkpoint={"interval_steps": 1})
     path = write_config(data, folder / "config.yaml")
     assert call("train", str(path)).returncode == 0
     return folder

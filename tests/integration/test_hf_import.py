@@ -104,6 +104,7 @@ def test_a_run_starts_with_it(pretrained: Path, tmp_path: Path) -> None:
     sources = write_tiny_sources(tmp_path / "sources")
     data = tiny_config(sources, tmp_path / "run", init_from=str(checkpoint), checkpoint={"save_initial": True})
     data["train"] |= {"num_steps": 1}
+    data["optim"]["schedule"]["warmup_steps"] = 0
     assert main(["train", str(write_config(data, tmp_path / "config.yaml"))]) == 0
     expected, _ = encoder_state_from_checkpoint(checkpoint)
     first, _ = encoder_state_from_checkpoint(tmp_path / "run/checkpoints/step_00000000")
