@@ -1,9 +1,10 @@
 """Lets megatron-core 0.16.1 run on CPU with gloo: the same schedules, layers, optimizer and checkpoints as on GPUs.
 
 Installed by the topology only when no CUDA device is used; nothing else in the package knows. Process-wide and undone
-by `uninstall()`. Four parts: torch.cuda calls that answer for the CPU; a TorchFunctionMode that sends device="cuda" to
-the CPU; a model-parallel RNG tracker over torch's CPU generator; and repairs to the distributed optimizer's checkpoint
-code, which fails with torch's AdamW (megatron-core uses it whenever Transformer Engine and Apex are absent).
+by `uninstall()`. Five parts: torch.cuda calls that answer for the CPU; a TorchFunctionMode that sends device="cuda" to
+the CPU; a model-parallel RNG tracker over torch's CPU generator; torch's AdamW and norms, which megatron-core gives up
+for CUDA-only ones as soon as Transformer Engine or Apex can be imported; and repairs to the distributed optimizer's
+checkpoint code, which fails with torch's AdamW. The last are also needed on a GPU without Transformer Engine and Apex.
 """
 
 from __future__ import annotations
@@ -59,18 +60,26 @@ def install() -> None:
     _patch(mcore_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     _patch(mcore_random, "_CUDA_RNG_STATE_TRACKER", _cpu_rng_tracker())
     _patch(mcore_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
+    _use_torch_optimizer()
     _repair_distributed_optimizer_checkpoints()
     mode = _CudaIsCpu()
     mode.__enter__()
     _Installed.mode = mode
 
 
+def repair_gpu_checkpoints() -> None:
+    """On a GPU without Transformer Engine and Apex: only the repairs to the distributed optimizer's checkpoints."""
+    from megatron.core import optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER and not _Installed.saved:
+        _repair_distributed_optimizer_checkpoints()
+
+
 def uninstall() -> None:
-    """Undoes `install`; does nothing when the backend is not there."""
-    if _Installed.mode is None:
-        return
-    _Installed.mode.__exit__(None, None, None)
-    _Installed.mode = None
+    """Undoes `install` and `repair_gpu_checkpoints`; does nothing when neither was called."""
+    if _Installed.mode is not None:
+        _Installed.mode.__exit__(None, None, None)
+        _Installed.mode = None
     while _Installed.saved:
         owner, name, value = _Installed.saved.pop()
         setattr(owner, name, value)
@@ -136,6 +145,19 @@ def _cpu_rng_tracker() -> Any:
                 self._current_state_name = outer_name
 
     return CpuRngStatesTracker()
+
+
+def _use_torch_optimizer() -> None:
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed_precision
+
+    _patch(optimizer, "USING_PYTORCH_OPTIMIZER", True)
+    _patch(distrib_optimizer, "HAVE_APEX_OR_TE", False)
+    _patch(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+    for module in (clip_grads, mixed_precision):
+        _patch(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
+        _patch(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
 
 
 def _repair_distributed_optimizer_checkpoints() -> None:

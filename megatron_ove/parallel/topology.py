@@ -99,6 +99,8 @@ def initialize_topology(config: ParallelConfig, *, seed: int) -> ParallelTopolog
     device = _resolve_device(config, local_rank)
     if device.type == "cpu":
         cpu_backend.install()
+    else:
+        cpu_backend.repair_gpu_checkpoints()
     _initialize_communication(config, rank, world_size, device)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
