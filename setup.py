@@ -41,6 +41,7 @@ REQUIRED = [
 
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    "flash-attn": ["flash-attn>=2.6,<3"],  # builds from source; needs the CUDA compiler and torch already there
     "ocr-paddle": ["paddleocr==3.7.0", "paddlepaddle==3.3.1"],
     "icu": ["PyICU==2.17"],  # word breaks of Japanese and Thai; builds from source against Debian's libicu-dev
     "wandb": ["wandb>=0.19"],

@@ -20,7 +20,7 @@ from megatron_ove.checkpoint.rng_state import restore_rng_state, sharded_rng_sta
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import CheckpointError
 from megatron_ove.objectives.objective_set import ObjectiveSet
-from megatron_ove.optim.optimizer import SHARDING_METADATA, EncoderOptimizer
+from megatron_ove.optim.optimizer import EncoderOptimizer, sharding_metadata
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.build_model import encoder_of
 from megatron_ove.training.train_state import TrainState, fingerprint, sampler_state
@@ -108,6 +108,9 @@ class RunCheckpoints:
             for sentence in exactness_warnings(common["config"], self._plain_config):
                 logger.warning("%s", sentence)
         template = self._sharded_state(has_moments=common["train_state"]["samples_seen"] > 0, is_loading=True)
+        if common["config"]["encoder"]["fp8"] != "delayed":
+            # A run that begins to compute with `fp8: delayed` finds no history, and starts one.
+            template["model"] = _without_scaling_history(template["model"])
         same_layout = common["layout"] == self._layout()
         if same_layout:
             template["rng"] = sharded_rng_state(rank=self._topology.global_rank, world_size=self._topology.world_size)
@@ -138,10 +141,7 @@ class RunCheckpoints:
             CheckpointError: it is not a whole checkpoint, or holds another encoder.
         """
         # FP8 scaling history belongs to the run that made it, and an imported model has none.
-        template = {
-            chunk: {name: item for name, item in state.items() if not name.endswith("_extra_state")}
-            for chunk, state in self._model_state().items()
-        }
+        template = _without_scaling_history(self._model_state())
         loaded = load_encoder_weights(path, template, encoder=self._plain_config["encoder"])
         self._load_weights(loaded)
         self._optimizer.reload_model_params()
@@ -153,7 +153,7 @@ class RunCheckpoints:
 
     def _model_state(self) -> dict[str, Any]:
         return {
-            f"chunk{index}": encoder_of(chunk).sharded_state_dict(prefix="model.", metadata=SHARDING_METADATA)
+            f"chunk{index}": encoder_of(chunk).sharded_state_dict(prefix="model.", metadata=sharding_metadata())
             for index, chunk in enumerate(self._chunks)
         }
 
@@ -171,3 +171,11 @@ class RunCheckpoints:
     def _layout(self) -> dict[str, int]:
         topology = self._topology
         return {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size}
+
+
+def _without_scaling_history(model: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the model's state without Transformer Engine's extra state."""
+    return {
+        chunk: {name: item for name, item in state.items() if not name.endswith("_extra_state")}
+        for chunk, state in model.items()
+    }

@@ -92,10 +92,10 @@ def _section_text(section: Section) -> str:
         heads = [name.replace("_", " ") for name in names]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(names), *lines]))
     if section.skipped:
-        whats: dict[str, list[str]] = {}
+        parts_of: dict[str, list[str]] = {}
         for what, why in section.skipped:
-            whats.setdefault(why, []).append(what)
-        parts.append("Not run here:\n\n" + "\n".join(f"- {'; '.join(names)}: {why}" for why, names in whats.items()))
+            parts_of.setdefault(why, []).append(what)
+        parts.append("Not run here:\n\n" + "\n".join(f"- {'; '.join(names)}: {why}" for why, names in parts_of.items()))
     return "\n\n".join(part for part in parts if part)
 
 
