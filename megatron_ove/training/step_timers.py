@@ -149,7 +149,7 @@ class _HostClock:
 
 
 class _StreamClock:
-    """Events on the current stream. A step's are read two steps later, when the device has long passed them."""
+    """Events on the current stream. A step's are read when a later one begins and the device has passed them."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
@@ -157,7 +157,7 @@ class _StreamClock:
         self._free: list[Any] = []
 
     def start(self) -> None:
-        while len(self._steps) > 1:
+        while self._steps and self._steps[0][-1][1].query():
             self._read(self._steps.popleft())
         self._steps.append([("", self._record())])
 

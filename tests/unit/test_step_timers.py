@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import megatron.core
@@ -142,10 +141,11 @@ def test_the_heads_backward_pass_is_told_from_the_encoders(timers: StepTimers, s
     encoded = _Slow.apply(weight, lambda: spend(16)) * 3
     features = VisionFeatures(tokens=encoded[:, None, None], pooled=encoded[:, None], cu_seqlens=torch.tensor([0, 4]))
     head: Any = Head(spend)
-    plain = head.forward(features, None, {})
+    batch: Any = None
+    plain = head.forward(features, batch, {})
     (expected,) = torch.autograd.grad(plain.loss, weight, retain_graph=True)
     with timers.step(1):
-        output = timed_head(timers, head, features, SimpleNamespace(), {})
+        output = timed_head(timers, head, features, batch, {})
         spend(1)
         timers("backward-compute").start()
         replace(output, loss=output.loss.clone()).loss.backward()
@@ -154,3 +154,73 @@ def test_the_heads_backward_pass_is_told_from_the_encoders(timers: StepTimers, s
     assert nonzero(timers.take()) == {"head": 10, "backward": 48, "other": 1}
     assert torch.equal(output.loss, plain.loss)
     assert weight.grad is not None and torch.equal(weight.grad, expected)
+
+
+class Device:
+    """A device that works behind the host's back, and events on its stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host, self.done, self.num_events = 0.0, 0.0, 0
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self.event())
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def event(self) -> DeviceEvent:
+        self.num_events += 1
+        return DeviceEvent(self)
+
+    def launch(self, seconds: float) -> None:
+        self.done = max(self.done, self.host) + seconds
+
+
+class DeviceEvent:
+    def __init__(self, device: Device) -> None:
+        self.device, self.time = device, 0.0
+
+    def record(self) -> None:
+        self.device.launch(0)
+        self.time = self.device.done
+
+    def query(self) -> bool:
+        return self.time <= self.device.host
+
+    def synchronize(self) -> None:
+        self.device.host = max(self.device.host, self.time)
+
+    def elapsed_time(self, other: DeviceEvent) -> float:
+        if not (self.query() and other.query()):
+            raise RuntimeError("device not ready")
+        return 1000 * (other.time - self.time)
+
+
+def test_on_a_device_phases_are_its_streams_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    timers = StepTimers(torch.device("cuda"))
+    for number in (1, 2, 3, 4, 5):
+        with timers.step(number):
+            with timers.phase("forward"):
+                device.launch(1)
+            with timers.phase("backward"):
+                device.launch(2)
+                with timers.phase("head"):
+                    device.launch(1)
+            with timers.phase("data"):
+                device.host += 1  # the device is busy all the while
+    assert device.host < device.done  # nothing waited for the device
+    assert nonzero(timers.take()) == {"forward": 5, "backward": 10, "head": 5}
+    with timers.step(6):
+        with timers.phase("data"):
+            device.host += 3
+        with timers.phase("forward"):
+            device.launch(1)
+    assert nonzero(timers.take()) == {"data": 3, "forward": 1}
+
+
+def test_events_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    timers = StepTimers(torch.device("cuda"))
+    for number in range(50):
+        with timers.step(number), timers.phase("forward"):
+            device.launch(1)
+        device.host = max(device.host, device.done)
+    assert device.num_events == 4
+    assert nonzero(timers.take()) == {"forward": 50}
