@@ -76,8 +76,11 @@ def _real_path(location: Sequence[int | str], data: Any, *, is_missing: bool) ->
     """Drops union tags: parts that are not in the data, except the last part where a key is missing."""
     path: list[str] = []
     for depth, part in enumerate(location):
-        is_item = isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
-        if is_item or (isinstance(data, dict) and part in data):
+        if isinstance(data, dict):
+            is_key = part in data
+        else:
+            is_key = isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
+        if is_key:
             data = data[part]
         elif not is_missing or depth < len(location) - 1:
             continue

@@ -17,6 +17,7 @@ RECIPES = {
     "stage1_image/config_8gpu.yaml": 8,
     "stage2_joint/config.yaml": 128,
     "stage2_joint/config_8gpu.yaml": 8,
+    "stage2_joint/config_native.yaml": 128,
     "huge/config.yaml": 512,
     "huge/config_8gpu.yaml": 8,
 }

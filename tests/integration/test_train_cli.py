@@ -133,6 +133,21 @@ def test_inspect_describes_a_shard_set(sources, tmp_path, capsys):
     assert "so there is nothing to describe; check the path" in capsys.readouterr().err
 
 
+def test_inspect_says_how_full_the_microbatches_of_a_configuration_are(sources, tmp_path, capsys):
+    data = tiny_config(sources, tmp_path / "run", train={"global_batch_size": 32})
+    data["data"]["tokens_per_microbatch"] = 256
+    path = write_config(data, tmp_path / "config.yaml")
+    assert main(["inspect", str(path), "--replicas", "3", "1", "--steps", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "tiny: the first 4 steps, largest sample 16 patches" in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    assert [row[0] for row in rows if len(row) == 6 and row[0].isdecimal()] == ["1", "3"]
+    (now,) = [row for row in rows if row[0] == "256 (now)"]
+    assert [float(cell.rstrip(" *").removesuffix("%")) <= 25 for cell in now[1:]] == [True, True]
+    assert main(["inspect", str(path), "--steps", "0"]) == 2
+    assert "--steps and --replicas count something; give numbers of at least 1" in capsys.readouterr().err
+
+
 def test_a_wrong_configuration_is_a_sentence_at_once(sources, tmp_path):
     data = tiny_config(sources, tmp_path / "run", train={"num_step": 3})
     path = write_config(data, tmp_path / "config.yaml")
