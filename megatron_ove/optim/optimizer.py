@@ -20,14 +20,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_ove.config.optim import OptimConfig
 from megatron_ove.optim.param_groups import config_overrides, set_group_hyperparameters
 
-# Layout-independent storage: a checkpoint can be loaded with any tensor, pipeline and data parallel size.
-SHARDING_METADATA: dict[str, Any] = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
-
 
 class EncoderOptimizer:
     """AdamW over the encoder: fp32 master weights under bf16, state sharded over data ranks if configured."""
@@ -92,7 +84,7 @@ class EncoderOptimizer:
 
     def sharded_state_dict(self, model_state: ShardedStateDict, *, is_loading: bool) -> ShardedStateDict:
         """Returns moments, master weights and step count as shards that any layout can load; collective."""
-        return self._optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING_METADATA)
+        return self._optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=sharding_metadata())
 
     def load_state_dict(self, state: StateDict) -> None:
         """Takes over what `sharded_state_dict` described and a checkpoint filled in."""
@@ -136,3 +128,16 @@ def build_encoder_optimizer(
         pg_collection=process_groups,
     )
     return EncoderOptimizer(optimizer, chunks, config)
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """Returns how megatron-core is to store states, which any tensor, pipeline and data parallel size can load.
+
+    A new dictionary each time, because megatron-core writes a process group into the one it is given.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }

@@ -117,11 +117,13 @@ def _memory_changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"data.tokens_per_microbatch": config.data.tokens_per_microbatch // 2}
     yield {"parallel.tensor_model_parallel_size": 2 * tensor, "parallel.sequence_parallel": True}
     yield {"parallel.pipeline_model_parallel_size": 2 * pipeline}
-    for end, stage in (("first", 0), ("last", pipeline - 1)):
-        # The fullest stage gives layers to the others, as few as can be shared out evenly.
-        if pipeline > 1 and plan.fullest.stage == stage:
-            step = (pipeline - 1) * plan.layout.chunks
-            yield {f"parallel.num_layers_in_{end}_stage": plan.layout.stage_layers[stage] - step}
+    if pipeline > 1 and plan.fullest.stage in (0, pipeline - 1):
+        # This stage gives layers to the others, as few as can be shared out evenly.
+        end, other = ("first", "last") if plan.fullest.stage == 0 else ("last", "first")
+        size = plan.layout.stage_layers[plan.fullest.stage] - (pipeline - 1) * plan.layout.chunks
+        change: dict[str, Any] = {f"parallel.num_layers_in_{end}_stage": size}
+        is_set = getattr(parallel, f"num_layers_in_{other}_stage") is not None
+        yield {**change, f"parallel.num_layers_in_{other}_stage": None} if is_set else change
     yield from _table_changes(config)
 
 
@@ -155,4 +157,6 @@ def _planned(config: TrainConfig, changes: dict[str, Any], world_size: int, devi
 
 
 def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 
 from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.parallel import gradient_buckets
 from megatron_ove.planning.layout import Layout
 
 # megatron-core's buffers under the distributed optimizer: parameters start at multiples of 64 elements, and a bucket's
 # length is a multiple of 128 and of the number of data ranks.
 _PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
-# megatron-core's buckets where gradients are reduced beside computation: elements, the first where data ranks are few.
-_BUCKET_SIZE, _BUCKET_SIZE_PER_DATA_RANK = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def gradient_buffer(parameters: list[Parameter], layout: Layout, *, stage: int, 
     time enough.
     """
     has_buckets = layout.overlaps_reduce and stage == 0 and chunk == 0
-    bucket_size = max(_BUCKET_SIZE, _BUCKET_SIZE_PER_DATA_RANK * layout.data) if has_buckets else None
+    bucket_size = gradient_buckets.bucket_size(layout.data) if has_buckets else None
     alignment = _PARAMETER_ALIGNMENT if layout.distributed_optimizer else 1
     bucket_alignment = math.lcm(layout.data, _BUCKET_ALIGNMENT) if layout.distributed_optimizer else 1
     end, bucket_start = 0, 0

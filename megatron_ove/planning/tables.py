@@ -30,7 +30,7 @@ def print_layouts(plans: list[Plan], console: Console, *, most: int = 12) -> Non
         console.print("No layout of these ranks fits; see the settings above, or use more ranks.")
         return
     # tensor x pipeline (chunks, layers of the last stage) x data, a replica's microbatches; short, to fit 80 columns
-    columns = ("TP", "PP", "chunks", "last", "DP", "n", "step s", "samples/s", "MFU", "bubble", "GiB")
+    columns = ("TP", "PP", "VPP", "last", "DP", "n", "step s", "samples/s", "MFU", "bubble", "GiB")
     table = Table(
         title=f"Layouts that fit, fastest first ({min(most, len(plans))} of {len(plans)})", title_justify="left"
     )

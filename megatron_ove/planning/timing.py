@@ -1,8 +1,8 @@
 """How long a step should take: operations, bytes and messages over the rates of the device, nothing overlapped.
 
 An estimate to choose between layouts and to plan a purchase with, not a promise: the rates' shares in `devices` are
-assumptions. Gradient reduction and tensor-parallel messages do not overlap with computation in this version, so their
-times add up.
+assumptions. Messages do not overlap with computation, so their times add up, except for gradients and weights under
+`overlap_grad_reduce` and `overlap_param_gather`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.planning.activations import activation_bytes
 from megatron_ove.planning.class_tables import TablePlan
 from megatron_ove.planning.communication import Traffic
 from megatron_ove.planning.compute import Work, stage_work
@@ -23,6 +24,7 @@ from megatron_ove.planning.devices import (
 )
 from megatron_ove.planning.layout import Layout
 from megatron_ove.planning.memory import RankMemory
+from megatron_ove.planning.parameters import chunk_parameters, gradient_buffer
 from megatron_ove.planning.workload import Workload
 
 
@@ -82,6 +84,8 @@ def estimate_step(
     ]
     heads = _head_seconds(tables, config, device)
     times = [_message_seconds(messages, layout, device) for messages in traffic]
+    for stage, seconds in enumerate(passes):
+        times[stage]["data"] = times[stage].get("data", 0.0) - _hidden_seconds(config, layout, device, stage, seconds)
     by_group = {group: max(part.get(group, 0.0) for part in times) for group in ("tensor", "pipeline", "data", "other")}
     busy = [n * one for one in passes]
     busy[-1] += heads
@@ -122,6 +126,27 @@ def _head_seconds(tables: list[TablePlan], config: TrainConfig, device: Device) 
         total += table.operations / (device.rate(precision) * GEMM_SHARE)
         total += (moved + table.moved_bytes) / (device.bandwidth * MEMORY_SHARE)
     return total
+
+
+def _hidden_seconds(config: TrainConfig, layout: Layout, device: Device, stage: int, pass_seconds: float) -> float:
+    """Returns what of the exchange of gradients and weights goes on beside computation.
+
+    On the first stage all buckets but one have the step's last backward pass and the next first forward pass of a
+    microbatch; a later stage waits for the stages before it to drain and to fill.
+    """
+    if layout.data == 1 or not layout.overlaps_reduce:
+        return 0.0
+    buckets: list[int] = []
+    for chunk in range(layout.chunks):
+        parameters = chunk_parameters(config.encoder, layout, stage=stage, chunk=chunk)
+        buckets += gradient_buffer(parameters, layout, stage=stage, chunk=chunk).buckets
+    elements = sum(buckets) - (buckets[-1] if stage == 0 else 0)
+    link = device.network_link if layout.spans_nodes("data") else device.node_link
+    seconds = elements * (layout.data - 1) / layout.data / (link * LINK_SHARE)  # of one byte each
+    reduce = seconds * 4 * (1 if layout.distributed_optimizer else 2)
+    gather = seconds * activation_bytes(config) if layout.overlaps_gather else 0.0
+    room = pass_seconds * max(stage, 1)
+    return min(reduce, room * 2 / 3) + min(gather, room / 3)
 
 
 def _message_seconds(messages: list[Traffic], layout: Layout, device: Device) -> dict[str, float]:

@@ -10,6 +10,7 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.model.encoder import VisionEncoder, build_encoder_chunks
 from megatron_ove.model.pooling import AttentionPoolingHead
 from megatron_ove.objectives.objective_set import ObjectiveSet
+from megatron_ove.parallel import gradient_buckets
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.determinism import use_deterministic_kernels
 from megatron_ove.training.pretrain_model import PretrainModel
@@ -43,6 +44,7 @@ def build_model_chunks(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=gradient_buckets.bucket_size(topology.data_size),
     )
     chunks = []
     for index, encoder in enumerate(encoders):

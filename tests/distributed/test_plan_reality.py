@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ove.parallel import gradient_buckets
 from megatron_ove.planning.class_tables import plan_tables
 from megatron_ove.planning.communication import plan_communication
 from megatron_ove.planning.devices import find_device
@@ -25,6 +26,8 @@ TP2, PP2, VPP2 = (
     {"virtual_pipeline_model_parallel_size": 2},
 )
 SP, DISTRIBUTED = {"sequence_parallel": True}, {"use_distributed_optimizer": True}
+OVERLAP, GATHER = {"overlap_grad_reduce": True}, {"overlap_param_gather": True}
+UNEVEN = {**PP2, "num_layers_in_last_stage": 1}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, parallel section, others
     "one": (1, {}, {}),
     "tp2": (2, TP2, {"precision": "bf16"}),
@@ -34,11 +37,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
     "tp2_sp_dp2": (4, {**TP2, **SP, **DISTRIBUTED}, {"precision": "bf16"}),
     "tp2_sp_pp2": (4, {**TP2, **SP, **PP2}, {"recompute": "full"}),
     "pp2_dp2": (4, {**PP2, **DISTRIBUTED}, {"precision": "bf16"}),
+    "pp2_uneven_dp2": (
+        4,
+        {**PP2, **DISTRIBUTED, **OVERLAP, **GATHER, "num_layers_in_last_stage": 1},
+        {"bucket_size": 90_000},
+    ),
+    "dp2_overlap": (2, OVERLAP, {"precision": "bf16", "bucket_size": 150_000}),
 }
 
 
-def trace_steps(rank: int, world_size: int, data: dict[str, Any]) -> dict[str, Any]:
+def trace_steps(rank: int, world_size: int, data: dict[str, Any], bucket_size: int | None) -> dict[str, Any]:
     """Runs two steps; returns what the second one sent and what this rank holds and held."""
+    if bucket_size is not None:
+        gradient_buckets.bucket_size = lambda data_size: bucket_size
     from tests.support.step_trace import KeptBytes, LiveBytes, MessageTrace
 
     with LiveBytes() as live:
@@ -111,8 +122,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def run(request: pytest.FixtureRequest, sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Returns (configuration, what each rank saw)."""
     world_size, parallel, others = LAYOUTS[request.param]
+    others = dict(others)
+    bucket_size = others.pop("bucket_size", None)
     data = run_config(sources, tmp_path_factory.mktemp("run"), parallel, **others)
-    return check(data), run_distributed(trace_steps, world_size, data, timeout_s=100)
+    with pytest.MonkeyPatch.context() as patch:
+        if bucket_size is not None:
+            patch.setattr(gradient_buckets, "bucket_size", lambda data_size: bucket_size)
+        yield check(data), run_distributed(trace_steps, world_size, data, bucket_size, timeout_s=100)
 
 
 def run_config(

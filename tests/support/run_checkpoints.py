@@ -16,7 +16,7 @@ from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint
 from megatron_ove.model.encoder import VisionEncoder, build_encoder_chunks
 from megatron_ove.model.parameter_names import global_name
-from megatron_ove.optim.optimizer import SHARDING_METADATA
+from megatron_ove.optim.optimizer import sharding_metadata
 from megatron_ove.parallel.class_order import classes_of_rows
 from megatron_ove.parallel.shard_range import shard_range
 from megatron_ove.parallel.topology import ParallelTopology, initialize_topology
@@ -42,7 +42,7 @@ def class_table(num_classes: int) -> Tensor:
 
 def encoder_sharded_state(chunks: list[VisionEncoder]) -> dict[str, Any]:
     return {
-        f"chunk{index}": chunk.sharded_state_dict(prefix="model.", metadata=SHARDING_METADATA)
+        f"chunk{index}": chunk.sharded_state_dict(prefix="model.", metadata=sharding_metadata())
         for index, chunk in enumerate(chunks)
     }
 

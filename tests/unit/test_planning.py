@@ -15,6 +15,7 @@ from megatron_ove.config.loader import load_config
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.heads.active_classes import _capacity, draw_negatives, select_active_rows
+from megatron_ove.parallel import gradient_buckets
 from megatron_ove.planning.activations import ChunkActivations, peak_activations
 from megatron_ove.planning.alternatives import rank_knobs, suggest_layouts
 from megatron_ove.planning.class_tables import count_active_rows
@@ -184,6 +185,50 @@ def test_suggested_layouts_fit_and_are_ranked():
     grids = {(plan.layout.tensor, plan.layout.pipeline, plan.layout.data) for plan in plans}
     assert {(1, 1, 8), (2, 2, 2)} <= grids
     assert not any(tensor == 8 for tensor, _, _ in grids)  # 20 attention heads
+
+
+def test_a_lighter_last_stage_is_suggested_where_heads_are_heavy():
+    """Without sampling and with few ranks to share the tables, the heads cost as much as several layers."""
+    everything = [f"objectives.{name}.sample_rate=1.0" for name in ("image_clusters", "page_words", "clip_clusters")]
+    config = load_config(STAGE2, [*everything, "data.tokens_per_microbatch=4096"])
+    plans = suggest_layouts(config, world_size=8, device=find_device("h200-141g", world_size=8))
+    stages = [plan.layout.stage_layers for plan in plans if (plan.layout.tensor, plan.layout.pipeline) == (1, 4)]
+    assert (6, 6, 6, 6) in stages
+    assert stages[0][-1] < stages[0][0] and sum(stages[0]) == 24
+
+
+def test_stages_of_other_sizes_hold_and_do_what_their_layers_ask_for():
+    overrides = ["parallel.pipeline_model_parallel_size=2", "parallel.num_layers_in_last_stage=8"]
+    plan = planned(*overrides)
+    assert [one.num_layers for one in plan.ranks] == [16, 8] and plan.layout.stage_layers == (16, 8)
+    even = planned(overrides[0])
+    assert plan.ranks[1].memory.total < even.ranks[1].memory.total
+    assert plan.ranks[0].memory.total > even.ranks[0].memory.total
+    assert plan.operations == even.operations and plan.time.encoder > even.time.encoder
+    changes = [knob.change for knob in rank_knobs(plan)]
+    assert any(change.startswith("parallel.num_layers_in_first_stage: 15") for change in changes)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_buckets_are_the_buffer_in_parts(distributed, monkeypatch):
+    monkeypatch.setattr(gradient_buckets, "bucket_size", lambda data_size: 20_000_000)
+    encoder = load_config(STAGE2).encoder
+    grid = layout(data=3, distributed_optimizer=distributed, overlaps_reduce=True)
+    parameters = chunk_parameters(encoder, grid, stage=0, chunk=0)
+    buffer = gradient_buffer(parameters, grid, stage=0, chunk=0)
+    assert len(buffer.buckets) > 10 and all(size >= 20_000_000 for size in buffer.buckets[:-1])
+    assert len(gradient_buffer(parameters, grid, stage=1, chunk=0).buckets) == 1
+    if distributed:
+        assert sum(sum(buffer.owned(rank, 3)) for rank in range(3)) == 315_509_760
+    else:
+        assert buffer.size == 315_509_760
+
+
+def test_overlap_takes_time_off_the_exchange_and_nothing_else():
+    plain, reduce = planned(), planned("parallel.overlap_grad_reduce=true")
+    both = planned("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+    assert plain.time.data > reduce.time.data > both.time.data > 0
+    assert plain.time.encoder == both.time.encoder and plain.time.other == both.time.other
 
 
 def test_the_command_writes_json_and_a_picture(tmp_path, capsys):
