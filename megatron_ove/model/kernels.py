@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from megatron_ove.config.encoder import EncoderConfig
-from megatron_ove.config.fp8 import FP8_RECIPES
+from megatron_ove.config.fp8 import FP8_RECIPES, Fp8Recipe
 from megatron_ove.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -162,8 +162,8 @@ def fp8_obstacle(recipe: str, capability: tuple[int, int], cuda: tuple[int, ...]
     return None
 
 
-def _runs_on(recipe: object, capability: tuple[int, int], cuda: tuple[int, ...]) -> bool:
-    return recipe.oldest <= capability < recipe.below and cuda >= recipe.cuda  # type: ignore[attr-defined]
+def _runs_on(recipe: Fp8Recipe, capability: tuple[int, int], cuda: tuple[int, ...]) -> bool:
+    return recipe.oldest <= capability < recipe.below and cuda >= recipe.cuda
 
 
 def resolve_attention(
