@@ -76,11 +76,9 @@ def _real_path(location: Sequence[int | str], data: Any, *, is_missing: bool) ->
     """Drops union tags: parts that are not in the data, except the last part where a key is missing."""
     path: list[str] = []
     for depth, part in enumerate(location):
-        if isinstance(data, dict):
-            is_key = part in data
-        else:
-            is_key = isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
-        if is_key:
+        if isinstance(data, dict) and part in data:  # noqa: SIM114  # together they are too long to read
+            data = data[part]
+        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
             data = data[part]
         elif not is_missing or depth < len(location) - 1:
             continue
