@@ -13,7 +13,7 @@ from tests.support.tiny_run import check, tiny_config, write_tiny_sources
 
 NUM_STEPS = 6
 RELATIVE_TOLERANCE = 1e-5
-"""fp32 sums in another order; see test_training_layouts.py."""
+"""fp32 sums in another order; see test_layout_grid.py."""
 NATIVE = {"image_size": (28, 42, 56), "aspect": "keep", "max_upscale": 2.0}
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "small_budget": (1, {"tokens_per_microbatch": 96}, {}),
