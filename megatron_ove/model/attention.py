@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_ove.model.cpu_attention import attend
 from megatron_ove.model.rotary import rotate
 
 # Tokens of one padding segment: small, because attention cost grows with its square.
@@ -153,7 +153,7 @@ class PackedAttention(MegatronModule):
         runs = [*segments.sample_runs, *segments.padding_runs]
         outputs = []
         for q, k, v in zip(*(split_runs(x, runs) for x in (query, key, value)), strict=True):
-            attended = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)  # [count, n, length, d]
+            attended = attend(q, k, v, self.softmax_scale)  # [count, n, length, d]
             outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

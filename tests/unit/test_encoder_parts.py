@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ove.errors import ConfigError
-from megatron_ove.model.attention import PADDING_SEGMENT, SegmentRun, build_segments, find_runs
+from megatron_ove.model.attention import PADDING_SEGMENT, SegmentRun, build_segments, find_runs, split_runs
+from megatron_ove.model.cpu_attention import attend
 from megatron_ove.model.encoder import VisionEncoder, build_encoder
 from megatron_ove.model.initialization import initial_value
 from megatron_ove.model.kernels import EncoderKernels
+from megatron_ove.model.linear import linear
 from megatron_ove.model.rotary import inverse_frequencies, rotary_angles, rotate
 from megatron_ove.parallel.topology import ParallelTopology
 from tests.support.tiny import codec_clip_sample, image_sample, make_batch, tiny_encoder_config
@@ -220,3 +222,69 @@ def test_weights_load_into_layers_with_extra_state(topology: ParallelTopology, m
     del weights["patch_embed.weight"]
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "patch_embed.weight"'):
         encoder.load_state_dict(weights)
+
+
+@pytest.mark.parametrize("length", [256, 1100])
+def test_attention_by_heads_equals_dense_attention(length: int) -> None:
+    """bf16 on a CPU with few threads, one block and three; values lie among those of other tensors, as in a pack."""
+    shape = 2, length, 3, 32
+    generator = torch.Generator().manual_seed(1)
+    packed = torch.randn(4, *shape, generator=generator).bfloat16()
+    inputs = [packed[index].transpose(1, 2).detach().requires_grad_() for index in range(3)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    weights = torch.softmax(exact[0] @ exact[1].transpose(2, 3) * 0.25, dim=-1)
+    expected, gradient = weights @ exact[2], packed[3].transpose(1, 2)
+    expected.backward(gradient.double())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        actual = attend(*inputs, 0.25)
+        assert actual.grad_fn is not None and actual.grad_fn.name().startswith("_HeadByHead")
+        actual.backward(gradient)
+    finally:
+        torch.set_num_threads(threads)
+    pairs = [(actual, expected), *((x.grad, y.grad) for x, y in zip(inputs, exact, strict=True))]
+    for ours, reference in pairs:
+        assert ours is not None and reference is not None and ours.shape == reference.shape
+        assert (ours.double() - reference).abs().max() < 2e-2 * reference.abs().max()
+
+
+def test_attention_of_short_samples_and_of_fp32_is_torchs() -> None:
+    for x in (torch.randn(1, 2, 300, 32), torch.randn(1, 2, 200, 32).bfloat16()):
+        assert torch.equal(attend(x, x, x), F.scaled_dot_product_attention(x, x, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_map_and_its_gradients(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    wide = torch.randn(7, 2, 40, generator=generator).to(dtype)
+    tensors = [wide[..., :24], torch.randn(5, 24, generator=generator).to(dtype), torch.randn(5).to(dtype)]
+    ours = [x.detach().requires_grad_() for x in tensors]  # the first one with gaps between its rows
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    actual, expected = linear(*ours), F.linear(*exact)
+    actual.sum().backward()  # a gradient without memory of its own
+    expected.sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for mine, reference in [(actual, expected), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))]:
+        assert mine is not None and reference is not None and mine.dtype == dtype
+        assert (mine.double() - reference).abs().max() < tolerance * reference.abs().max()
+
+
+def test_runs_are_cut_once_and_may_leave_a_rest() -> None:
+    x = torch.randn(9, 2, 3, requires_grad=True)
+    first, second = split_runs(x, [SegmentRun(0, 2, 2), SegmentRun(4, 1, 3)])
+    assert torch.equal(first, x[:4].view(2, 2, 2, 3).transpose(1, 2)) and torch.equal(
+        second, x[4:7].transpose(0, 1)[None]
+    )
+    assert split_runs(x, []) == []
+    (whole,) = split_runs(x, [SegmentRun(0, 3, 3)])
+    assert torch.equal(whole, x.view(3, 3, 2, 3).transpose(1, 2))
+    (2 * first.sum() + second.sum()).backward()
+    assert torch.equal(x.grad[:, 0, 0], torch.tensor([2.0, 2, 2, 2, 1, 1, 1, 0, 0]))
+
+
+def test_rotation_and_its_gradient_are_autograds() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 2, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    cos, sin = (torch.randn(5, 1, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda value: rotate(value, cos, sin), (x,))
