@@ -93,7 +93,7 @@ def _last_stages(layers: int, pipeline: int, chunks: int) -> Iterator[list[int |
     each where there are any."""
     if layers % (pipeline * chunks) == 0:
         yield [None]
-    smaller = [
+    smaller: list[int | None] = [
         size
         for size in range(chunks, layers // pipeline + 1, chunks)
         if pipeline > 1 and size * pipeline < layers and (layers - size) % ((pipeline - 1) * chunks) == 0

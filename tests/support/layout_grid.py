@@ -161,7 +161,8 @@ def _train_and_watch(config: Any, topology: Any, change: Change | None) -> Shard
     """Runs to the end; keeps gradients before the updates of `WATCHED_STEPS`."""
     from megatron_ove.training.trainer import Trainer
 
-    trainer, shards = Trainer(config, topology), Shards()
+    trainer: Any = Trainer(config, topology)
+    shards = Shards()
     update = trainer.optimizer.step
 
     def watched(**arguments: Any) -> None:
@@ -171,7 +172,7 @@ def _train_and_watch(config: Any, topology: Any, change: Change | None) -> Shard
             shards.rows[step] = {name: _row_gradient(trainer.objectives[name].centers) for name in _tables(trainer)}
         update(**arguments)
 
-    trainer.optimizer.step = watched  # type: ignore[method-assign]
+    trainer.optimizer.step = watched
     if change is not None:
         change(trainer, topology)
     trainer.run()
