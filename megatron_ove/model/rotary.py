@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Share of the rotary channels for (time, height, width), in sixteenths of half the head dim.
 _AXIS_SHARES = (4, 6, 6)
+# An integer that holds two channels.
+_WORDS = {torch.bfloat16: torch.int32, torch.float32: torch.int64}
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,21 +54,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Half the passes over memory that autograd would take; only the tables are kept for the backward pass."""
+    """Keeps nothing but the tables for the backward pass, which is the same map with the partners' sines."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        rotated = x * cos
-        rotated[..., 0::2] -= x[..., 1::2] * sin[..., 0::2]
-        rotated[..., 1::2] += x[..., 0::2] * sin[..., 1::2]
-        return rotated
+        signed = sin.clone()
+        signed[..., 0::2].neg_()
+        ctx.save_for_backward(cos, signed)
+        return (x * cos).add_(_swap_pairs(x).mul_(signed))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        # The transposed map: a channel gets its partner's gradient times the partner's sine.
-        cos, sin = ctx.saved_tensors
-        g_x = gradient * cos
-        g_x[..., 0::2] += gradient[..., 1::2] * sin[..., 1::2]
-        g_x[..., 1::2] -= gradient[..., 0::2] * sin[..., 0::2]
-        return g_x, None, None
+        cos, signed = ctx.saved_tensors
+        return (gradient * cos).add_(_swap_pairs(gradient).mul_(_swap_pairs(signed))), None, None
+
+
+def _swap_pairs(x: Tensor) -> Tensor:
+    """Returns a copy of [..., d] with neighbouring channels exchanged, (a, b) -> (b, a)."""
+    word = _WORDS.get(x.dtype)
+    if x.device.type != "cpu" or word is None:
+        return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    # A pair is one integer here, and its halves change places in a few vectorized passes; a flip moves single elements.
+    half = 8 * x.element_size()
+    pairs = (x if x.stride(-1) == 1 else x.contiguous()).view(word)
+    swapped = (pairs >> half).bitwise_and_((1 << half) - 1)
+    return swapped.bitwise_or_(pairs << half).view(x.dtype)

@@ -283,8 +283,20 @@ def test_runs_are_cut_once_and_may_leave_a_rest() -> None:
     assert torch.equal(x.grad[:, 0, 0], torch.tensor([2.0, 2, 2, 2, 1, 1, 1, 0, 0]))
 
 
-def test_rotation_and_its_gradient_are_autograds() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rotation_and_its_gradient_are_autograds(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(5, 2, 6, generator=generator, dtype=torch.float64, requires_grad=True)
-    cos, sin = (torch.randn(5, 1, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda value: rotate(value, cos, sin), (x,))
+    packed = torch.randn(5, 2, 64, generator=generator).to(dtype)
+    x = packed[..., 16:48].detach().requires_grad_()  # with gaps, as queries lie among keys and values
+    cos, sin = (torch.randn(5, 1, 32, generator=generator).to(dtype) for _ in range(2))
+    y = x.detach().double().requires_grad_()
+    swapped = torch.stack([-y[..., 1::2], y[..., 0::2]], dim=-1).flatten(-2)
+    expected = y * cos.double() + swapped * sin.double()
+    actual = rotate(x, cos, sin)
+    gradient = torch.randn(5, 32, 2, generator=generator).to(dtype).transpose(1, 2)  # channels do not lie side by side
+    actual.backward(gradient)
+    expected.backward(gradient.double())
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    for mine, reference in ((actual, expected), (x.grad, y.grad)):
+        assert mine is not None and reference is not None and mine.dtype == dtype
+        assert (mine.double() - reference).abs().max() < tolerance * reference.abs().max()
