@@ -19,6 +19,7 @@ import torch
 from encoder_contenders import SIZES, Workload, build_contender
 from encoder_parts import measure_parts
 from head_report import describe_machine
+from head_rounds import ALLOCATORS
 from torch import Tensor
 from turns import Schedule, take_turns
 
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=at_least_1, default=schedule.steps, help="timed steps of a turn")
     add("--warmup", type=whole_number(0), default=schedule.warmup, help="steps before the first turn, not timed")
     add("--parts", action="store_true", help="also say where the time goes, by what operations do (CPU)")
+    add("--allocator", choices=sorted(ALLOCATORS), default=schedule.allocator, help="freed memory on the CPU, for all")
     add("--json", type=Path, help="write all figures to this file")
     return parser
 
@@ -66,7 +68,9 @@ def _run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         device=options.device,
     )
-    schedule = Schedule(options.device, options.threads, options.warmup, options.repeats, options.steps)
+    schedule = Schedule(
+        options.device, options.threads, options.warmup, options.repeats, options.steps, options.allocator
+    )
     builders = {name: (build_contender, (name, work)) for name in CONTENDERS}
     results = take_turns(
         builders,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from encoder_contenders import SIZES
 from head_report import describe_machine
+from head_rounds import ALLOCATORS
 from torch import Tensor
 from train_step_contenders import build_contender
 from train_step_work import SOURCES, Workload
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=at_least_1, default=schedule.rounds, help="turns of each contender")
     add("--steps", type=at_least_1, default=schedule.steps, help="timed steps of a turn")
     add("--warmup", type=whole_number(0), default=schedule.warmup, help="steps before the first turn, not timed")
+    add("--allocator", choices=sorted(ALLOCATORS), default=schedule.allocator, help="freed memory on the CPU, for all")
     add("--json", type=Path, help="write all figures to this file")
     return parser
 
@@ -83,7 +85,9 @@ def _run(options: argparse.Namespace) -> None:
         precision=options.precision,
         device=options.device,
     )
-    schedule = Schedule(options.device, options.threads, options.warmup, options.repeats, options.steps)
+    schedule = Schedule(
+        options.device, options.threads, options.warmup, options.repeats, options.steps, options.allocator
+    )
     heads = _pairs(options.head)
     builders = {name: (build_contender, (name, work, heads)) for name in CONTENDERS}
     results = take_turns(builders, schedule, lambda outputs: _check_agreement(outputs, TOLERANCE[work.precision]))

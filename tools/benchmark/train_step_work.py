@@ -29,7 +29,7 @@ class Workload:
         num_layers: of the encoder, None = as published.
         samples: source -> samples of the step; the published ratio is 16 : 8 : 16.
         classes: source -> rows of its class table.
-        picture_side: of pictures and pages, in pixels.
+        picture_side: of pictures and pages, in pixels; the published recipes train base at 224 and large at 448.
         frame_side: of the frames of clips, in pixels.
         kept_frames: frames drawn of a clip; as many patches as these hold are chosen by the codec.
         precision: bf16 (autocast in the published loop, bf16 with fp32 master weights in ours) or fp32.
@@ -39,7 +39,7 @@ class Workload:
     num_layers: int | None = None
     samples: Mapping[str, int] = field(default_factory=lambda: {"image": 2, "ocr": 1, "video": 2})
     classes: Mapping[str, int] = field(default_factory=lambda: {"image": 200_000, "ocr": 36_519, "video": 40_000})
-    picture_side: int = 448
+    picture_side: int = 224
     frame_side: int = 224
     kept_frames: int = 8
     precision: str = "bf16"

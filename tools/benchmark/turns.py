@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from unittest import mock
 
 import torch
+from head_rounds import ALLOCATORS
 from torch import Tensor
 
 from megatron_ove.errors import MegatronOveError
@@ -49,6 +50,7 @@ class Schedule:
         warmup: steps of a contender before the first turn; not timed.
         rounds: turns of each contender.
         steps: timed steps of a turn.
+        allocator: what becomes of freed memory on the CPU, one of `head_rounds.ALLOCATORS`, for all contenders.
     """
 
     device: str = "cpu"
@@ -56,6 +58,7 @@ class Schedule:
     warmup: int = 1
     rounds: int = 3
     steps: int = 1
+    allocator: str = "default"
 
 
 @dataclass
@@ -127,7 +130,8 @@ class _Process:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, build, arguments, schedule), daemon=True)
-        with mock.patch.dict(os.environ, {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(schedule.threads)}):
+        environment = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(schedule.threads)}
+        with mock.patch.dict(os.environ, environment | ALLOCATORS[schedule.allocator]):
             self._process.start()
         theirs.close()
 
