@@ -187,9 +187,7 @@ def test_sentences_of_fp8_hardware() -> None:
 
 def test_fp8_needs_transformer_engine(machine: Any) -> None:
     machine(set())
-    with pytest.raises(
-        ConfigError, match=r"^encoder\.fp8 = current needs Transformer Engine layers, and this run"
-    ):
+    with pytest.raises(ConfigError, match=r"^encoder\.fp8 = current needs Transformer Engine layers, and this run"):
         resolve(fp8="current")
     machine(ENGINE)
     assert resolve(fp8="current").layers == "transformer_engine"
