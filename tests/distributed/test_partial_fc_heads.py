@@ -37,7 +37,9 @@ HEADS: dict[str, dict[str, Any]] = {
     },
     "places": {"source": "photos", "num_classes": 20, "sample_rate": 0.5, "labels_per_step": 5},
     "own": {"source": "pages", "num_classes": 11, "sample_rate": 0.5, "labels_per_step": 4, "class_group": "tensor"},
-    "own too": {"source": "clips", "num_classes": 15, "sample_rate": 0.4, "labels_per_step": 1, "class_group": "tensor"},
+    "own too": {
+        "source": "clips", "num_classes": 15, "sample_rate": 0.4, "labels_per_step": 1, "class_group": "tensor",
+    },
 }  # fmt: skip
 THREE = ("words", "actions", "shapes")
 # Replica -> microbatch -> samples. The third microbatch is empty everywhere, the second has no clips on any replica.
