@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank, world_size = 0, 1
     try:
         os.environ.update(slurm_rank_variables(os.environ, has_terminal=os.isatty(0)))
-        rank, world_size = _read_number("RANK", 0), _read_number("WORLD_SIZE", 1)
+        rank, world_size = _read_place()
         set_up_logging(rank, verbose=parsed.verbose)
         return parsed.run(parsed)
     except MegatronOveError as error:
@@ -55,6 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _describe_failure(error, rank, world_size)
         return _leave(1, world_size)
+
+
+def _read_place() -> tuple[int, int]:
+    """Returns (rank, world size); (0, 1) where no launcher has set them."""
+    rank, world_size, _ = _read_number("RANK", 0), _read_number("WORLD_SIZE", 1), _read_number("LOCAL_RANK", 0)
+    if "WORLD_SIZE" in os.environ:
+        _read_number("MASTER_PORT", 0)
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and rank >= world_size:
+        raise ConfigError(
+            f"the environment has RANK = {rank} and WORLD_SIZE = {world_size}, but ranks are counted from 0 to "
+            "WORLD_SIZE - 1, so the others would wait for ever; start with torchrun, or unset both to run one process"
+        )
+    return rank, world_size
 
 
 def _read_number(name: str, default: int) -> int:

@@ -35,3 +35,30 @@ def test_a_sentence_is_printed_once_on_every_machine(
     command_line._print_sentence(error, rank, 16)
     expected = f"megatron-ove: [rank {rank}] no such file\n" if is_printed else ""
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"RANK": "3", "WORLD_SIZE": "2"},
+            "the environment has RANK = 3 and WORLD_SIZE = 2, but ranks are counted from 0 to WORLD_SIZE - 1, so the "
+            "others would wait for ever",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "the environment has RANK = 0 and WORLD_SIZE = 0, but ranks are counted"),
+        ({"LOCAL_RANK": "x"}, "the environment has LOCAL_RANK = 'x', which is no number"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "abc"},
+            "the environment has MASTER_PORT = 'abc', which is no",
+        ),
+    ],
+)
+def test_a_place_in_the_world_that_cannot_be_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], message: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert command_line.main(["inspect", "nowhere"]) == 2
+    assert f"megatron-ove: {message}" in capsys.readouterr().err
