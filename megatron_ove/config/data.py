@@ -14,6 +14,8 @@ from pydantic import Discriminator, Field, Tag
 from megatron_ove.config.base import StrictModel
 
 _Positive = Annotated[int, Field(gt=0)]
+_Side = Annotated[int, Field(gt=0, le=65535)]
+"""No JPEG is longer; and all sizes of a range are listed."""
 
 
 def _form_of(value: Any) -> str:
@@ -36,9 +38,9 @@ Choice = Annotated[_Number | _List, Discriminator(_form_of_choice)]
 class SizeRange(StrictModel):
     """All sizes from `min` to `max` in steps of the patch size; each is drawn equally often."""
 
-    min: _Positive
+    min: _Side
     """Smallest size in pixels; must be a multiple of the patch size."""
-    max: _Positive
+    max: _Side
     """Largest size in pixels; must be a multiple of the patch size."""
 
     def _check_order(self) -> Iterator[str]:

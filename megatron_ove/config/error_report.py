@@ -64,6 +64,9 @@ def _describe(details: ErrorDetails, data: dict[str, Any], model: type[BaseModel
         shown = context.get("tag") if tag else value
         allowed = (context.get("expected") or context.get("expected_tags", "")).replace("'", "")
         return [f"{name}{tag} = {shown!r} is not one of the known values; use {allowed}"]
+    if kind == "too_short":
+        form = "section" if isinstance(value, dict) else "list"
+        return [f"{name} is an empty {form}, but at least {context['min_length']} value is needed; add one"]
     if kind == "union_tag_not_found":
         return [f"missing key '{name}.kind': it says which kind of section this is; add it"]
     if kind in _TYPE_NAMES:

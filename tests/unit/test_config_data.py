@@ -33,7 +33,17 @@ from tests.unit.test_config import changed
         ),
         ("data.sources.images.image_size", {"min": 224}, "missing key 'data.sources.images.image_size.max': it has no"),
         ("data.sources.images.image_size", {"min": 2, "top": 3}, "unknown key 'data.sources.images.image_size.top'; k"),
-        ("data.sources.images.image_size", [], "data.sources.images.image_size = () is not allowed: tuple should have"),
+        (
+            "data.sources.images.image_size",
+            {"min": 14, "max": 14 * 10**9},
+            "data.sources.images.image_size.max = 14000000000 is not allowed: it should be less than or equal to 65535",
+        ),
+        (
+            "data.sources.images.image_size",
+            [],
+            "data.sources.images.image_size is an empty list, but at least 1 value is needed; add one",
+        ),
+        ("objectives", {}, "objectives is an empty section, but at least 1 value is needed; add one"),
         ("data.sources.images.image_size", [224, 0], "image_size.1 = 0 is not allowed: it should be greater than 0"),
         (
             "data.sources.images.image_size",
