@@ -19,7 +19,7 @@ import numpy as np
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.packing import pack_samples
 from megatron_ove.data.sampler import SourceSampler
-from megatron_ove.errors import ConfigError
+from megatron_ove.errors import ConfigError, DataError
 
 
 class PlannedSource(Protocol):
@@ -162,13 +162,20 @@ class MicrobatchPlanner:
 
         Raises:
             ConfigError: a sample has more patches than a microbatch.
+            DataError: a sample has none, because its index is damaged.
         """
         before, after = self.samples_before(step), self.samples_before(step + 1)
         parts = [np.arange(first, last, dtype=np.int64) for first, last in zip(before, after, strict=True)]
         rows = [sampler.rows(part) for sampler, part in zip(self._samplers, parts, strict=True)]
         seeds = [sampler.seeds(part) for sampler, part in zip(self._samplers, parts, strict=True)]
         tokens = [s.count_tokens(r, d) for s, r, d in zip(self._sources, rows, seeds, strict=True)]
-        for source, count in zip(self._sources, tokens, strict=True):
+        for source, chosen, count in zip(self._sources, rows, tokens, strict=True):
+            if count.size and count.min() < 1:
+                row = int(chosen[count.argmin()])
+                raise DataError(
+                    f"sample {row} of data.sources.{source.name} has {max(0, count.min())} patches by its index, so "
+                    "the index is damaged; copy it again or write the shard set again"
+                )
             if count.size and count.max() > self._tokens:
                 raise ConfigError(
                     f"a sample of data.sources.{source.name} has {count.max()} patches, more than "

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ove.data.mixture import MicrobatchPlanner
-from megatron_ove.errors import ConfigError
+from megatron_ove.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -115,3 +115,15 @@ def test_a_large_step_is_planned_in_little_time() -> None:
     plan = planned.plan(12_345)
     assert plan.num_microbatches % 128 == 0
     assert time.process_time() - started < 1.0
+
+
+@dataclass(frozen=True)
+class DamagedSource(FakeSource):
+    def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        return np.where(rows == 3, 0, 5)
+
+
+def test_a_sample_without_patches_is_named() -> None:
+    planned = planner([DamagedSource("pages", 1.0, 12)])
+    with pytest.raises(DataError, match=r"sample 3 of data\.sources\.pages has 0 patches by its index, .*; copy"):
+        planned.plan(0)
