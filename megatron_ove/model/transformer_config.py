@@ -44,6 +44,12 @@ _OTHER_MODEL_PREFIXES = (
 # Settings of ours that decide what a field of megatron-core would.
 _OUR_SETTINGS = {"fp8": "encoder.fp8", "fp8_recipe": "encoder.fp8", "attention_backend": "encoder.attention_backend"}
 
+# Fields whose other value makes a run wrong in silence.
+_UNSAFE = {
+    "calculate_per_token_loss": "gradients would be summed over replicas instead of averaged",
+    "deallocate_pipeline_outputs": "a tensor would be freed while gloo may still be sending it",
+}
+
 
 def build_transformer_config(
     encoder: EncoderConfig, topology: ParallelTopology, *, dtype: torch.dtype, kernels: EncoderKernels
@@ -176,6 +182,11 @@ def _check_overrides(overrides: dict[str, Any], ours: dict[str, Any]) -> None:
             raise ConfigError(
                 f"encoder.mcore_overrides.{name} would bypass what is checked about the device and the shapes; use "
                 f"{_OUR_SETTINGS[name]}"
+            )
+        if name in _UNSAFE:
+            raise ConfigError(
+                f"encoder.mcore_overrides.{name} would train wrongly without an error, because {_UNSAFE[name]}; remove "
+                "it"
             )
         if name in known and name.startswith(_OTHER_MODEL_PREFIXES):
             raise ConfigError(

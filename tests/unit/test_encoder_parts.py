@@ -177,6 +177,16 @@ ERRORS = [
         "would contradict each other; use the setting of the encoder or parallel section instead",
     ),
     (
+        {"mcore_overrides": {"calculate_per_token_loss": True}},
+        "encoder.mcore_overrides.calculate_per_token_loss would train wrongly without an error, because gradients "
+        "would be summed over replicas instead of averaged; remove it",
+    ),
+    (
+        {"mcore_overrides": {"deallocate_pipeline_outputs": True}},
+        "encoder.mcore_overrides.deallocate_pipeline_outputs would train wrongly without an error, because a tensor "
+        "would be freed while gloo may still be sending it; remove it",
+    ),
+    (
         {"mcore_overrides": {"num_query_groups": 1}},
         "encoder.mcore_overrides.num_query_groups would change what the encoder computes, and neither checkpoints nor "
         "exports would know; remove it",
