@@ -45,7 +45,8 @@ def is_done(run_dir: Path, *, num_steps: int, config_text: str) -> bool:
         return False
     return (
         isinstance(marker, dict)
-        and marker.get("step", 0) >= num_steps
+        and type(marker.get("step")) is int
+        and marker["step"] >= num_steps
         and marker.get("config_sha256") == _sha256(config_text)
         and (run_dir / "checkpoints" / checkpoint_name(marker["step"])).is_dir()
     )

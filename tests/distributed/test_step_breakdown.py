@@ -38,8 +38,7 @@ class _SlowBackward(torch.autograd.Function):
 
 
 def train(rank: int, world_size: int, data: dict[str, Any], slow: Mapping[int, tuple[str, int]]) -> list[float]:
-    """Trains; step s is slow in phase `slow[s][0]` on rank `slow[s][1]`. Returns the seconds of every step, by a clock
-    of our own."""
+    """Trains; step s is slow in phase `slow[s][0]` on rank `slow[s][1]`; returns each step's seconds by our clock."""
     from megatron_ove.outputs import VisionFeatures
     from megatron_ove.parallel.topology import initialize_topology
     from megatron_ove.training.build_model import encoder_of

@@ -35,7 +35,10 @@ def test_a_run_whose_checkpoint_was_deleted_is_not_done(run_dir: Path) -> None:
     assert not is_done(run_dir, num_steps=6, config_text=TEXT)
 
 
-@pytest.mark.parametrize("content", ["", "{", "6", "[]"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "6", "[]", '{"step": "6"}', '{"step": null}'] + [f'{{"step": {step}}}' for step in ("6.5", "true")],
+)
 def test_a_file_that_is_no_marker_is_not_done(run_dir: Path, content: str) -> None:
     (run_dir / "done").write_text(content)
     assert not is_done(run_dir, num_steps=6, config_text=TEXT)
