@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -105,6 +106,12 @@ def plain_encoder(ours: VisionEncoder, attention: Attention) -> PlainVit:
     return plain
 
 
+def _compared(pooled: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what contenders are compared by: features; gradients of the first layer and of all that is no layer."""
+    chosen = {name: value for name, value in gradients.items() if ".layers." not in name or ".layers.0." in name}
+    return {name: value.detach().float().cpu() for name, value in {"pooled": pooled, **chosen}.items()}
+
+
 class OurEncoder:
     """Ours: megatron-core's layers, one rank, all pictures in one pack."""
 
@@ -116,11 +123,10 @@ class OurEncoder:
         self._config = config
 
     def outputs(self) -> dict[str, Tensor]:
-        """Returns the pooled embeddings and, under the published names, all gradients."""
+        """Returns the pooled embeddings and, under the published names, gradients."""
         pooled = self._forward_backward()
         gradients = {name: p.grad for name, p in self.encoder.named_parameters() if p.grad is not None}
-        result = {"pooled": pooled.detach(), **to_hf(gradients, self._config)}
-        return {name: value.float().cpu() for name, value in result.items()}
+        return _compared(pooled, to_hf(gradients, self._config))
 
     def prepare(self) -> None:
         """The same batch every time."""
@@ -150,10 +156,9 @@ class PlainEncoder:
         self._weights = work.output_weights(config.hidden_size).to(topology.device)
 
     def outputs(self) -> dict[str, Tensor]:
-        """Returns the pooled embeddings and all gradients."""
+        """Returns the pooled embeddings and gradients."""
         pooled = self._forward_backward()
-        result = {"pooled": pooled, **{name: p.grad for name, p in self.encoder.named_parameters()}}
-        return {name: value.detach().float().cpu() for name, value in result.items() if value is not None}
+        return _compared(pooled, {name: p.grad for name, p in self.encoder.named_parameters() if p.grad is not None})
 
     def prepare(self) -> None:
         """The same batch every time."""
