@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+_MOST_RANKS = 1_000_000
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the sub-command."""
@@ -33,6 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.world_size < 1:
         raise ConfigError(f"--world-size {arguments.world_size} is no number of ranks; give at least 1")
+    if arguments.world_size > _MOST_RANKS:
+        raise ConfigError(
+            f"--world-size {arguments.world_size} is more ranks than any machine has, and planning them would not end; "
+            f"give at most {_MOST_RANKS}"
+        )
     config = load_config(arguments.config, arguments.overrides)
 
     from rich.console import Console

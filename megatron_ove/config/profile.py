@@ -16,7 +16,7 @@ class ProfileConfig(StrictModel):
     """First step of the window, counted from 1 as in metrics.jsonl; null = no profile."""
     num_steps: Annotated[int, Field(gt=0)] = 3
     """Steps of the window."""
-    ranks: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    ranks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     """Global ranks that are recorded."""
     memory: bool = True
     """Whether memory is recorded too: a snapshot of the allocator on CUDA, peaks by phase on a CPU."""

@@ -145,6 +145,13 @@ class TrainConfig(StrictModel):
                 f"encoder.fp8 = {fp8} need{ranks}; use {-(-budget // multiple) * multiple}"
             )
 
+    def _check_fp8_precision(self) -> Iterator[str]:
+        if self.encoder.fp8 != "off" and self.train.precision != "bf16":
+            yield (
+                f"encoder.fp8 = {self.encoder.fp8} with train.precision = {self.train.precision}: FP8 layers take and "
+                "give bf16; set train.precision: bf16, or encoder.fp8: off"
+            )
+
     def _check_fp8_widths(self) -> Iterator[str]:
         size, fp8 = self.parallel.tensor_model_parallel_size, self.encoder.fp8
         if fp8 == "off":

@@ -39,6 +39,7 @@ class Device:
         node_link: to a device of the same node, bytes per second and direction.
         network_link: to a device of another node, per device.
         source: where the figures come from.
+        capability: CUDA compute capability; None = no GPU.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Device:
     node_link: float
     network_link: float
     source: str
+    capability: tuple[int, int] | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -70,6 +72,7 @@ def _gpu(
     rates: tuple[float, float, float | None],
     links: tuple[float, float, float],
     source: str,
+    capability: tuple[int, int],
 ) -> Device:
     """`rates` in teraflops (bf16, fp32, fp8); `links` in gigabytes per second (memory, node, network)."""
     bf16, fp32, fp8 = rates
@@ -78,25 +81,29 @@ def _gpu(
     # 2 GB for context, libraries and NCCL; 5 % for an allocator that rounds and fragments.
     reserved = int(2e9 + 0.05 * memory)
     bandwidth, node, network = (link * 1e9 for link in links)
-    return Device(name, memory, reserved, known, bandwidth, node, network, source)
+    return Device(name, memory, reserved, known, bandwidth, node, network, source, capability)
 
 
 _GPUS = (
     _gpu(
         *("a100-80g", 80, (312, 19.5, None), (2039, 300, 25)),
         "NVIDIA A100 data sheet (SXM 80 GB); DGX A100: eight 200 Gb/s adapters for eight GPUs",
+        (8, 0),
     ),
     _gpu(
         *("h100-80g", 80, (989, 67, 1979), (3350, 450, 50)),
         "NVIDIA H100 data sheet (SXM); DGX H100: one 400 Gb/s adapter a GPU",
+        (9, 0),
     ),
     _gpu(
         *("h200-141g", 141, (989, 67, 1979), (4800, 450, 50)),
         "NVIDIA H200 data sheet (SXM); DGX H200: one 400 Gb/s adapter a GPU",
+        (9, 0),
     ),
     _gpu(
         *("b200", 180, (2250, 75, 4500), (8000, 900, 50)),
         "NVIDIA DGX B200 data sheet, an eighth of it (1,440 GB, 64 TB/s, 72 / 144 Pflop/s with sparsity)",
+        (10, 0),
     ),
 )
 

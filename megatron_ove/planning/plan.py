@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_ove.config.fp8 import FP8_RECIPES
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.errors import ConfigError
 from megatron_ove.planning.class_tables import TablePlan, plan_tables
 from megatron_ove.planning.communication import Traffic, plan_communication
 from megatron_ove.planning.compute import model_operations
@@ -137,8 +139,9 @@ def make_plan(config: TrainConfig, *, world_size: int, device: Device, workload:
         workload: of a step; None assumes that every sample is as large as it may be.
 
     Raises:
-        ConfigError: the configuration does not fit the world size.
+        ConfigError: the configuration does not fit the world size, or the device has no such FP8.
     """
+    _check_fp8(config, device)
     layout = layout_of(config, world_size)
     workload = workload or assumed_workload(config, layout)
     ranks = [_plan_rank(config, layout, Place(stage=stage), workload, device) for stage in range(layout.pipeline)]
@@ -159,6 +162,15 @@ def make_plan(config: TrainConfig, *, world_size: int, device: Device, workload:
         memory=[one.memory for one in ranks],
     )
     return Plan(config, layout, device, workload, ranks, _count_parameters(config), operations, time)
+
+
+def _check_fp8(config: TrainConfig, device: Device) -> None:
+    recipe = FP8_RECIPES.get(config.encoder.fp8)
+    if recipe and not (device.capability and recipe.oldest <= device.capability < recipe.below):
+        raise ConfigError(
+            f"encoder.fp8 = {config.encoder.fp8} runs on {recipe.devices}, which --gpu {device.name} is not, so a run "
+            "there would be refused; use another fp8 recipe or device, or set encoder.fp8: off"
+        )
 
 
 def _plan_rank(config: TrainConfig, layout: Layout, place: Place, workload: Workload, device: Device) -> RankPlan:

@@ -157,6 +157,15 @@ def test_an_unknown_device_gets_its_sentence(capsys):
     assert "--gpu v100 is not a device whose figures are known" in error and "a100-80g, h100-80g" in error
     assert main(["plan", str(STAGE2), "--world-size", "0"]) == 2
     assert "--world-size 0 is no number of ranks; give at least 1" in capsys.readouterr().err
+    assert main(["plan", str(STAGE2), "--world-size", str(10**11)]) == 2
+    assert "is more ranks than any machine has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gpu", "recipe"), [("a100-80g", "current"), ("h100-80g", "mxfp8"), ("cpu", "delayed")])
+def test_a_plan_for_a_device_without_this_fp8_is_refused(capsys, gpu, recipe):
+    """Where a run would be refused too."""
+    assert main(["plan", str(STAGE2), "--world-size", "128", "--gpu", gpu, "--set", f"encoder.fp8={recipe}"]) == 2
+    assert f"encoder.fp8 = {recipe} runs on " in capsys.readouterr().err
 
 
 def test_running_out_of_memory_names_rank_and_remedy(capsys):
