@@ -7,7 +7,7 @@ published model does not offer). Parameter names and mathematics are the publish
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -143,10 +143,10 @@ class PlainVit(nn.Module):
         Returns:
             [b, h], pooled.
         """
-        conv = self.embeddings["patch_embedding"]
+        conv, layers = cast(nn.Conv2d, self.embeddings["patch_embedding"]), cast(nn.ModuleList, self.encoder["layers"])
         grid = conv(pixels.flatten(0, 1).to(conv.weight.dtype))  # [b * T, h, H/p, W/p]
         x = self.layernorm_pre(grid.flatten(2).transpose(1, 2).reshape(len(pixels), -1, grid.shape[1]))  # [b, S, h]
         cos, sin = (table[:, None] for table in rotary_tables(positions, self.config.head_dim, self.config.rope_theta))
-        for layer in self.encoder["layers"]:
+        for layer in layers:
             x = layer(x, cos, sin)
         return self.head(self.layernorm_post(x))
