@@ -15,15 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from encoder_contenders import SIZES, Workload, build_contender
 from encoder_parts import measure_parts
 from head_report import describe_machine
-from head_rounds import ALLOCATORS
 from torch import Tensor
-from turns import Schedule, take_turns
+from turns import add_schedule_arguments, schedule_of, take_turns
 
-from megatron_ove.errors import ConfigError
 from megatron_ove.preprocess.record_files import write_whole
 from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
 
@@ -34,7 +31,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 
 
 def _parser() -> argparse.ArgumentParser:
-    work, schedule = Workload(), Schedule()
+    work = Workload()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, at_least_1 = parser.add_argument, whole_number(1)
     add("--size", choices=SIZES, default=work.size, help="of the encoder")
@@ -42,13 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--resolution", type=whole_number(14), default=work.resolution, help="side of the pictures in pixels")
     add("--batch-size", type=at_least_1, default=work.batch_size, help="pictures")
     add("--dtype", choices=sorted(TOLERANCE), default=work.dtype, help="of weights and activations")
-    add("--device", choices=["cpu", "cuda"], default=schedule.device, help="where to run")
-    add("--threads", type=at_least_1, default=schedule.threads, help="on the CPU")
-    add("--repeats", type=at_least_1, default=schedule.rounds, help="turns of each contender")
-    add("--steps", type=at_least_1, default=schedule.steps, help="timed steps of a turn")
-    add("--warmup", type=whole_number(0), default=schedule.warmup, help="steps before the first turn, not timed")
     add("--parts", action="store_true", help="also say where the time goes, in ours and in sdpa (CPU)")
-    add("--allocator", choices=sorted(ALLOCATORS), default=schedule.allocator, help="freed memory on the CPU, for all")
+    add_schedule_arguments(parser)
     add("--json", type=Path, help="write all figures to this file")
     return parser
 
@@ -59,8 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu")
+    schedule = schedule_of(options)
     work = Workload(
         size=options.size,
         num_layers=options.layers,
@@ -68,9 +59,6 @@ def _run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         dtype=options.dtype,
         device=options.device,
-    )
-    schedule = Schedule(
-        options.device, options.threads, options.warmup, options.repeats, options.steps, options.allocator
     )
     builders = {name: (build_contender, (name, work)) for name in CONTENDERS}
     results = take_turns(

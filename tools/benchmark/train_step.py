@@ -18,14 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from encoder_contenders import SIZES
 from head_report import describe_machine
-from head_rounds import ALLOCATORS
 from torch import Tensor
 from train_step_contenders import build_contender
 from train_step_work import SOURCES, Workload
-from turns import Schedule, take_turns
+from turns import add_schedule_arguments, schedule_of, take_turns
 
 from megatron_ove.config.yaml_file import parse_yaml
 from megatron_ove.errors import ConfigError
@@ -38,7 +36,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 
 
 def _parser() -> argparse.ArgumentParser:
-    work, schedule = Workload(), Schedule()
+    work = Workload()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, at_least_1 = parser.add_argument, whole_number(1)
     add("--size", choices=SIZES, default=work.size, help="of the encoder")
@@ -51,12 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kept-frames", type=whole_number(1, 64), default=work.kept_frames, help="frames of a clip that are encoded")
     add("--precision", choices=sorted(TOLERANCE), default=work.precision, help="of the encoder")
     add("--head", action="append", default=[], metavar="KEY=VALUE", help="option of our heads; may be repeated")
-    add("--device", choices=["cpu", "cuda"], default=schedule.device, help="where to run")
-    add("--threads", type=at_least_1, default=schedule.threads, help="on the CPU")
-    add("--repeats", type=at_least_1, default=schedule.rounds, help="turns of each contender")
-    add("--steps", type=at_least_1, default=schedule.steps, help="timed steps of a turn")
-    add("--warmup", type=whole_number(0), default=schedule.warmup, help="steps before the first turn, not timed")
-    add("--allocator", choices=sorted(ALLOCATORS), default=schedule.allocator, help="freed memory on the CPU, for all")
+    add_schedule_arguments(parser)
     add("--json", type=Path, help="write all figures to this file")
     return parser
 
@@ -67,8 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu")
+    schedule = schedule_of(options)
     if 64 % options.kept_frames:
         raise ConfigError(
             f"--kept-frames {options.kept_frames} does not divide the 64 frames of a clip, of which one is drawn from "
@@ -84,9 +76,6 @@ def _run(options: argparse.Namespace) -> None:
         kept_frames=options.kept_frames,
         precision=options.precision,
         device=options.device,
-    )
-    schedule = Schedule(
-        options.device, options.threads, options.warmup, options.repeats, options.steps, options.allocator
     )
     heads = _pairs(options.head)
     builders = {name: (build_contender, (name, work, heads)) for name in CONTENDERS}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import statistics
@@ -21,7 +22,8 @@ import torch
 from head_rounds import ALLOCATORS
 from torch import Tensor
 
-from megatron_ove.errors import MegatronOveError
+from megatron_ove.errors import ConfigError, MegatronOveError
+from megatron_ove.preprocess.tool_arguments import whole_number
 
 
 class Contender(Protocol):
@@ -59,6 +61,28 @@ class Schedule:
     rounds: int = 3
     steps: int = 1
     allocator: str = "default"
+
+
+def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `schedule_of` reads."""
+    add, at_least_1, schedule = parser.add_argument, whole_number(1), Schedule()
+    add("--device", choices=["cpu", "cuda"], default=schedule.device, help="where to run")
+    add("--threads", type=at_least_1, default=schedule.threads, help="on the CPU")
+    add("--repeats", type=at_least_1, default=schedule.rounds, help="turns of each contender")
+    add("--steps", type=at_least_1, default=schedule.steps, help="timed steps of a turn")
+    add("--warmup", type=whole_number(0), default=schedule.warmup, help="steps before the first turn, not timed")
+    add("--allocator", choices=sorted(ALLOCATORS), default=schedule.allocator, help="freed memory on the CPU, for all")
+
+
+def schedule_of(options: argparse.Namespace) -> Schedule:
+    """Returns the schedule that was asked for.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu")
+    return Schedule(options.device, options.threads, options.warmup, options.repeats, options.steps, options.allocator)
 
 
 @dataclass
