@@ -87,9 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
         clear_stop_file(run_dir)
 
     from megatron_ove.parallel.topology import destroy_topology, initialize_topology
+    from megatron_ove.training.cpu_memory import prepare_cpu_memory
     from megatron_ove.training.trainer import Trainer
 
     topology = initialize_topology(config.parallel, seed=config.seed)
+    if topology.device.type == "cpu":
+        prepare_cpu_memory()
     trainer = Trainer(config, topology, peak_rate=_peak_rate(config, topology.device))
     if is_main:  # only now, so that a command that cannot continue the run leaves the run's own configuration alone
         (run_dir / "config.resolved.yaml").write_text(text, encoding="utf-8")

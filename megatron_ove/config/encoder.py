@@ -77,6 +77,20 @@ class EncoderConfig(StrictModel):
                 f"4:6:6 split of the rotary dims over time, height and width needs; use heads of 32, 64, 96 or 128"
             )
 
+    def _check_layer_spec(self) -> Iterator[str]:
+        if self.layer_spec != "local":
+            return
+        if self.fp8 != "off":
+            yield (
+                f"fp8 = {self.fp8} needs Transformer Engine layers, and layer_spec = local has none, so FP8 would be "
+                "ignored in silence; set layer_spec: auto, or fp8: off"
+            )
+        if self.attention_backend == "transformer_engine":
+            yield (
+                "attention_backend = transformer_engine needs Transformer Engine layers, and layer_spec = local has "
+                "none; set layer_spec: auto, or attention_backend: auto"
+            )
+
     def _check_fp8_layers(self) -> Iterator[str]:
         first, last = self.fp8_skip_first_layers, self.fp8_skip_last_layers
         if self.fp8 == "off" or not first + last:

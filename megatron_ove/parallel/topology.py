@@ -194,7 +194,15 @@ def _initialize_communication(config: ParallelConfig, rank: int, world_size: int
         options["store"] = dist.HashStore()  # one process needs no address and no port
     if device.type == "cuda":
         options["device_id"] = device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        address = ":".join(os.environ.get(name, "none") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConfigError(
+            f"rank {rank} of {world_size} could not meet the others at MASTER_ADDR:MASTER_PORT = {address} "
+            f"({str(error).splitlines()[0]}); check that this is the node of rank 0, that every rank was started and "
+            "that no other program has the port"
+        ) from error
 
 
 def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:

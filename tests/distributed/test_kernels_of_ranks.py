@@ -34,7 +34,7 @@ def fp8_layers(rank: int, world_size: int, parallel: dict[str, Any], encoder: di
     encoder_module.resolve_kernels = lambda *args, **kwargs: EncoderKernels()  # FP8 on the CPU: only its contexts
     topology = initialize_topology(ParallelConfig(**parallel), seed=0)
     config = tiny_encoder_config(
-        num_layers=8, fp8="current", fp8_skip_first_layers=2, fp8_skip_last_layers=1, **encoder
+        num_layers=8, layer_spec="auto", fp8="current", fp8_skip_first_layers=2, fp8_skip_last_layers=1, **encoder
     )
     chunks = encoder_module.build_encoder_chunks(config, topology, dtype=torch.float32, seed=0)
     entered = []

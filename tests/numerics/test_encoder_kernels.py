@@ -115,7 +115,7 @@ def test_only_delayed_scaling_stores_its_history(topology: ParallelTopology, mon
     monkeypatch.setattr(torch.nn.LayerNorm, "set_extra_state", lambda self, state: None, raising=False)
     use_kernels(monkeypatch, EncoderKernels())
     for recipe, stores in (("off", False), ("current", False), ("mxfp8", False), ("delayed", True)):
-        names = build(topology, fp8=recipe).sharded_state_dict()
+        names = build(topology, layer_spec="auto", fp8=recipe).sharded_state_dict()
         assert any(name.endswith("_extra_state") for name in names) == stores, recipe
 
 

@@ -233,6 +233,16 @@ def test_fp8_needs_widths_it_can_multiply() -> None:
     assert "encoder.ffn_hidden_size = 96 is not a multiple of 64" in sentence and "each of 2 tensor-par" in sentence
 
 
+def test_local_layers_have_nothing_of_transformer_engine() -> None:
+    (sentence,) = fp8_sentences("current", encoder={"layer_spec": "local"})
+    assert sentence == (
+        "encoder: fp8 = current needs Transformer Engine layers, and layer_spec = local has none, so FP8 would be "
+        "ignored in silence; set layer_spec: auto, or fp8: off"
+    )
+    (sentence,) = fp8_sentences("off", encoder={"layer_spec": "local", "attention_backend": "transformer_engine"})
+    assert sentence.endswith("layer_spec = local has none; set layer_spec: auto, or attention_backend: auto")
+
+
 def test_fp8_layers_in_bf16() -> None:
     skips = {"fp8_skip_first_layers": 1, "fp8_skip_last_layers": 1}
     assert not fp8_sentences("current", encoder=skips)

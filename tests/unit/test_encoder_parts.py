@@ -162,7 +162,7 @@ def test_virtual_pipeline_never_batches_messages(topology: ParallelTopology) -> 
 
 ERRORS = [
     (
-        {"fp8": "delayed"},
+        {"fp8": "delayed", "layer_spec": "auto"},
         "encoder.fp8 = delayed needs Transformer Engine layers, and this run uses local layers, which would ignore it "
         "in silence; install the gpu extra on a CUDA machine, or set encoder.fp8: off",
     ),

@@ -196,7 +196,7 @@ def test_fp8_needs_transformer_engine(machine: Any) -> None:
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
 def test_fp8_recipes_reach_megatron_core(topology: ParallelTopology, recipe: str) -> None:
     skipped = {} if recipe == "delayed" else {"fp8_skip_first_layers": 1, "fp8_skip_last_layers": 2}
-    encoder = tiny_encoder_config(num_layers=6, fp8=recipe, **skipped)
+    encoder = tiny_encoder_config(num_layers=6, fp8=recipe, layer_spec="auto", **skipped)
     config = build_transformer_config(encoder, topology, dtype=torch.bfloat16, kernels=EncoderKernels())
     assert (config.fp8, config.fp8_recipe) == {
         "delayed": ("hybrid", Fp8Recipe.delayed),
@@ -211,7 +211,7 @@ def test_fp8_recipes_reach_megatron_core(topology: ParallelTopology, recipe: str
 
 def test_only_skipped_ends_are_skipped() -> None:
     """megatron-core's own default is one layer at each end as soon as its switch is on."""
-    fields = fp8_fields(tiny_encoder_config(fp8="current", fp8_skip_last_layers=1))
+    fields = fp8_fields(tiny_encoder_config(layer_spec="auto", fp8="current", fp8_skip_last_layers=1))
     config = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=2, **fields)
     assert [layer for layer in range(4) if is_first_last_bf16_layer(config, layer)] == [3]
     assert fp8_fields(tiny_encoder_config(fp8_skip_last_layers=1)) == {}

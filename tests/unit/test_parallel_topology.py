@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 
@@ -38,6 +39,20 @@ def test_incomplete_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(ConfigError, match="has RANK, WORLD_SIZE but not MASTER_ADDR, MASTER_PORT, so the processes"):
         initialize_topology(ParallelConfig(), seed=0)
+
+
+def test_nobody_answers_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound and not listening, so that nobody else answers either
+        taken.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", **address}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError) as error:
+            initialize_topology(ParallelConfig(device="cpu", timeout_s=1), seed=0)
+    destroy_topology()
+    where = ":".join(address.values())
+    assert str(error.value).startswith(f"rank 1 of 2 could not meet the others at MASTER_ADDR:MASTER_PORT = {where} (")
+    assert "check that this is the node of rank 0, that every rank was started" in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a CUDA device")

@@ -23,6 +23,7 @@ from megatron_ove.objectives.build import build_objectives
 from megatron_ove.optim.optimizer import build_encoder_optimizer
 from megatron_ove.parallel.topology import ParallelTopology, initialize_topology
 from megatron_ove.training.build_model import build_model_chunks, encoder_of, weight_dtype
+from megatron_ove.training.cpu_memory import prepare_cpu_memory
 from megatron_ove.training.step_timers import StepTimers
 from megatron_ove.training.train_step import TrainStep
 
@@ -141,7 +142,11 @@ class PublishedStep:
 def build_contender(name: str, work: Workload, head_options: Mapping[str, Any]) -> OurStep | PublishedStep:
     """Builds `ours` or `published` in a process of its own."""
     topology = initialize_topology(ParallelConfig.model_validate({"device": work.device}), seed=0)
-    return OurStep(work, topology, head_options) if name == "ours" else PublishedStep(work, topology)
+    if name == "published":
+        return PublishedStep(work, topology)
+    if work.device == "cpu":
+        prepare_cpu_memory()  # as `megatron-ove train` does
+    return OurStep(work, topology, head_options)
 
 
 def pack(samples: StepSamples, patch_size: int) -> Batch:
