@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_ove.config.data import OcrSourceConfig
@@ -31,11 +31,13 @@ def test_grids_fit_the_budget_and_are_not_blown_up(height: int, width: int, budg
 
 
 @settings(max_examples=300, deadline=None)
+@example(height=637, width=663, budget=625)  # 24.5 x 25.5 patches: either way of rounding is half a patch off each side
 @given(height=st.integers(200, 8000), width=st.integers(200, 8000), budget=st.integers(256, 4096))
 def test_grids_keep_the_aspect_and_use_the_budget(height: int, width: int, budget: int) -> None:
     ((rows, columns),) = native_grids(np.array([height]), np.array([width]), 14, budget).tolist()
     distortion = (rows / columns) / (height / width)
-    assert max(distortion, 1 / distortion) <= 1 + 1 / min(rows, columns), "more than a patch of the shorter side"
+    # Rounding may have made the shorter side larger by a patch.
+    assert max(distortion, 1 / distortion) <= 1 + 1 / (min(rows, columns) - 1), "more than a patch of the shorter side"
     if height * width > budget * 196:
         assert rows * columns >= budget - rows - columns
 
