@@ -19,7 +19,7 @@ from tests.support.distributed import run_distributed
 from tests.support.tiny_run import check, tiny_config, write_tiny_sources
 
 MEMORY_TOLERANCE = 0.10
-"""Measured: parameters, gradients, optimizer and tables are exact, activations within 6 %, peaks within 5 %."""
+"""Measured: parameters, gradients, optimizer and tables are exact, activations within 8 %, peaks within 5 %."""
 TP2, PP2, VPP2 = (
     {"tensor_model_parallel_size": 2},
     {"pipeline_model_parallel_size": 2},
