@@ -89,7 +89,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.json is not None:
         write_whole(options.json, json.dumps(result, indent=2).encode())
     if options.plot is not None:
-        plot(result["sweeps"], options.plot, "Unless an axis says otherwise: " + describe_setting(work, schedule))
+        plot(result["sweeps"], options.plot, "What is not varied: " + describe_setting(work, schedule))
 
 
 def _sweep(kind: str, values: list[int], names: list[str], work: Workload, schedule: Schedule) -> list[dict[str, Any]]:
