@@ -8,7 +8,7 @@ Shape letters: P patches of the microbatch after padding, p patch side, b sample
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,7 +28,7 @@ class Batch:
         source_index: [b] int32, index into `source_names` of each sample. Always on the CPU, as are seeds and labels:
             objectives plan a step with them before the device has anything to do.
         source_names: every source of the run, in configuration order.
-        sample_keys: b keys, for messages.
+        sample_keys: b keys, for messages; may look each one up when it is read, so read those that a message needs.
         sample_seeds: [b] int64, a function of (seed, source, ordinal) only; objectives draw label slots from it.
         patches: [P, 3 * p * p] uint8, channel-major inside a patch (c, y, x); None off the first pipeline stage.
         labels: source name -> [b_source, L] int32, -1 = none, rows in microbatch order; empty off the last stage.
@@ -38,7 +38,7 @@ class Batch:
     cu_seqlens: Tensor
     source_index: Tensor
     source_names: tuple[str, ...]
-    sample_keys: tuple[str, ...]
+    sample_keys: Sequence[str]
     sample_seeds: Tensor
     patches: Tensor | None = None
     labels: Mapping[str, Tensor] = field(default_factory=dict)

@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -87,6 +87,8 @@ class StepLoader:
         """
         self.last_wait_s = 0.0
         """Seconds the last `step_batches` took: waiting for the decoder, broadcast and copies."""
+        self.sample_counts: Mapping[str, np.ndarray] = {}
+        """Of the last step: source -> [replicas, microbatches of a replica] int64, samples; the same on every rank."""
         self._planner = planner
         self._sources = tuple(sources)
         self._names = tuple(source.name for source in sources)
@@ -125,6 +127,7 @@ class StepLoader:
         plan, tensors = self._take() if self._thread is not None else self._prepare(self._planner.plan(step))
         tensors = self._share(tensors)
         batches = self._assemble(plan, tensors)
+        self.sample_counts = count_samples(plan, self._names, self._topology.data_size)
         self._next_step += 1
         self.last_wait_s = time.perf_counter() - started
         return batches
@@ -291,3 +294,20 @@ class StepLoader:
 
     def _key(self, plan: MicrobatchPlan, place: int) -> str:
         return self._sources[plan.source_index[place]].shards.key(int(plan.rows[place]))
+
+
+def count_samples(plan: MicrobatchPlan, names: Sequence[str], data_size: int) -> dict[str, np.ndarray]:
+    """Returns source -> [replicas, microbatches of a replica] int64: how many samples of it each microbatch has.
+
+    Args:
+        plan: of the step.
+        names: of the sources, in the planner's order.
+        data_size: replicas; microbatch j is the (j // data_size)-th of replica j % data_size.
+    """
+    shape = (plan.num_microbatches // data_size, data_size)
+    return {
+        name: np.bincount(plan.microbatch_index[plan.source_index == index], minlength=plan.num_microbatches)
+        .reshape(shape)
+        .T
+        for index, name in enumerate(names)
+    }

@@ -31,7 +31,9 @@ class ParallelTopology:
 
     Attributes:
         first_stage_layers, last_stage_layers: transformer layers of these stages; None = as many as the others.
-        data_host_group: the replicas, for tensors on the CPU.
+        data_host_group: the replicas, for tensors on the CPU; used by the thread that prepares steps and nobody else,
+            since collectives of two threads must not meet in one group.
+        replica_host_group: the tensor and pipeline ranks of this replica, likewise.
         class_group: the tensor and data ranks of this pipeline stage, over which class tables are sharded.
         process_groups: megatron-core's view of the same groups, for its modules and optimizer.
     """
@@ -53,6 +55,7 @@ class ParallelTopology:
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
     data_host_group: dist.ProcessGroup
+    replica_host_group: dist.ProcessGroup
     class_group: dist.ProcessGroup
     process_groups: ProcessGroupCollection
 
@@ -206,13 +209,13 @@ def _initialize_communication(config: ParallelConfig, rank: int, world_size: int
 
 
 def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:
+    data_host_group, replica_host_group = _host_groups()
     groups: dict[str, Any] = {
         "tensor_group": parallel_state.get_tensor_model_parallel_group(),
         "pipeline_group": parallel_state.get_pipeline_model_parallel_group(),
         "data_group": parallel_state.get_data_parallel_group(),
-        "data_host_group": parallel_state.get_data_parallel_group_gloo()
-        if device.type == "cuda"
-        else parallel_state.get_data_parallel_group(),
+        "data_host_group": data_host_group,
+        "replica_host_group": replica_host_group,
         "class_group": parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
     }
     return ParallelTopology(
@@ -232,3 +235,22 @@ def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:
         process_groups=ProcessGroupCollection.use_mpu_process_groups(),
         **groups,
     )
+
+
+def _host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Returns this rank's replicas and this rank's replica, as groups for tensors on the CPU; collective."""
+    data = parallel_state.get_data_parallel_group()
+    replica = parallel_state.get_model_parallel_group()
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    ranks = torch.arange(dist.get_world_size()).view(-1, data.size(), tensor)  # [pipeline, data, tensor]
+    by_place = ranks.transpose(1, 2).reshape(-1, data.size())
+    by_replica = ranks.transpose(0, 1).reshape(data.size(), -1)
+    return _host_group(data, by_place), _host_group(replica, by_replica)
+
+
+def _host_group(like: dist.ProcessGroup, ranks: torch.Tensor) -> dist.ProcessGroup:
+    """Returns this rank's row of `ranks`, [groups, ranks of a group], as a group; `like` itself where it is alone."""
+    if like.size() == 1:
+        return like
+    groups = {tuple(row): dist.new_group(row, backend="gloo") for row in ranks.tolist()}  # all ranks make all of them
+    return groups[tuple(dist.get_process_group_ranks(like))]
