@@ -239,8 +239,8 @@ def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:
 
 def _host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Returns this rank's replicas and this rank's replica, as groups for tensors on the CPU; collective."""
-    data = parallel_state.get_data_parallel_group()
-    replica = parallel_state.get_model_parallel_group()
+    data: Any = parallel_state.get_data_parallel_group()
+    replica: Any = parallel_state.get_model_parallel_group()
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     ranks = torch.arange(dist.get_world_size()).view(-1, data.size(), tensor)  # [pipeline, data, tensor]
     by_place = ranks.transpose(1, 2).reshape(-1, data.size())
@@ -252,5 +252,7 @@ def _host_group(like: dist.ProcessGroup, ranks: torch.Tensor) -> dist.ProcessGro
     """Returns this rank's row of `ranks`, [groups, ranks of a group], as a group; `like` itself where it is alone."""
     if like.size() == 1:
         return like
-    groups = {tuple(row): dist.new_group(row, backend="gloo") for row in ranks.tolist()}  # all ranks make all of them
+    groups: dict[tuple[int, ...], Any] = {
+        tuple(row): dist.new_group(row, backend="gloo") for row in ranks.tolist()
+    }  # all ranks make all of them
     return groups[tuple(dist.get_process_group_ranks(like))]

@@ -234,6 +234,7 @@ def _describe_non_finite(
 
 def _name_samples(name: str, loss: float, objectives: ObjectiveSet, batch: Batch) -> str:
     source = objectives.source_of(name)
-    keys = [batch.sample_keys[row] for row in batch.rows_of(source).tolist()]
-    shown = ", ".join(keys[:_MAX_KEYS_IN_MESSAGE]) + (" ..." if len(keys) > _MAX_KEYS_IN_MESSAGE else "")
+    rows: list[int] = batch.rows_of(source).tolist()
+    keys = [batch.sample_keys[row] for row in rows[:_MAX_KEYS_IN_MESSAGE]]
+    shown = ", ".join(keys) + (" ..." if len(rows) > _MAX_KEYS_IN_MESSAGE else "")
     return f"the loss of objective '{name}' is {loss} in a microbatch with these samples of source '{source}': {shown}"
