@@ -25,7 +25,7 @@ from megatron_ove.data.ocr_dali import OcrSource
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.source import DataSource
 from megatron_ove.data.video_dali import VideoSource
-from megatron_ove.errors import ConfigError
+from megatron_ove.errors import ConfigError, DataError
 
 EncoderCallable = Callable[[Batch], Tensor]
 """Batch -> [b, e] pooled embeddings, replicated."""
@@ -151,7 +151,8 @@ def _make_batch(source: DataSource, rows: np.ndarray, counts: np.ndarray) -> Bat
     patches = torch.zeros(int(bounds[-1]), width, dtype=torch.uint8, device=source.device)
     targets = [patches[start:stop] for start, stop in pairwise(bounds)]
     seeds = np.zeros(len(rows), dtype=np.int64)
-    source.decode_into(rows, seeds, targets)
+    for sentence in source.decode_into(rows, seeds, targets).values():
+        raise DataError(sentence)
     positions = np.concatenate([source.positions(int(row), 0) for row in rows])
     return Batch(
         positions=torch.from_numpy(positions).to(source.device),

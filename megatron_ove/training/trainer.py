@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.bad_samples import FOLDER_NAME, KnownBad, known_bad, read_bad_samples
 from megatron_ove.data.build import build_loader
-from megatron_ove.errors import TrainingError
+from megatron_ove.errors import DataError, TrainingError
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.optim.optimizer import build_encoder_optimizer
 from megatron_ove.optim.schedule import learning_rate
@@ -28,6 +32,9 @@ from megatron_ove.training.train_state import TrainState
 from megatron_ove.training.train_step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
+
+_FEWEST_SAMPLES_OF_SHARE = 1000
+"""A share of unreadable samples is taken of at least so many: one bad picture in the first step must not end a run."""
 
 
 class Trainer:
@@ -80,7 +87,7 @@ class Trainer:
         )
         self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer)
         self._restore()
-        self.loader = build_loader(config, topology, start_step=self.state.step)
+        self.loader = build_loader(config, topology, start_step=self.state.step, known_bad=self._known_bad())
         if self._is_main:
             for sentence in self.checkpoints.size_warnings(self.loader.source_sizes):
                 logger.warning("%s", sentence)
@@ -127,10 +134,10 @@ class Trainer:
     def _one_step(self, lr: float, wants_stop: bool) -> StepResult:
         state = self.state
         with self.timers.phase("data"):
-            batches = self.loader.step_batches(state.step)
+            loaded = self.loader.load_step(state.step)
         result = self.train_step(
             state.step,
-            batches,
+            loaded,
             encoder_lr=lr,
             class_lr=lr * self.config.optim.class_centers.lr_multiplier,
             wants_stop=wants_stop,
@@ -140,6 +147,7 @@ class Trainer:
         else:
             state.refuse()
             self._check_refusals(result)
+        self._count_bad(result.num_bad)
         return result
 
     def _log_end(self, stop: StopSignal) -> None:
@@ -163,6 +171,19 @@ class Trainer:
                 on_every_rank=True,
             )
 
+    def _count_bad(self, num_bad: int) -> None:
+        state, limit = self.state, self.config.data.max_bad_samples_share
+        state.bad_samples += num_bad
+        num_samples = state.step * self.config.train.global_batch_size
+        if num_bad and state.bad_samples > limit * max(num_samples, _FEWEST_SAMPLES_OF_SHARE):
+            raise TrainingError(
+                f"{state.bad_samples} of the {num_samples} samples up to step {state.step} could not be read, more "
+                f"than data.max_bad_samples_share = {limit:g} allows; {self._run_dir / FOLDER_NAME} names each with "
+                "its reason: repair the shards or the disk, move that folder away so that these samples are tried "
+                "again, and start the same command; or raise the limit",
+                on_every_rank=True,
+            )
+
     def _restore(self) -> None:
         path = self.checkpoints.restore(self.state)
         self._was_restored = path is not None
@@ -175,6 +196,19 @@ class Trainer:
                 logger.info("No checkpoint in %s: starting at step 0 with %s.", self._run_dir, weights)
             else:
                 logger.info("Resumed from %s at step %d.", path, self.state.step)
+
+    def _known_bad(self) -> KnownBad:
+        """Returns the recorded bad samples of the steps to come; rank 0 reads them for all."""
+        shared: list[Any] = [None]
+        if self._is_main:
+            try:
+                shared = [known_bad(read_bad_samples(self._run_dir), start_step=self.state.step)]
+            except DataError as error:
+                shared = [error]
+        dist.broadcast_object_list(shared, src=0)
+        if isinstance(shared[0], DataError):
+            raise DataError(str(shared[0]), on_every_rank=True)
+        return shared[0]
 
     def _save(self) -> None:
         path = self.checkpoints.save(self.state, lr=self._lr(self.state.step), source_sizes=self.loader.source_sizes)
