@@ -3,7 +3,8 @@
 `Trainer` builds the parts in the order in which they need one another, continues from the newest checkpoint of the run
 folder if there is one, and then repeats: next microbatches, one step, report, save. Everything that happens inside a
 step is in `train_step.py`; which samples a step sees is a function of (seed, step) in `data/`; rates are a function of
-the step in `optim/schedule.py`. So the only states of a run are weights, moments and the step.
+the step in `optim/schedule.py`. So the states of a run are weights, moments and the step, and for equality to the bit
+each rank's generators and FP8's scaling history.
 """
 
 from __future__ import annotations
