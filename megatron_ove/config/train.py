@@ -53,6 +53,8 @@ class TrainLoopConfig(StrictModel):
     always does."""
     log_interval_steps: Annotated[int, Field(gt=0)] = 10
     """Steps between metric reductions."""
+    gc_interval_steps: Annotated[int, Field(gt=0)] = 100
+    """Steps between Python's garbage collections, which all ranks do after the same step and at no other time."""
     max_refused_steps: Annotated[int, Field(gt=0)] = 3
     """Steps in a row that may be refused for a non-finite loss or gradient before the run stops with an error."""
     stop_after_steps: Annotated[int, Field(gt=0)] | None = None

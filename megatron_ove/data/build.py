@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from megatron_ove.config.data import (
     ImageSourceConfig,
@@ -133,6 +133,8 @@ def build_source(
             return OcrSource(name, config, **common)
         case VideoSourceConfig():
             return VideoSource(name, config, **common)
+        case _:
+            assert_never(config)
 
 
 def find_mismatches(config: TrainConfig, name: str, info: DatasetInfo) -> list[str]:

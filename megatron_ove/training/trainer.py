@@ -3,7 +3,8 @@
 `Trainer` builds the parts in the order in which they need one another, continues from the newest checkpoint of the run
 folder if there is one, and then repeats: next microbatches, one step, report, save. Everything that happens inside a
 step is in `train_step.py`; which samples a step sees is a function of (seed, step) in `data/`; rates are a function of
-the step in `optim/schedule.py`. So the only states of a run are weights, moments and the step.
+the step in `optim/schedule.py`. So the states of a run are weights, moments and the step, and for equality to the bit
+each rank's generators and FP8's scaling history.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from megatron_ove.optim.optimizer import build_encoder_optimizer
 from megatron_ove.optim.schedule import learning_rate
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.build_model import build_model_chunks, weight_dtype
+from megatron_ove.training.garbage_collection import StepwiseCollection
 from megatron_ove.training.profiling import StepProfiler
 from megatron_ove.training.reporting import RunReporter
 from megatron_ove.training.run_checkpoints import RunCheckpoints
+from megatron_ove.training.run_lock import RunLock
+from megatron_ove.training.step_timeout import StepTimeout
 from megatron_ove.training.step_timers import StepTimers
 from megatron_ove.training.stop_signal import StopSignal
 from megatron_ove.training.train_state import TrainState
@@ -40,13 +44,21 @@ _FEWEST_SAMPLES_OF_SHARE = 1000
 class Trainer:
     """One run on one rank; build and run it on every rank of the topology."""
 
-    def __init__(self, config: TrainConfig, topology: ParallelTopology, *, peak_rate: float | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        topology: ParallelTopology,
+        *,
+        peak_rate: float | None = None,
+        lock: RunLock | None = None,
+    ) -> None:
         """Builds all parts and restores the newest checkpoint of `config.run_dir`; collective.
 
         Args:
             config: the run.
             topology: this rank's place.
             peak_rate: operations per second that a device can do at best, for MFU; None = not known.
+            lock: of the run folder, on the rank that holds it.
 
         Raises:
             ConfigError: a rank is to be profiled that does not exist.
@@ -57,8 +69,10 @@ class Trainer:
         self.state = TrainState()
         self._is_main = topology.global_rank == 0
         self._run_dir = Path(config.run_dir)
+        self._lock = lock
         self.timers = StepTimers(topology.device)
         self.profiler = StepProfiler(config.profile, topology, self._run_dir / "profile")
+        self.timeout = StepTimeout(config.parallel)
 
         self.objectives = None
         if topology.is_last_stage:
@@ -104,16 +118,22 @@ class Trainer:
                 StopSignal(self._run_dir, watch_file=self._is_main) as stop,
                 self.timers.watch_communication(),
                 self.profiler.run_from(state.step + 1),
+                StepwiseCollection(config.train.gc_interval_steps) as collection,
+                self.timeout,
             ):
                 if config.checkpoint.save_initial and not self._was_restored:
                     self._save()
                 is_last = state.step >= config.train.num_steps
                 while not is_last:
+                    if self._lock:
+                        self._lock.require()
                     wants_stop = stop.requested or state.step + 1 - first_step == config.train.stop_after_steps
                     lr, number = self._lr(state.step), state.step + 1
                     self.profiler.before_step(number)
                     with self.timers.step(number):
                         result = self._one_step(lr, wants_stop)
+                        collection.after_step(number)
+                    self.timeout.after_step(number)
                     self.profiler.after_step(number)
                     is_last = result.stop_requested or state.step >= config.train.num_steps
                     saves = is_last or state.step % config.checkpoint.interval_steps == 0
@@ -211,7 +231,12 @@ class Trainer:
         return shared[0]
 
     def _save(self) -> None:
-        path = self.checkpoints.save(self.state, lr=self._lr(self.state.step), source_sizes=self.loader.source_sizes)
+        if self._lock:
+            self._lock.beat()
+        with self.timeout.lifted():
+            path = self.checkpoints.save(
+                self.state, lr=self._lr(self.state.step), source_sizes=self.loader.source_sizes
+            )
         if self._is_main:
             logger.info("Saved %s in %.1f s.", path, self.checkpoints.last_save_s)
 

@@ -24,7 +24,7 @@ SIZE, NUM_SAMPLES = 12, 10
 SOURCES = ("pages", "clips", "photos")
 SOURCE_OF = [0, 1, 0, 0, 1, 0, 2, 1, 0, 0]  # of each sample
 WIDTHS = {"pages": 6, "clips": 1, "photos": 3}  # stored labels
-FEW = {"interclass_filter": 0.3, "logit_scale": 16.0, "compute_dtype": "float32", "chunk_size": 5}
+FEW = {"kind": "partial_fc", "interclass_filter": 0.3, "logit_scale": 16.0, "compute_dtype": "float32", "chunk_size": 5}
 HEADS: dict[str, dict[str, Any]] = {
     "words": {"source": "pages", "num_classes": 37, "sample_rate": 0.4, "labels_per_step": 4},
     "actions": {

@@ -65,6 +65,7 @@ def make_case(
     labels[4] = -1
     optim = options.pop("optim", EXACT_OPTIM)
     defaults: dict[str, Any] = {
+        "kind": "partial_fc",
         "source": "pages",
         "num_classes": num_classes,
         "labels_per_step": 4,

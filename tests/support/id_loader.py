@@ -43,7 +43,7 @@ def id_config(directory: Path, *, changes: dict[str, dict[str, object]] | None =
                 **{"hidden_size": 32, "num_layers": 2, "num_attention_heads": 1, "ffn_hidden_size": 64},
                 "rope_temporal_size": 16,
             },
-            "objectives": {kind: {"source": kind, "num_classes": NUM_CLASSES} for kind in KINDS},
+            "objectives": {kind: {"kind": "partial_fc", "source": kind, "num_classes": NUM_CLASSES} for kind in KINDS},
             "data": {
                 "sources": sources,
                 "tokens_per_microbatch": options.get("tokens", 40),

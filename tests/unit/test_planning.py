@@ -269,7 +269,9 @@ def test_class_tables_are_sharded_over_their_group():
 def test_active_rows_are_as_many_as_are_drawn(negatives):
     """Expected on a CPU; on a GPU the capacity that shapes are padded to."""
     num_classes, first, rows, samples = 20_000, 5_000, 5_000, 64
-    objective = PartialFCConfig(source="images", num_classes=num_classes, sample_rate=0.1, negatives=negatives)
+    objective = PartialFCConfig(
+        kind="partial_fc", source="images", num_classes=num_classes, sample_rate=0.1, negatives=negatives
+    )
     sets = objective.slots_of_sets
     draw = draw_negatives(num_classes, probability=0.1, num_sets=len(sets), key=7)
     labels = torch.randint(0, num_classes, (samples, 8), generator=torch.Generator().manual_seed(1))

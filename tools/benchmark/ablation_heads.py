@@ -79,7 +79,7 @@ VARIANTS: dict[str, Variant] = {
 
 def configs_of(variant: Variant, num_classes: int) -> tuple[PartialFCConfig, ClassCenterOptimConfig]:
     """Returns the full configuration of a variant of the package's head."""
-    fixed = {"source": _SOURCE, "num_classes": num_classes, "labels_per_step": LABELS_PER_STEP}
+    fixed = {"kind": "partial_fc", "source": _SOURCE, "num_classes": num_classes, "labels_per_step": LABELS_PER_STEP}
     head = PartialFCConfig.model_validate(fixed | dict(variant.head))
     return head, ClassCenterOptimConfig.model_validate(dict(variant.optim))
 

@@ -127,7 +127,7 @@ def head_config(name: str, work: Workload) -> PartialFCConfig:
     if name not in OWN_RATE:
         options["sample_rate"] = work.sample_rate
     options.update(work.head_options)
-    fixed = {"source": SOURCE, "num_classes": work.num_classes}
+    fixed = {"kind": "partial_fc", "source": SOURCE, "num_classes": work.num_classes}
     config = _parse(PartialFCConfig, options | fixed, "--head")
     if work.active_rows is not None:
         rate = work.rate_of_sets(len(config.slots_of_sets))

@@ -194,7 +194,7 @@ def _frames(clip: Tensor, frames: Sequence[int], patch_size: int) -> tuple[Tenso
 def _train_config(work: Workload, head_options: Mapping[str, Any]) -> TrainConfig:
     """Returns the run whose step is timed; samples are made here, so its sources are never opened."""
     kinds = {"image": {"image_size": work.picture_side}, "ocr": {}, "video": {}}
-    head = {"labels_per_step": LABELS_PER_STEP, **head_options}
+    head = {"kind": "partial_fc", "labels_per_step": LABELS_PER_STEP, **head_options}
     document = {
         "name": "benchmark",
         "run_dir": "unused",
