@@ -71,8 +71,8 @@ class TrainConfig(StrictModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of weights, data order, augmentation, label slots and negatives."""
     init_from: str | None = None
-    """Checkpoint folder (of a run, or from `megatron-ove convert import`) whose encoder a new run starts with; null =
-    random weights. Not read when the run resumes."""
+    """Run folder (its newest usable checkpoint is taken) or checkpoint (of a run or from `megatron-ove convert import`)
+    whose encoder a new run starts with; null = random weights. Not read when the run resumes."""
     encoder: EncoderConfig
     parallel: ParallelConfig = ParallelConfig()
     objectives: Annotated[dict[str, ObjectiveConfig], Field(min_length=1)]
