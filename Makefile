@@ -24,7 +24,7 @@ PIP = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet) --disable-pip-ve
 DEMO_ARGS := $(if $(FAST),--fast) $(if $(IMAGES),--images "$(IMAGES)") $(if $(PAGES),--pages "$(PAGES)") \
 	$(if $(VIDEOS),--videos "$(VIDEOS)")
 
-.PHONY: help setup demo test lint format type test-gpu bench bench-gpu clean
+.PHONY: help setup demo test test-unit test-full lint format type test-gpu bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,8 +53,18 @@ $(TRITON): setup.py | $(STAMP)
 	@$(PIP) -e '.[triton]'
 	@touch $@
 
-test: $(STAMP) $(TRANSFORMERS5)/.installed $(TRITON) ## all CPU tests
-	$(BIN)/python -m pytest -m "not gpu"
+# Two files of tests at a time, in the order of their folders, which begins with the longest and ends with the shortest.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: $(STAMP) $(TRANSFORMERS5)/.installed $(TRITON) ## what every change has to pass, on a CPU
+	$(PYTEST) -m "not gpu and not full"
+
+test-unit: $(STAMP) $(TRITON) ## the pure functions only, in a minute
+	$(PYTEST) -m "not gpu and not full" tests/unit
+
+test-full: $(STAMP) $(TRANSFORMERS5)/.installed $(TRITON) ## also what takes long: all layouts over many steps, benchmarks, SLURM's time limit
+	$(PYTEST) -m "not gpu"
 
 # On a CUDA machine without a network, make test-gpu WHEELS=dir installs the wheels in dir beside the machine's own torch
 # (SYSTEM_PYTHON=python3); with a network, in .venv. BENCH_GPU_ARGS goes to the benchmark, e.g. "--sections speed".

@@ -1,10 +1,13 @@
 """Every layout of up to four ranks is one rank: losses, gradients of all parameters and of all class-center rows.
 
-Twenty steps of three heads, over gloo. A group of processes walks all layouts of its size.
+Three heads, over gloo. A few steps show a wrong gradient, and a wrong update by the gradients after it; twenty show what
+adds up, which `make test` looks for in three layouts and `make test-full` in all. A group of processes walks many layouts
+of its size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -13,7 +16,10 @@ import pytest
 from tests.support.layout_grid import NUM_STEPS, RunRecord, compare_gradients, compare_losses, run_layouts
 from tests.support.tiny_run import write_tiny_sources
 
+pytestmark = pytest.mark.timeout(600)  # the first test of a world size waits for all its layouts
+
 TOLERANCE = 1e-5
+FEW_STEPS = 4
 
 
 def grid(
@@ -87,11 +93,15 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2_dp2": grid(1, 2),
         "pp2_dp2_uneven_optimizer_reduce": grid(1, 2, None, "optimizer", "reduce", last=1),
         "pp2_vpp2_dp2_optimizer": grid(1, 2, 2, "optimizer"),
-        "pp2_vpp2_dp2_uneven_optimizer_reduce_gather": grid(1, 2, 2, "optimizer", "reduce", "gather", last=2, **DEEP),
+        "everything": grid(1, 2, 2, "optimizer", "reduce", "gather", last=2, **DEEP),
         "dp4": grid(),
         "dp4_optimizer": grid(1, 1, None, "optimizer"),
     },
 }
+
+
+REFERENCES = ("one", "one_deep")
+ALWAYS_LONG = (*REFERENCES, "tp2_sp_pp2_vpp2", "dp2_optimizer", "everything")
 
 
 @pytest.fixture(scope="module")
@@ -100,23 +110,36 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 class Grid:
-    """Runs all layouts of a world size when the first of them is asked for."""
+    """Runs by layout and number of steps. The first that is asked for runs all that are asked for in the same tests."""
 
     def __init__(self, sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
         self._sources, self._factory = sources, tmp_path_factory
-        self._records: dict[int, dict[str, RunRecord]] = {}
+        self._records: dict[tuple[int, int, bool], dict[str, RunRecord]] = {}
 
-    def __getitem__(self, name: str) -> RunRecord:
+    def __getitem__(self, run: tuple[str, int]) -> RunRecord:
+        name, num_steps = run
         world_size = next(size for size, layouts in LAYOUTS.items() if name in layouts)
-        if world_size not in self._records:
-            self._records[world_size] = {}  # a failure is not tried again for every layout
-            folder = self._factory.mktemp(f"ranks{world_size}_")
-            self._records[world_size] = run_layouts(self._sources, folder, world_size, LAYOUTS[world_size])
-        return self._records[world_size][name]
+        is_always_long = name in ALWAYS_LONG
+        group = world_size, num_steps, is_always_long
+        if group not in self._records:
+            self._records[group] = {}  # a failure is not tried again for every layout
+            self._records[group] = run_layouts(
+                self._sources,
+                self._factory.mktemp(f"ranks{world_size}_steps{num_steps}_"),
+                world_size,
+                {
+                    other: {**layout, "stop_after": num_steps}
+                    for other, layout in LAYOUTS[world_size].items()
+                    if (other in ALWAYS_LONG) == is_always_long
+                },
+                timeout_s=580,
+            )
+        return self._records[group][name]
 
-    def reference_of(self, name: str) -> RunRecord:
-        """Returns the run of one rank with as many layers."""
-        return self["one_deep" if any(layouts.get(name, {}).get("layers") for layouts in LAYOUTS.values()) else "one"]
+    def reference_of(self, name: str, num_steps: int) -> RunRecord:
+        """Returns the run of one rank with as many layers and steps."""
+        is_deep = any(layouts.get(name, {}).get("layers") for layouts in LAYOUTS.values())
+        return self["one_deep" if is_deep else "one", num_steps]
 
 
 @pytest.fixture(scope="module")
@@ -124,22 +147,41 @@ def runs(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> G
     return Grid(sources, tmp_path_factory)
 
 
+def compared_runs() -> Iterator[Any]:
+    """Layout and number of steps of every run that is compared with one rank's."""
+    for name in chain(*LAYOUTS.values()):
+        if name in REFERENCES:
+            continue
+        if name not in ALWAYS_LONG:
+            yield pytest.param(name, FEW_STEPS, id=f"{name}-{FEW_STEPS}")
+        marks = () if name in ALWAYS_LONG else pytest.mark.full
+        yield pytest.param(name, NUM_STEPS, id=f"{name}-{NUM_STEPS}", marks=marks)
+
+
 def test_the_reference_run_moves_and_sees_everything(runs: Grid) -> None:
     expected = {"loss", "loss/image_labels", "loss/ocr_labels", "loss/video_labels", "grad_norm"}
-    assert expected <= set(runs["one"].losses[0])
-    assert len({row["loss"] for row in runs["one"].losses}) == NUM_STEPS
-    for gradients in runs["one"].gradients.values():
+    one = runs["one", NUM_STEPS]
+    assert expected <= set(one.losses[0])
+    assert len({row["loss"] for row in one.losses}) == NUM_STEPS
+    assert set(one.gradients) == {0, NUM_STEPS - 1}
+    for gradients in one.gradients.values():
         assert {"image_labels rows", "ocr_labels rows", "video_labels rows", "head.probe"} <= set(gradients)
         assert sum(name.startswith("decoder.layers.3.") for name in gradients) == 12
 
 
-@pytest.mark.parametrize("layout", [name for name in chain(*LAYOUTS.values()) if name not in ("one", "one_deep")])
-def test_layout_is_one_rank(runs: Grid, layout: str) -> None:
-    record, reference = runs[layout], runs.reference_of(layout)
+def test_few_steps_are_the_first_of_many(runs: Grid) -> None:
+    few, many = runs["one", FEW_STEPS], runs["one", NUM_STEPS]
+    assert few.losses == many.losses[:FEW_STEPS]
+    assert set(few.gradients) == {0, FEW_STEPS - 1}
+
+
+@pytest.mark.parametrize(("layout", "num_steps"), compared_runs())
+def test_layout_is_one_rank(runs: Grid, layout: str, num_steps: int) -> None:
+    record, reference = runs[layout, num_steps], runs.reference_of(layout, num_steps)
     losses, gradients = compare_losses(record, reference), compare_gradients(record, reference)
     worst = max(gradients, key=lambda key: gradients[key])
-    print(f"GRID | {layout} | {losses:.1e} | {gradients[worst]:.1e} | {worst}")
-    assert len(record.losses) == NUM_STEPS
+    print(f"GRID | {layout} | {num_steps} | {losses:.1e} | {gradients[worst]:.1e} | {worst}")
+    assert len(record.losses) == num_steps
     assert losses < TOLERANCE
     assert gradients[worst] < TOLERANCE, worst
     assert record.tables.keys() == reference.tables.keys()

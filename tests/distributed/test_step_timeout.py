@@ -63,7 +63,7 @@ def note_timeouts(rank: int, world_size: int, data: dict[str, Any]) -> list[tupl
 
         return noted
 
-    trainer.loader.step_batches = noting("step", trainer.loader.step_batches)
+    trainer.loader.load_step = noting("step", trainer.loader.load_step)
     trainer.checkpoints.save = noting("save", trainer.checkpoints.save)
     trainer.run()
     return [*notes, ("end", present_timeouts(topology))]
@@ -97,14 +97,14 @@ def hang_in_a_step(rank: int, world_size: int, data: dict[str, Any], told: str) 
     import torch.distributed as dist
 
     trainer = make_trainer(data)
-    step_batches = trainer.loader.step_batches
+    load_step = trainer.loader.load_step
 
     def slow(step: int):
         while rank == 1 and step == 1 and not Path(told).exists():
             time.sleep(0.05)
-        return step_batches(step)
+        return load_step(step)
 
-    trainer.loader.step_batches = slow  # type: ignore[method-assign]
+    trainer.loader.load_step = slow  # type: ignore[method-assign]
     try:
         trainer.run()
     except TrainingError as error:

@@ -22,7 +22,7 @@ from tests.support.tiny_run import check, tiny_config
 
 Change = Callable[[Any, Any], None]
 NUM_STEPS = 20
-WATCHED_STEPS = (0, NUM_STEPS - 1)
+"""What every run's schedule of the learning rate is made for; "stop_after" ends one earlier."""
 # A gradient this much smaller than the largest one is rounding noise, and is compared at this scale instead.
 NOISE_FLOOR = 1e-4
 # Four heads of 32 for four tensor ranks.
@@ -159,16 +159,18 @@ def _walk(
 
 
 def _train_and_watch(config: Any, topology: Any, change: Change | None) -> Shards:
-    """Runs to the end; keeps gradients before the updates of `WATCHED_STEPS`."""
+    """Runs to the end; keeps gradients before the updates of the first and of the last step of all."""
     from megatron_ove.training.trainer import Trainer
 
     trainer: Any = Trainer(config, topology)
     shards = Shards()
+    end = min(NUM_STEPS, trainer.state.step + (config.train.stop_after_steps or NUM_STEPS))
+    watched_steps = (0, end - 1)
     update = trainer.optimizer.step
 
     def watched(**arguments: Any) -> None:
         step = trainer.state.step
-        if step in WATCHED_STEPS:
+        if step in watched_steps:
             shards.gradients[step] = _encoder_shards(trainer, topology, _gradients(trainer, topology))
             shards.rows[step] = {name: _row_gradient(trainer.objectives[name].centers) for name in _tables(trainer)}
         update(**arguments)
