@@ -47,4 +47,4 @@ def build_objectives(
                     dtype=dtype,
                 )
         objectives.append(objective)
-    return ObjectiveSet(objectives, {name: config.loss_weight for name, config in configs.items()})
+    return ObjectiveSet(objectives, {name: config.loss_weight for name, config in configs.items()}, topology)

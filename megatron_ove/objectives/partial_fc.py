@@ -1,8 +1,8 @@
 """`PartialFC`: cluster discrimination. Each drawn label of a sample is one margin softmax over sampled classes.
 
-A step's labels are exchanged once, in `begin_step`, with all sizes and active rows that its microbatches need. A
-microbatch then costs three collectives for all heads together: a gather of embeddings, one sum of softmax statistics,
-and a reduce-scatter of gradients. After `begin_step` nothing waits for the device.
+A step's labels are known to all replicas before it begins, and with them every rank's active rows, chosen on the host
+ahead of the step. A microbatch then costs three collectives for all heads together: a gather of embeddings, one sum of
+softmax statistics, and a reduce-scatter of gradients. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -20,19 +21,69 @@ from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.heads import triton_backend
-from megatron_ove.heads.active_classes import NegativeDraw, draw_negatives, find, select_active_rows
+from megatron_ove.heads.active_classes import (
+    ChosenRows,
+    NegativeDraw,
+    choose_active_rows,
+    collect_positives,
+    draw_negatives,
+    find,
+    weigh_active_rows,
+)
 from megatron_ove.heads.class_centers import ClassCenters
 from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, FusedSoftmax
 from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE, MarginSoftmax
 from megatron_ove.heads.sampled_softmax import HeadShare, SampledSoftmax, exchange_statistics
 from megatron_ove.objectives.base import Objective
-from megatron_ove.objectives.label_exchange import exchange_labels, find_bad_label
+from megatron_ove.objectives.label_check import find_bad_label
 from megatron_ove.objectives.label_slots import draw_label_slots
 from megatron_ove.outputs import LossTerms, VisionFeatures
 from megatron_ove.parallel.class_order import rows_of_classes
 from megatron_ove.parallel.collectives import gather_replica_rows, sum_gradient_over_group
+from megatron_ove.parallel.host_tensors import host_tensor
 from megatron_ove.parallel.random import stateless_seed
+from megatron_ove.parallel.row_blocks import concatenate_ranges
 from megatron_ove.parallel.topology import ParallelTopology
+
+
+@dataclass(frozen=True)
+class _StepPlan:
+    """A step of this head, made on the host; n counts the samples that meet the table, microbatch after microbatch.
+
+    Attributes:
+        draw: the step's negatives.
+        chosen: this rank's active rows.
+        active_share: of the whole table's rows.
+        set_of_slot: [k] int64, class set that serves each slot.
+        labels: [n, k] int64, table rows of the drawn labels, -1 = none.
+        co_positives: what decides how labels count in one another's class sets; None = they always count 1.
+        rows: [n_own] int64, places of this replica's samples within their microbatches.
+        counts: [replicas, microbatches] int64, samples of every replica.
+        seeds: `sample_seeds` of each microbatch, by which `forward` knows it: copies of a batch on a device share them.
+    """
+
+    draw: NegativeDraw
+    chosen: ChosenRows
+    active_share: float
+    set_of_slot: Tensor
+    labels: Tensor
+    co_positives: _CoPositives | None
+    rows: Tensor
+    counts: np.ndarray
+    seeds: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class _CoPositives:
+    """Where labels count as anything else than themselves.
+
+    Attributes:
+        is_drawn: [n, k] bool, whether a label is a negative of the step too.
+        keys: [p] int64, ascending: row of the table * s + class set for every label of the step.
+    """
+
+    is_drawn: Tensor
+    keys: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,24 +91,24 @@ class _MicrobatchPlan:
     """What `forward` needs to know about one microbatch; b counts the samples that meet the table.
 
     Attributes:
-        batch: the microbatch itself; keeps its id taken.
         rows: [b_own] int64, this replica's samples of the source within the microbatch.
         labels: [b, k] int64, table rows of the drawn labels, -1 = none.
         targets: [k, b] int64, place of each label among this rank's active rows, -1 = elsewhere.
         set_of_slot: [k] int64, class set that serves each slot.
         co_weights: [b, k, k] fp32, what label l counts in the class set of slot j; None = always 1.
-        row_counts: samples of each replica, in rank order.
+        row_counts: [replicas] int64, samples of each replica.
         own: this replica's samples within the b.
+        seeds: of the microbatch; kept so that no other tensor gets their id.
     """
 
-    batch: Batch
     rows: Tensor
     labels: Tensor
     targets: Tensor
     set_of_slot: Tensor
     co_weights: Tensor | None
-    row_counts: tuple[int, ...]
+    row_counts: np.ndarray
     own: slice
+    seeds: Tensor
 
 
 class PartialFC(Objective):
@@ -76,6 +127,7 @@ class PartialFC(Objective):
     ) -> None:
         self.name = name
         self.source = config.source
+        self.message_width = config.labels_per_step
         self._config = config
         self._topology = topology
         self._seed = seed
@@ -112,30 +164,79 @@ class PartialFC(Objective):
         labels = batch.labels.get(self.source)
         return 0 if labels is None else int((labels >= 0).any(1).sum())
 
-    def begin_step(self, step: int, batches: Sequence[Batch]) -> None:
-        mistake = find_bad_label(self.name, self.source, self._config.num_classes, batches)
-        rows = [batch.rows_of(self.source) for batch in batches]
-        drawn = [self._draw_slots(batch, chosen) for batch, chosen in zip(batches, rows, strict=True)]
-        labels = exchange_labels(
-            drawn, mistake, self._topology.data_host_group, on_every_rank=self._topology.pipeline_size == 1
-        )
-        everything = torch.cat([part for replica in labels for part in replica])  # [n, k]
+    def find_mistake(self, batches: Sequence[Batch]) -> str:
+        return find_bad_label(self.name, self.source, self._config.num_classes, batches)
+
+    def message(self, batches: Sequence[Batch]) -> np.ndarray:
+        """Returns the class ids of the drawn labels, [n_own, k] int32, -1 = none."""
+        drawn = [self._draw_slots(batch) for batch in batches]
+        return torch.cat(drawn).numpy()
+
+    def prepare_step(
+        self, step: int, batches: Sequence[Batch], sample_counts: np.ndarray, messages: np.ndarray
+    ) -> _StepPlan:
+        config, device = self._config, self._topology.device
+        everything = rows_of_classes(torch.from_numpy(messages), config.num_classes).numpy()  # [n of all replicas, k]
         draw, set_of_slot = self._draw_class_sets(step, everything)
-        device = self._topology.device
-        active = select_active_rows(
-            draw,
-            everything.to(device, non_blocking=True),
-            set_of_slot,
-            first_row=self.centers.first_row,
-            num_rows=self.centers.num_rows,
-            corrects_sampling=self._config.sampling_correction == "logq",
+        positives = collect_positives(everything, set_of_slot, draw.num_sets)
+        chosen = choose_active_rows(
+            draw, positives, first_row=self.centers.first_row, num_rows=self.centers.num_rows, device=device
         )
-        seen = labels if self._is_stage_wide else [labels[self._topology.data_rank]]
-        samples = [sum(len(part) for part in parts) for parts in zip(*seen, strict=True)]
-        self.centers.begin_step(active, samples, draw.share_with(everything))
+        labels = everything[self._samples_by_microbatch(sample_counts)]
+        co_positives = None  # with one set for all slots every label is in it
+        if config.co_positives == "negative" and draw.num_sets > 1:
+            co_positives = _CoPositives(host_tensor(draw.contains(labels), device), host_tensor(positives.keys, device))
+        rows = [batch.rows_of(self.source).numpy() for batch in batches]
+        return _StepPlan(
+            draw=draw,
+            chosen=chosen,
+            active_share=draw.share_with(len(positives.rows_between(0, config.num_classes))),
+            set_of_slot=host_tensor(set_of_slot, device),
+            labels=host_tensor(labels, device),
+            co_positives=co_positives,
+            rows=host_tensor(np.concatenate(rows), device),
+            counts=sample_counts,
+            seeds=[batch.sample_seeds for batch in batches],
+        )
+
+    def begin_step(self, prepared: _StepPlan) -> None:
+        device, rank, counts = self._topology.device, self._topology.data_rank, prepared.counts
+        corrects_sampling = self._config.sampling_correction == "logq"
+        active = weigh_active_rows(prepared.chosen, prepared.draw, device=device, corrects_sampling=corrects_sampling)
+        samples = (counts.sum(axis=0) if self._is_stage_wide else counts[rank]).tolist()
+        self.centers.begin_step(active, samples, prepared.active_share)
+        labels, set_of_slot, rows = (
+            tensor.to(device, non_blocking=True) for tensor in (prepared.labels, prepared.set_of_slot, prepared.rows)
+        )
+        targets = active.positions_of(labels - self.centers.first_row)
+        co_weights = [None] * len(samples)
+        if prepared.co_positives is not None:
+            drawn_weight = 1 / prepared.draw.probability if corrects_sampling else 1.0
+            weights = _co_weights(prepared.draw, labels, set_of_slot, prepared.co_positives, drawn_weight)
+            co_weights = weights.split(samples)
+        first = counts[:rank].sum(axis=0).tolist() if self._is_stage_wide else [0] * len(samples)
+        own = counts[rank].tolist()
         self._plans = {
-            id(batch): self._plan(batch, rows[index], draw, set_of_slot, everything, [one[index] for one in labels])
-            for index, batch in enumerate(batches)
+            id(seeds): _MicrobatchPlan(
+                rows=own_rows,
+                labels=some_labels,
+                targets=some_targets.T.contiguous(),
+                set_of_slot=set_of_slot,
+                co_weights=some_weights,
+                row_counts=counts[:, index],
+                own=slice(first[index], first[index] + own[index]),
+                seeds=seeds,
+            )
+            for index, (seeds, own_rows, some_labels, some_targets, some_weights) in enumerate(
+                zip(
+                    prepared.seeds,
+                    rows.split(own),
+                    labels.split(samples),
+                    targets.split(samples),
+                    co_weights,
+                    strict=True,
+                )
+            )
         }
 
     def forward(self, features: VisionFeatures, batch: Batch) -> LossTerms:
@@ -153,10 +254,10 @@ class PartialFC(Objective):
         return [terms[objective.name] for objective in objectives]
 
     def plan_of(self, batch: Batch) -> _MicrobatchPlan:
-        """Returns what `begin_step` prepared for a microbatch."""
-        plan = self._plans.get(id(batch))
+        """Returns the plan of a microbatch of the step under way."""
+        plan = self._plans.get(id(batch.sample_seeds))
         if plan is None:
-            raise RuntimeError(f"objective '{self.name}' got a batch that was not given to begin_step")
+            raise RuntimeError(f"objective '{self.name}' got a batch that was not given to prepare_step")
         return plan
 
     def softmax_of(self, embeddings: Tensor, plan: _MicrobatchPlan) -> HeadShare:
@@ -200,73 +301,49 @@ class PartialFC(Objective):
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.centers.load_state(state)
 
-    def _draw_slots(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Returns table rows of the drawn labels, [b_own, k] int64, -1 = none."""
-        labels = batch.labels.get(self.source)
+    def _draw_slots(self, batch: Batch) -> Tensor:
+        """Returns class ids of the drawn labels, [b_own, k] int32, -1 = none."""
+        rows, labels = batch.rows_of(self.source), batch.labels.get(self.source)
         if labels is None:
-            labels = torch.empty(0, 1, dtype=torch.int64)
+            labels = torch.empty(0, 1, dtype=torch.int32)
         if labels.shape[0] != rows.shape[0]:
             raise ValueError(
                 f"a batch has {rows.shape[0]} samples of source '{self.source}' but {labels.shape[0]} rows of labels"
             )
-        drawn = draw_label_slots(labels, batch.sample_seeds[rows], self._config.labels_per_step)
-        return rows_of_classes(drawn, self._config.num_classes)
+        return draw_label_slots(labels, batch.sample_seeds[rows], self._config.labels_per_step).int()
 
-    def _draw_class_sets(self, step: int, labels: Tensor) -> tuple[NegativeDraw, Tensor]:
+    def _draw_class_sets(self, step: int, labels: np.ndarray) -> tuple[NegativeDraw, np.ndarray]:
         """Returns (the step's negatives, the class set of each slot [k]); slots without any label have no set.
 
         Args:
             step: steps done before.
-            labels: [n, k] on the CPU, of the whole step and all replicas.
+            labels: [n, k], of the whole step and all replicas.
         """
-        config, device = self._config, self._topology.device
-        is_used = (labels >= 0).any(0).tolist()
-        served = [slots for slots in config.slots_of_sets if any(is_used[slot] for slot in slots)]
-        set_of_slot = torch.zeros(config.labels_per_step, dtype=torch.int64)
+        config = self._config
+        is_used = (labels >= 0).any(axis=0)
+        served = [slots for slots in config.slots_of_sets if is_used[slots.start : slots.stop].any()]
+        set_of_slot = np.zeros(config.labels_per_step, dtype=np.int64)
         key = stateless_seed(self._seed, self.name, "negatives", step)
-        num_classes, probability = config.num_classes, config.inclusion_probability
         if not served:
-            nothing = torch.empty(0, dtype=torch.int64, device=device)
-            return NegativeDraw(num_classes, nothing, 1.0, 1, key), set_of_slot.to(device, non_blocking=True)
-        draw = draw_negatives(num_classes, probability=probability, num_sets=len(served), key=key, device=device)
+            return NegativeDraw(config.num_classes, 0, 1.0, 1, key), set_of_slot
+        draw = draw_negatives(
+            config.num_classes, probability=config.inclusion_probability, num_sets=len(served), key=key
+        )
         if draw.num_sets > 1:
             for index, slots in enumerate(served):
                 set_of_slot[slots.start : slots.stop] = index
-        return draw, set_of_slot.to(device, non_blocking=True)
+        return draw, set_of_slot
 
-    def _plan(
-        self,
-        batch: Batch,
-        rows: Tensor,
-        draw: NegativeDraw,
-        set_of_slot: Tensor,
-        step_labels: Tensor,
-        by_replica: Sequence[Tensor],
-    ) -> _MicrobatchPlan:
-        device, rank = self._topology.device, self._topology.data_rank
+    def _samples_by_microbatch(self, counts: np.ndarray) -> np.ndarray:
+        """Returns the samples that meet the table, microbatch by microbatch, as places among those of all replicas.
+
+        Args:
+            counts: [replicas, microbatches].
+        """
+        starts = np.cumsum(counts).reshape(counts.shape) - counts
         if self._is_stage_wide:
-            labels = torch.cat(list(by_replica))
-            first = sum(len(part) for part in by_replica[:rank])
-        else:
-            labels, first = by_replica[rank], 0
-        labels = labels.to(device, non_blocking=True)
-        # With one set for all slots every label is in it.
-        co_weights = None
-        if self._config.co_positives == "negative" and draw.num_sets > 1:
-            drawn_weight = 1 / draw.probability if self._config.sampling_correction == "logq" else 1.0
-            step_labels = step_labels.to(device, non_blocking=True)
-            co_weights = _co_weights(draw, labels, set_of_slot, step_labels, drawn_weight)
-        local = torch.where(labels >= 0, labels - self.centers.first_row, -1)
-        return _MicrobatchPlan(
-            batch=batch,
-            rows=rows.to(device, non_blocking=True),
-            labels=labels,
-            targets=self.centers.step_table.active.positions_of(local).T.contiguous(),
-            set_of_slot=set_of_slot,
-            co_weights=co_weights,
-            row_counts=tuple(len(part) for part in by_replica),
-            own=slice(first, first + len(rows)),
-        )
+            return concatenate_ranges(starts.T, counts.T)
+        return concatenate_ranges(starts[self._topology.data_rank], counts[self._topology.data_rank])
 
 
 def _compute_dtype(config: PartialFCConfig, device: torch.device, run_dtype: torch.dtype) -> torch.dtype:
@@ -302,13 +379,15 @@ def _uses_triton(name: str, config: PartialFCConfig, optim: ClassCenterOptimConf
 
 
 def _co_weights(
-    draw: NegativeDraw, labels: Tensor, set_of_slot: Tensor, step_labels: Tensor, drawn_weight: float
+    draw: NegativeDraw, labels: Tensor, set_of_slot: Tensor, co_positives: _CoPositives, drawn_weight: float
 ) -> Tensor:
-    """Returns [b, k, k] fp32: what label l of a sample counts in the class set of its slot j, as any other row does."""
-    drawn = draw.contains(labels)[..., None] & draw.membership(labels)  # [b, k, s]
-    of_set = (step_labels.masked_fill((set_of_slot != index)[None], -1) for index in range(draw.num_sets))
-    is_positive = torch.stack([find(positives.flatten().sort().values, labels) >= 0 for positives in of_set], dim=-1)
-    weights = (drawn * drawn_weight).masked_fill(is_positive, 1.0)
+    """Returns [n, k, k] fp32: what label l of a sample counts in the class set of its slot j, as any other row does."""
+    is_drawn, keys = (
+        tensor.to(labels.device, non_blocking=True) for tensor in (co_positives.is_drawn, co_positives.keys)
+    )
+    drawn = is_drawn[..., None] & draw.membership(labels)  # [n, k, s]
+    places = labels[..., None] * draw.num_sets + torch.arange(draw.num_sets, device=labels.device)
+    weights = (drawn * drawn_weight).masked_fill_(find(keys, places) >= 0, 1.0)
     return weights[..., set_of_slot].transpose(1, 2)
 
 
@@ -318,28 +397,14 @@ def _forward_heads(heads: Sequence[PartialFC], features: VisionFeatures, batch: 
     topology, centers = heads[0]._topology, heads[0].centers
     embeddings = normalize(features.pooled[torch.cat([plan.rows for plan in plans])].float(), dim=1)
     if heads[0]._is_stage_wide:
-        totals = [sum(counts) for counts in zip(*(plan.row_counts for plan in plans), strict=True)]
-        embeddings = gather_replica_rows(embeddings, topology.data_group, topology.class_group, totals)
-        gathered = _split_by_head(embeddings, [plan.row_counts for plan in plans])
+        counts = np.stack([plan.row_counts for plan in plans])
+        embeddings = gather_replica_rows(embeddings, topology.data_group, topology.class_group, counts)
     else:
         embeddings = sum_gradient_over_group(embeddings, topology.tensor_group)
-        gathered = list(embeddings.split([len(plan.rows) for plan in plans]))
+    gathered = embeddings.split([len(plan.labels) for plan in plans])
     parts = [head.softmax_of(x, plan) for head, x, plan in zip(heads, gathered, plans, strict=True)]
     statistics = exchange_statistics(parts, centers.class_group)
     return [head.loss_terms(*pair, plan) for head, pair, plan in zip(heads, statistics, plans, strict=True)]
-
-
-def _split_by_head(rows: Tensor, counts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """From [replica][head] order to one tensor per head.
-
-    Args:
-        rows: [sum of all counts, e].
-        counts: [head][replica].
-    """
-    if len(counts) == 1:
-        return [rows]
-    blocks = rows.split([count for replica in zip(*counts, strict=True) for count in replica])
-    return [torch.cat(blocks[head :: len(counts)]) for head in range(len(counts))]
 
 
 class _SumOwn(torch.autograd.Function):

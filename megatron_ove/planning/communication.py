@@ -107,12 +107,11 @@ def _add_pipeline(ledger: _Ledger, config: TrainConfig, layout: Layout, place: P
 
 
 def _add_step_labels(ledger: _Ledger, config: TrainConfig, layout: Layout, workload: Workload) -> None:
+    """The one message of all objectives; see `objectives/step_exchange.py`."""
+    numbers = np.full(layout.data, 1 + len(config.objectives))
     for objective in config.objectives.values():
-        longest = int(workload.sample_counts[objective.source].sum(axis=0).max())
-        ledger.add("data", "all_gather", layout.data * (1 + workload.num_microbatches) * 8)
-        if longest:
-            ledger.add("data", "all_gather", layout.data * longest * objective.labels_per_step * 8)
-    ledger.add("data", "all_reduce", 8 * len(config.objectives))  # labelled samples of the step
+        numbers += workload.sample_counts[objective.source].sum(axis=0) * objective.labels_per_step
+    ledger.add("data", "all_gather", layout.data * int(numbers.max()) * 4)
 
 
 def _add_heads(

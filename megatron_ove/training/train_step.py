@@ -1,7 +1,8 @@
 """One optimizer step: what happens, in order, on every rank.
 
-1. the loader hands over this replica's microbatches;
-2. the objectives choose the step's active class rows and count their samples over all replicas (N_k);
+1. the loader hands over this replica's microbatches, and what the objectives found out about the step on the host: its
+   active class rows, and the number of each one's samples over all replicas (N_k);
+2. the objectives begin the step on the device;
 3. megatron-core's schedule runs forward and backward over microbatches and pipeline stages, and reduces gradients;
 4. norms are computed, and all ranks agree whether everything is finite;
 5. only then the encoder and the class centers are updated. A refused step changes nothing that lasts.
@@ -21,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ove.batch import Batch
-from megatron_ove.objectives.objective_set import ObjectiveSet
+from megatron_ove.objectives.objective_set import ObjectiveSet, StepPreparation
 from megatron_ove.optim.optimizer import EncoderOptimizer
 from megatron_ove.outputs import StepOutput
 from megatron_ove.parallel.topology import ParallelTopology
@@ -97,13 +98,19 @@ class TrainStep:
         self._reports = topology.is_last_stage and topology.tensor_rank == 0
 
     def __call__(
-        self, step: int, batches: Sequence[Batch], *, encoder_lr: float, class_lr: float, wants_stop: bool
+        self,
+        batches: Sequence[Batch],
+        prepared: StepPreparation | None,
+        *,
+        encoder_lr: float,
+        class_lr: float,
+        wants_stop: bool,
     ) -> StepResult:
-        """Runs step `step` (counted from 0) on this replica's microbatches.
+        """Runs a step on this replica's microbatches.
 
         Args:
-            step: steps done before.
             batches: this replica's microbatches, equally many on every replica.
+            prepared: what `ObjectiveSet.prepare_step` made of them on the last pipeline stage; None elsewhere.
             encoder_lr: rate of the encoder.
             class_lr: rate of the class centers.
             wants_stop: whether this rank wants the run to stop.
@@ -112,7 +119,7 @@ class TrainStep:
             A `StepResult`.
         """
         with self._timers.phase("head"):
-            scales = self._begin(step, batches)
+            scales = self._begin(batches, prepared)
         with self._timers.phase("optimizer"):
             self._optimizer.zero_grad()
         outputs = self._forward_backward(batches, scales)
@@ -131,16 +138,13 @@ class TrainStep:
                 self._objectives.apply_update(class_lr)
         return StepResult(True, stop_requested, metrics=self._measure(outputs, batches, encoder_norm, head_norms))
 
-    def _begin(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        if self._objectives is None:
+    def _begin(self, batches: Sequence[Batch], prepared: StepPreparation | None) -> dict[str, float]:
+        if self._objectives is None or prepared is None:
             return {}
-        self._objectives.begin_step(step, batches)
-        local = {name: sum(self._objectives.num_items(name, batch) for batch in batches) for name in self._objectives}
-        counts = torch.tensor(list(local.values()), dtype=torch.int64)  # on the host, so that no device is waited for
-        dist.all_reduce(counts, group=self._topology.data_host_group)
+        self._objectives.begin_step(prepared)
         return loss_scales(
             self._objectives.weights,
-            dict(zip(local, counts.tolist(), strict=True)),
+            prepared.item_counts,
             num_microbatches=len(batches),
             data_size=self._topology.data_size,
         )

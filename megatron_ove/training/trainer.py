@@ -128,9 +128,13 @@ class Trainer:
         state = self.state
         with self.timers.phase("data"):
             batches = self.loader.step_batches(state.step)
+        prepared = None
+        if self.objectives is not None:
+            with self.timers.phase("head"):
+                prepared = self.objectives.prepare_step(state.step, batches, self.loader.sample_counts)
         result = self.train_step(
-            state.step,
             batches,
+            prepared,
             encoder_lr=lr,
             class_lr=lr * self.config.optim.class_centers.lr_multiplier,
             wants_stop=wants_stop,

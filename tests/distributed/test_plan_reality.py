@@ -66,7 +66,9 @@ def trace_steps(rank: int, world_size: int, data: dict[str, Any], bucket_size: i
             with trace:
                 batches = trainer.loader.step_batches(step)
                 with kept.hooks():
-                    trainer.train_step(step, batches, encoder_lr=1e-3, class_lr=1e-3, wants_stop=False)
+                    counts, objectives = trainer.loader.sample_counts, trainer.objectives
+                    prepared = objectives.prepare_step(step, batches, counts) if objectives else None
+                    trainer.train_step(batches, prepared, encoder_lr=1e-3, class_lr=1e-3, wants_stop=False)
         plan = trainer.loader._planner.plan(1)
         trainer.loader.close()
         return {
