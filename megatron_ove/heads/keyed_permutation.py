@@ -59,7 +59,7 @@ class KeyedPermutation:
 
 
 def _shift(coordinate: np.ndarray, shift: np.ndarray, extent: int, *, forward: bool) -> None:
-    """Adds or subtracts modulo `extent`, in place; both arguments are below it. A division would cost several times this."""
+    """Adds or subtracts modulo `extent`, in place; both are below it. A division would cost several times this."""
     if forward:
         coordinate += shift
         coordinate -= (coordinate >= extent) * extent

@@ -20,8 +20,8 @@ from megatron_ove.outputs import LossTerms, VisionFeatures
 class Objective(ABC):
     """One objective. `forward` and what follows it are collective over the ranks of the last pipeline stage.
 
-    Order of a step: `find_mistake`, `message` and `prepare_step`, which another thread may call while the step before is
-    still under way; `begin_step`; per microbatch `forward` and autograd's backward pass; `row_gradient_norm`; then
+    Order of a step: `find_mistake`, `message` and `prepare_step`, which another thread may call while the step before
+    is still under way; `begin_step`; per microbatch `forward` and autograd's backward pass; `row_gradient_norm`; then
     `apply_update` or `discard_update`.
 
     Attributes:
@@ -60,9 +60,8 @@ class Objective(ABC):
         """
         return None
 
-    def begin_step(self, prepared: Any) -> None:
+    def begin_step(self, prepared: Any) -> None:  # noqa: B027 - nothing to do unless there is a table
         """Begins a step with what `prepare_step` returned; waits neither for the device nor for other ranks."""
-        return None
 
     @abstractmethod
     def forward(self, features: VisionFeatures, batch: Batch) -> LossTerms:

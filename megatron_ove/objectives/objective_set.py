@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from megatron_ove.batch import Batch
 from megatron_ove.objectives.base import Objective
-from megatron_ove.objectives.step_exchange import MessageLayout, exchange, raise_mistake
+from megatron_ove.objectives.step_exchange import MessageLayout, Messages, exchange, raise_mistake
 from megatron_ove.outputs import LossTerms, StepOutput, VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology
 
@@ -79,9 +79,18 @@ class ObjectiveSet:
         Raises:
             DataError: a label does not fit; on every rank of the stage.
         """
-        objectives = list(self._objectives.values())
-        if not objectives:
+        if not self._objectives:
             return StepPreparation({}, {})
+        messages = self._exchange(batches, sample_counts)
+        parts = {
+            name: objective.prepare_step(step, batches, sample_counts[objective.source], numbers)
+            for (name, objective), numbers in zip(self._objectives.items(), messages.numbers, strict=True)
+        }
+        return StepPreparation(dict(zip(self._objectives, messages.item_counts.tolist(), strict=True)), parts)
+
+    def _exchange(self, batches: Sequence[Batch], sample_counts: Mapping[str, np.ndarray]) -> Messages:
+        """Sends this replica's message and returns what all said, or raises what any found wrong."""
+        objectives = self._objectives.values()
         group, replica = self._topology.data_host_group, self._topology.data_rank
         numbers = [objective.message(batches) for objective in objectives]
         for objective, part in zip(objectives, numbers, strict=True):
@@ -105,11 +114,7 @@ class ObjectiveSet:
         messages = layout.unpack(exchange(message, group))
         if messages.has_mistake:
             raise_mistake(mistake, group, on_every_rank=self._topology.pipeline_size == 1)
-        parts = {
-            objective.name: objective.prepare_step(step, batches, sample_counts[objective.source], numbers_of_all)
-            for objective, numbers_of_all in zip(objectives, messages.numbers, strict=True)
-        }
-        return StepPreparation(dict(zip(self._objectives, messages.item_counts.tolist(), strict=True)), parts)
+        return messages
 
     def begin_step(self, prepared: StepPreparation) -> None:
         """Begins the step that was prepared: the device's part of it. Waits for nothing."""

@@ -8,7 +8,6 @@ softmax statistics, and a reduce-scatter of gradients. Nothing waits for the dev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,10 @@ from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.heads import triton_backend
 from megatron_ove.heads.active_classes import (
-    ChosenRows,
     NegativeDraw,
     choose_active_rows,
     collect_positives,
     draw_negatives,
-    find,
     weigh_active_rows,
 )
 from megatron_ove.heads.class_centers import ClassCenters
@@ -37,6 +34,7 @@ from megatron_ove.heads.sampled_softmax import HeadShare, SampledSoftmax, exchan
 from megatron_ove.objectives.base import Objective
 from megatron_ove.objectives.label_check import find_bad_label
 from megatron_ove.objectives.label_slots import draw_label_slots
+from megatron_ove.objectives.partial_fc_step import CoPositives, MicrobatchPlan, StepPlan, plan_microbatches
 from megatron_ove.outputs import LossTerms, VisionFeatures
 from megatron_ove.parallel.class_order import rows_of_classes
 from megatron_ove.parallel.collectives import gather_replica_rows, sum_gradient_over_group
@@ -44,71 +42,6 @@ from megatron_ove.parallel.host_tensors import host_tensor
 from megatron_ove.parallel.random import stateless_seed
 from megatron_ove.parallel.row_blocks import concatenate_ranges
 from megatron_ove.parallel.topology import ParallelTopology
-
-
-@dataclass(frozen=True)
-class _StepPlan:
-    """A step of this head, made on the host; n counts the samples that meet the table, microbatch after microbatch.
-
-    Attributes:
-        draw: the step's negatives.
-        chosen: this rank's active rows.
-        active_share: of the whole table's rows.
-        set_of_slot: [k] int64, class set that serves each slot.
-        labels: [n, k] int64, table rows of the drawn labels, -1 = none.
-        co_positives: what decides how labels count in one another's class sets; None = they always count 1.
-        rows: [n_own] int64, places of this replica's samples within their microbatches.
-        counts: [replicas, microbatches] int64, samples of every replica.
-        seeds: `sample_seeds` of each microbatch, by which `forward` knows it: copies of a batch on a device share them.
-    """
-
-    draw: NegativeDraw
-    chosen: ChosenRows
-    active_share: float
-    set_of_slot: Tensor
-    labels: Tensor
-    co_positives: _CoPositives | None
-    rows: Tensor
-    counts: np.ndarray
-    seeds: Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class _CoPositives:
-    """Where labels count as anything else than themselves.
-
-    Attributes:
-        is_drawn: [n, k] bool, whether a label is a negative of the step too.
-        keys: [p] int64, ascending: row of the table * s + class set for every label of the step.
-    """
-
-    is_drawn: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True)
-class _MicrobatchPlan:
-    """What `forward` needs to know about one microbatch; b counts the samples that meet the table.
-
-    Attributes:
-        rows: [b_own] int64, this replica's samples of the source within the microbatch.
-        labels: [b, k] int64, table rows of the drawn labels, -1 = none.
-        targets: [k, b] int64, place of each label among this rank's active rows, -1 = elsewhere.
-        set_of_slot: [k] int64, class set that serves each slot.
-        co_weights: [b, k, k] fp32, what label l counts in the class set of slot j; None = always 1.
-        row_counts: [replicas] int64, samples of each replica.
-        own: this replica's samples within the b.
-        seeds: of the microbatch; kept so that no other tensor gets their id.
-    """
-
-    rows: Tensor
-    labels: Tensor
-    targets: Tensor
-    set_of_slot: Tensor
-    co_weights: Tensor | None
-    row_counts: np.ndarray
-    own: slice
-    seeds: Tensor
 
 
 class PartialFC(Objective):
@@ -134,6 +67,7 @@ class PartialFC(Objective):
         # A table over the whole stage sees the samples of all replicas. A table over tensor ranks exists once per
         # replica and sees that replica's samples only; its gradients are summed over the replicas instead.
         self._is_stage_wide = config.class_group == "stage"
+        self._corrects_sampling = config.sampling_correction == "logq"
         self._is_fused = _uses_triton(name, config, optim, topology.device)
         self._softmax = MarginSoftmax(
             margin_type=config.margin_type,
@@ -158,7 +92,7 @@ class PartialFC(Objective):
             chunk_size=config.chunk_size,
             is_fused=self._is_fused,
         )
-        self._plans: dict[int, _MicrobatchPlan] = {}
+        self._plans: dict[int, MicrobatchPlan] = {}
 
     def num_items(self, batch: Batch) -> int:
         labels = batch.labels.get(self.source)
@@ -174,70 +108,40 @@ class PartialFC(Objective):
 
     def prepare_step(
         self, step: int, batches: Sequence[Batch], sample_counts: np.ndarray, messages: np.ndarray
-    ) -> _StepPlan:
+    ) -> StepPlan:
         config, device = self._config, self._topology.device
-        everything = rows_of_classes(torch.from_numpy(messages), config.num_classes).numpy()  # [n of all replicas, k]
-        draw, set_of_slot = self._draw_class_sets(step, everything)
-        positives = collect_positives(everything, set_of_slot, draw.num_sets)
-        chosen = choose_active_rows(
-            draw, positives, first_row=self.centers.first_row, num_rows=self.centers.num_rows, device=device
-        )
-        labels = everything[self._samples_by_microbatch(sample_counts)]
+        step_labels = rows_of_classes(torch.from_numpy(messages), config.num_classes).numpy()  # of all replicas
+        draw, set_of_slot = self._draw_class_sets(step, step_labels)
+        positives = collect_positives(step_labels, set_of_slot, draw.num_sets)
+        order, samples, own = self._order_samples(sample_counts)
+        labels = step_labels[order]
         co_positives = None  # with one set for all slots every label is in it
         if config.co_positives == "negative" and draw.num_sets > 1:
-            co_positives = _CoPositives(host_tensor(draw.contains(labels), device), host_tensor(positives.keys, device))
-        rows = [batch.rows_of(self.source).numpy() for batch in batches]
-        return _StepPlan(
+            is_drawn, keys = host_tensor(draw.contains(labels), device), host_tensor(positives.keys, device)
+            co_positives = CoPositives(is_drawn, keys, 1 / draw.probability if self._corrects_sampling else 1.0)
+        return StepPlan(
             draw=draw,
-            chosen=chosen,
+            chosen=choose_active_rows(
+                draw, positives, first_row=self.centers.first_row, num_rows=self.centers.num_rows, device=device
+            ),
             active_share=draw.share_with(len(positives.rows_between(0, config.num_classes))),
             set_of_slot=host_tensor(set_of_slot, device),
             labels=host_tensor(labels, device),
             co_positives=co_positives,
-            rows=host_tensor(np.concatenate(rows), device),
+            rows=host_tensor(np.concatenate([batch.rows_of(self.source).numpy() for batch in batches]), device),
             counts=sample_counts,
+            samples=samples,
+            own=own,
             seeds=[batch.sample_seeds for batch in batches],
         )
 
-    def begin_step(self, prepared: _StepPlan) -> None:
-        device, rank, counts = self._topology.device, self._topology.data_rank, prepared.counts
-        corrects_sampling = self._config.sampling_correction == "logq"
-        active = weigh_active_rows(prepared.chosen, prepared.draw, device=device, corrects_sampling=corrects_sampling)
-        samples = (counts.sum(axis=0) if self._is_stage_wide else counts[rank]).tolist()
-        self.centers.begin_step(active, samples, prepared.active_share)
-        labels, set_of_slot, rows = (
-            tensor.to(device, non_blocking=True) for tensor in (prepared.labels, prepared.set_of_slot, prepared.rows)
+    def begin_step(self, prepared: StepPlan) -> None:
+        device = self._topology.device
+        active = weigh_active_rows(
+            prepared.chosen, prepared.draw, device=device, corrects_sampling=self._corrects_sampling
         )
-        targets = active.positions_of(labels - self.centers.first_row)
-        co_weights = [None] * len(samples)
-        if prepared.co_positives is not None:
-            drawn_weight = 1 / prepared.draw.probability if corrects_sampling else 1.0
-            weights = _co_weights(prepared.draw, labels, set_of_slot, prepared.co_positives, drawn_weight)
-            co_weights = weights.split(samples)
-        first = counts[:rank].sum(axis=0).tolist() if self._is_stage_wide else [0] * len(samples)
-        own = counts[rank].tolist()
-        self._plans = {
-            id(seeds): _MicrobatchPlan(
-                rows=own_rows,
-                labels=some_labels,
-                targets=some_targets.T.contiguous(),
-                set_of_slot=set_of_slot,
-                co_weights=some_weights,
-                row_counts=counts[:, index],
-                own=slice(first[index], first[index] + own[index]),
-                seeds=seeds,
-            )
-            for index, (seeds, own_rows, some_labels, some_targets, some_weights) in enumerate(
-                zip(
-                    prepared.seeds,
-                    rows.split(own),
-                    labels.split(samples),
-                    targets.split(samples),
-                    co_weights,
-                    strict=True,
-                )
-            )
-        }
+        self.centers.begin_step(active, prepared.samples, prepared.active_share)
+        self._plans = plan_microbatches(prepared, active, self.centers.first_row, device)
 
     def forward(self, features: VisionFeatures, batch: Batch) -> LossTerms:
         return self.forward_together([self], features, batch)[0]
@@ -253,19 +157,19 @@ class PartialFC(Objective):
                 terms |= zip((head.name for head in heads), _forward_heads(heads, features, batch), strict=True)
         return [terms[objective.name] for objective in objectives]
 
-    def plan_of(self, batch: Batch) -> _MicrobatchPlan:
+    def plan_of(self, batch: Batch) -> MicrobatchPlan:
         """Returns the plan of a microbatch of the step under way."""
         plan = self._plans.get(id(batch.sample_seeds))
         if plan is None:
             raise RuntimeError(f"objective '{self.name}' got a batch that was not given to prepare_step")
         return plan
 
-    def softmax_of(self, embeddings: Tensor, plan: _MicrobatchPlan) -> HeadShare:
+    def softmax_of(self, embeddings: Tensor, plan: MicrobatchPlan) -> HeadShare:
         """Returns this rank's share of the softmax of a microbatch whose [b, e] embeddings are gathered."""
         share = FusedSoftmax if self._is_fused else SampledSoftmax
         return share(self.centers.step_table, self._softmax, embeddings, plan.targets)
 
-    def loss_terms(self, negatives: Tensor, target_cosine: Tensor, plan: _MicrobatchPlan) -> LossTerms:
+    def loss_terms(self, negatives: Tensor, target_cosine: Tensor, plan: MicrobatchPlan) -> LossTerms:
         """Returns the loss of this replica's samples.
 
         Args:
@@ -334,16 +238,23 @@ class PartialFC(Objective):
                 set_of_slot[slots.start : slots.stop] = index
         return draw, set_of_slot
 
-    def _samples_by_microbatch(self, counts: np.ndarray) -> np.ndarray:
-        """Returns the samples that meet the table, microbatch by microbatch, as places among those of all replicas.
+    def _order_samples(self, counts: np.ndarray) -> tuple[np.ndarray, list[int], list[slice]]:
+        """Says which samples meet the table, microbatch by microbatch.
 
         Args:
-            counts: [replicas, microbatches].
+            counts: [replicas, microbatches] int64.
+
+        Returns:
+            Their places in an array that has one replica's after the other's; their number in each microbatch; and
+            which of these are this replica's.
         """
+        rank = self._topology.data_rank
         starts = np.cumsum(counts).reshape(counts.shape) - counts
-        if self._is_stage_wide:
-            return concatenate_ranges(starts.T, counts.T)
-        return concatenate_ranges(starts[self._topology.data_rank], counts[self._topology.data_rank])
+        if not self._is_stage_wide:
+            counts, starts, rank = counts[[rank]], starts[[rank]], 0
+        first, num_own = counts[:rank].sum(axis=0).tolist(), counts[rank].tolist()
+        own = [slice(start, start + size) for start, size in zip(first, num_own, strict=True)]
+        return concatenate_ranges(starts.T, counts.T), counts.sum(axis=0).tolist(), own
 
 
 def _compute_dtype(config: PartialFCConfig, device: torch.device, run_dtype: torch.dtype) -> torch.dtype:
@@ -376,19 +287,6 @@ def _uses_triton(name: str, config: PartialFCConfig, optim: ClassCenterOptimConf
             "Triton where it can, or change what is named"
         )
     return device.type == "cuda" and not found if config.backend == "auto" else True
-
-
-def _co_weights(
-    draw: NegativeDraw, labels: Tensor, set_of_slot: Tensor, co_positives: _CoPositives, drawn_weight: float
-) -> Tensor:
-    """Returns [n, k, k] fp32: what label l of a sample counts in the class set of its slot j, as any other row does."""
-    is_drawn, keys = (
-        tensor.to(labels.device, non_blocking=True) for tensor in (co_positives.is_drawn, co_positives.keys)
-    )
-    drawn = is_drawn[..., None] & draw.membership(labels)  # [n, k, s]
-    places = labels[..., None] * draw.num_sets + torch.arange(draw.num_sets, device=labels.device)
-    weights = (drawn * drawn_weight).masked_fill_(find(keys, places) >= 0, 1.0)
-    return weights[..., set_of_slot].transpose(1, 2)
 
 
 def _forward_heads(heads: Sequence[PartialFC], features: VisionFeatures, batch: Batch) -> list[LossTerms]:

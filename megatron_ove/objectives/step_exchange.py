@@ -2,7 +2,7 @@
 
 How many samples every replica has follows from the step's plan, so no sizes are asked for. The message of a replica is
 
-    mistake flag | samples that count, of each objective | numbers of the first objective's samples | of the second's ...
+    mistake flag | samples that count, of each objective | numbers of the first objective's samples | the second's ...
 
 in int32, padded to the longest replica.
 """

@@ -10,8 +10,8 @@ from torch import Tensor
 def host_tensor(array: np.ndarray, device: torch.device) -> Tensor:
     """Returns a CPU tensor with the contents of `array`; in pinned memory if `device` is CUDA, else the array's own.
 
-    `.to(device, non_blocking=True)` of the result lets the host go on; from other memory a copy of more than 64 KB waits
-    for everything that the device has still to do.
+    `.to(device, non_blocking=True)` of the result lets the host go on; from other memory a copy of more than 64 KB
+    waits for everything that the device has still to do.
 
     Args:
         array: contiguous.

@@ -25,8 +25,8 @@ def concatenate_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GatheredRows:
-    """What a gather of uneven rows needs to know. Every rank sends as many rows as the longest one, for collectives want
-    equal shapes; one index then drops the padding and puts the rows in order.
+    """What a gather of uneven rows needs to know. Every rank sends as many rows as the longest one, since collectives
+    want equal shapes; one index then drops the padding and puts the rows in order.
 
     Attributes:
         longest: rows that each rank sends.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from encoder_contenders import encoder_config, plain_encoder
 from plain_vit import normalize_pixels
@@ -52,7 +53,7 @@ class OurStep:
             use_distributed_optimizer=False,
             process_groups=topology.process_groups,
         )
-        self._timers = StepTimers(topology.device)
+        self._timers, self._objectives = StepTimers(topology.device), objectives
         self._train_step = TrainStep(topology, chunks, objectives, optimizer, self._timers)
         self._encoder = encoder_of(chunks[0])
         self._next: Batch = self._prepare()
@@ -70,8 +71,11 @@ class OurStep:
         """One optimizer step."""
         self._step += 1
         with self._timers.step(self._step):
+            with self._timers.phase("head"):
+                counts = {name: np.array([[len(self._next.rows_of(name))]]) for name in self._next.source_names}
+                prepared = self._objectives.prepare_step(self._step - 1, [self._next], counts)
             result = self._train_step(
-                self._step - 1, [self._next], encoder_lr=LEARNING_RATE, class_lr=LEARNING_RATE, wants_stop=False
+                [self._next], prepared, encoder_lr=LEARNING_RATE, class_lr=LEARNING_RATE, wants_stop=False
             )
         assert result.accepted
         return self._timers.take()
