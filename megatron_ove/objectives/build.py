@@ -50,4 +50,4 @@ def build_objectives(
             case _:
                 assert_never(config)
         objectives.append(objective)
-    return ObjectiveSet(objectives, {name: config.loss_weight for name, config in configs.items()})
+    return ObjectiveSet(objectives, {name: config.loss_weight for name, config in configs.items()}, topology)

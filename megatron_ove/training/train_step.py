@@ -1,7 +1,8 @@
 """One optimizer step: what happens, in order, on every rank.
 
-1. the loader hands over this replica's microbatches;
-2. the objectives choose the step's active class rows and count their samples over all replicas (N_k);
+1. the loader hands over this replica's microbatches, and what the objectives found out about the step on the host: its
+   active class rows, and the number of each one's samples over all replicas (N_k);
+2. the objectives begin the step on the device;
 3. megatron-core's schedule runs forward and backward over microbatches and pipeline stages, and reduces gradients;
 4. norms are computed, and all ranks agree whether everything is finite;
 5. only then the encoder and the class centers are updated. A refused step changes nothing that lasts.
@@ -100,14 +101,12 @@ class TrainStep:
         self._reports = topology.is_last_stage and topology.tensor_rank == 0
         self._counts_bad = topology.is_first_stage and topology.tensor_rank == 0
 
-    def __call__(
-        self, step: int, loaded: LoadedStep, *, encoder_lr: float, class_lr: float, wants_stop: bool
-    ) -> StepResult:
-        """Runs step `step` (counted from 0) on this replica's microbatches.
+    def __call__(self, loaded: LoadedStep, *, encoder_lr: float, class_lr: float, wants_stop: bool) -> StepResult:
+        """Runs a step on this replica's microbatches.
 
         Args:
-            step: steps done before.
-            loaded: this replica's share of it.
+            loaded: this replica's microbatches; on the last pipeline stage with what `ObjectiveSet.prepare_step` made of
+                them.
             encoder_lr: rate of the encoder.
             class_lr: rate of the class centers.
             wants_stop: whether this rank wants the run to stop.
@@ -117,7 +116,7 @@ class TrainStep:
         """
         batches = loaded.batches
         with self._timers.phase("head"):
-            scales = self._begin(step, batches)
+            scales = self._begin(batches, loaded.prepared)
         with self._timers.phase("optimizer"):
             self._optimizer.zero_grad()
         outputs = self._forward_backward(batches, scales)
@@ -137,16 +136,13 @@ class TrainStep:
         metrics = self._measure(outputs, batches, encoder_norm, head_norms)
         return StepResult(True, stop_requested, num_bad, metrics=metrics)
 
-    def _begin(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        if self._objectives is None:
+    def _begin(self, batches: Sequence[Batch], prepared: StepPreparation | None) -> dict[str, float]:
+        if self._objectives is None or prepared is None:
             return {}
-        self._objectives.begin_step(step, batches)
-        local = {name: sum(self._objectives.num_items(name, batch) for batch in batches) for name in self._objectives}
-        counts = torch.tensor(list(local.values()), dtype=torch.int64)  # on the host, so that no device is waited for
-        dist.all_reduce(counts, group=self._topology.data_host_group)
+        self._objectives.begin_step(prepared)
         return loss_scales(
             self._objectives.weights,
-            dict(zip(local, counts.tolist(), strict=True)),
+            prepared.item_counts,
             num_microbatches=len(batches),
             data_size=self._topology.data_size,
         )

@@ -101,7 +101,13 @@ class Trainer:
         )
         self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer)
         self._restore()
-        self.loader = build_loader(config, topology, start_step=self.state.step, known_bad=self._known_bad())
+        self.loader = build_loader(
+            config,
+            topology,
+            start_step=self.state.step,
+            known_bad=self._known_bad(),
+            prepare=self.objectives.prepare_step if self.objectives else None,
+        )
         if self._is_main:
             for sentence in self.checkpoints.size_warnings(self.loader.source_sizes):
                 logger.warning("%s", sentence)
@@ -156,7 +162,6 @@ class Trainer:
         with self.timers.phase("data"):
             loaded = self.loader.load_step(state.step)
         result = self.train_step(
-            state.step,
             loaded,
             encoder_lr=lr,
             class_lr=lr * self.config.optim.class_centers.lr_multiplier,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from published_head import PublishedHead
 from torch import Tensor
@@ -138,7 +139,8 @@ class PackageHead:
             sample_seeds=seeds,
             labels={_SOURCE: labels.int()},
         )
-        self._objectives.begin_step(step, [batch])
+        counts = {_SOURCE: np.array([[count]])}
+        self._objectives.begin_step(self._objectives.prepare_step(step, [batch], counts))
         features = VisionFeatures(tokens=pooled[:0], pooled=pooled, cu_seqlens=batch.cu_seqlens)
         return self._objectives.forward(features, batch, {_NAME: 1 / count}).loss
 
