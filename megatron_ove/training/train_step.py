@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_ove.batch import Batch
 from megatron_ove.data.delivery import LoadedStep
-from megatron_ove.objectives.objective_set import ObjectiveSet
+from megatron_ove.objectives.objective_set import ObjectiveSet, StepPreparation
 from megatron_ove.optim.optimizer import EncoderOptimizer
 from megatron_ove.outputs import StepOutput
 from megatron_ove.parallel.topology import ParallelTopology
@@ -105,8 +105,8 @@ class TrainStep:
         """Runs a step on this replica's microbatches.
 
         Args:
-            loaded: this replica's microbatches; on the last pipeline stage with what `ObjectiveSet.prepare_step` made of
-                them.
+            loaded: this replica's microbatches, on the last pipeline stage with what `ObjectiveSet.prepare_step` made
+                of them.
             encoder_lr: rate of the encoder.
             class_lr: rate of the class centers.
             wants_stop: whether this rank wants the run to stop.
