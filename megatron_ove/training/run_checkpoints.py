@@ -139,7 +139,7 @@ class RunCheckpoints:
         self._initialized_from = common.get("initialized_from")
         return path
 
-    def _refuse_shifted_moments(self, path: Path, optimizer: Mapping[str, Any]) -> None:
+    def _refuse_shifted_moments(self, path: Path, optimizer: dict[str, Any]) -> None:
         parameter = self._manager.first_problem(self._optimizer.differing_master_weights(optimizer))
         if parameter is not None:
             raise CheckpointError(
