@@ -224,8 +224,8 @@ class PartialFC(Objective):
             labels: [n, k], of the whole step and all replicas.
         """
         config = self._config
-        is_used = np.any(labels >= 0, axis=0).tolist()
-        served = [slots for slots in config.slots_of_sets if any(is_used[slot] for slot in slots)]
+        has_label = labels >= 0  # [n, k]
+        served = [slots for slots in config.slots_of_sets if has_label[:, slots.start : slots.stop].any()]
         set_of_slot = np.zeros(config.labels_per_step, dtype=np.int64)
         key = stateless_seed(self._seed, self.name, "negatives", step)
         if not served:
