@@ -1,7 +1,7 @@
 """Every layout of up to four ranks is one rank: losses, gradients of all parameters and of all class-center rows.
 
-Three heads, over gloo. A few steps show a wrong gradient, and a wrong update by the gradients after it. Twenty show what
-adds up: `make test` runs them in three layouts, `make test-full` in all. A group of processes walks many layouts.
+Three heads, over gloo. A few steps show a wrong gradient, and a wrong update by the gradients after it; twenty show
+what adds up, in three layouts or, with `make test-full`, in all. A group of processes walks many layouts.
 """
 
 from __future__ import annotations
