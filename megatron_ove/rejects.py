@@ -6,7 +6,9 @@ Appending one line per reject with a flush keeps the file readable after a crash
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -45,6 +47,20 @@ class RejectsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Appends lines to a file and forces them to disk; folders are made, and a last line that a kill cut off is ended.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_cut_off = path.is_file() and not _ends_with_newline(path)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("\n" * is_cut_off + "".join(f"{line}\n" for line in lines))
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def printable(text: str) -> str:

@@ -115,6 +115,19 @@ def size_warnings(saved: Mapping[str, int], current: Mapping[str, int]) -> list[
     ]
 
 
+def shifted_moments_clause(parameter: str) -> str:
+    """Says what is wrong with a checkpoint in which master weights are not the weights, and why.
+
+    Args:
+        parameter: name of one that shows it.
+    """
+    return (
+        f"the master weights of {parameter} are not its weights, because an earlier version of this program saved it "
+        "and let megatron-core give parameters the moments and master weights of their neighbours "
+        "(parallel.use_distributed_optimizer with several gradient buckets)"
+    )
+
+
 def _lookup(tree: Mapping[str, Any], path: str) -> Any:
     value: Any = tree
     for key in path.split("."):

@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ove.checkpoint.compatibility import architecture_differences
-from megatron_ove.checkpoint.manager import read_common_state
-from megatron_ove.checkpoint.manifest import structural_problem
+from megatron_ove.checkpoint.manager import CheckpointManager, read_common_state
+from megatron_ove.checkpoint.manifest import checkpoints_at
 from megatron_ove.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def find_start(given: str | Path, *, verify: Literal["full", "sizes"]) -> Path:
+    """Returns the checkpoint that `init_from` names; collective over all ranks.
+
+    Args:
+        given: a checkpoint; or a run folder or its `checkpoints` folder, of which the newest usable one is taken.
+        verify: whether every checksum is compared, or file names and sizes only.
+
+    Raises:
+        CheckpointError: on all ranks, when there is no usable one.
+    """
+    given = Path(given)
+    manager = CheckpointManager(given, keep=1, verify=verify)
+    path, skipped = manager.first_usable(lambda: checkpoints_at(given))
+    problems = [problem if other == given else f"{other.name}: {problem}" for other, problem in skipped]
+    if path is None:
+        raise CheckpointError(
+            f"init_from = {given} cannot be used: {'; '.join(problems) or 'it holds no checkpoint'}; name a run that "
+            "has saved one, a finished checkpoint folder, or one made by megatron-ove convert import",
+            on_every_rank=True,
+        )
+    if dist.get_rank() == 0:
+        for problem in problems:
+            logger.warning("init_from = %s: skipping %s; looking for an older one.", given, problem)
+        logger.info("init_from = %s: the encoder starts with the weights of %s.", given, path)
+    return path
 
 
 def load_encoder_weights(path: str | Path, state: ShardedStateDict, *, encoder: Mapping[str, Any]) -> StateDict:
     """Fills `state` with the encoder weights of a checkpoint and reads nothing else of it; collective.
 
     Args:
-        path: any checkpoint that holds the encoder, whatever layout wrote it.
+        path: any whole checkpoint that holds the encoder, whatever layout wrote it; see `find_start`.
         state: the encoder's sharded state; tensors of another dtype than the stored ones are converted.
         encoder: the encoder's configuration, as plain values.
 
     Raises:
-        CheckpointError: on all ranks, when the folder is not a whole checkpoint or holds another architecture.
+        CheckpointError: on all ranks, when it holds another architecture or cannot be read.
     """
-    path = Path(path)
-    problem = structural_problem(path)
-    if problem is not None:
-        raise CheckpointError(
-            f"init_from = {path} cannot be used: {problem}; name a finished checkpoint folder, or one made by "
-            "megatron-ove convert import",
-            on_every_rank=True,
-        )
     differences = list(architecture_differences(read_common_state(path)["config"]["encoder"], encoder))
     if differences:
         raise CheckpointError(

@@ -1,17 +1,19 @@
 """`CheckpointManager`: atomic, verified, self-pruning checkpoints of a sharded state dict.
 
 A save goes into `step_XXXXXXXX.tmp`; the manifest with every file's checksum is written last, and rank 0 then renames
-the folder. So a folder without `.tmp` is complete, whatever happened. Older checkpoints are deleted only afterwards.
-A failure on one rank becomes the same `CheckpointError` on all of them: nobody waits for a rank that gave up.
+the folder. So a folder without `.tmp` is complete, whatever happened. Older checkpoints are deleted only afterwards;
+one that cannot be deleted is a warning, since the run is safe by then, and is tried again at the next save. A failure
+on one rank becomes the same `CheckpointError` on all of them: nobody waits for a rank that gave up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -28,14 +30,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ove.checkpoint.in_process_writer import InProcessSaveStrategy
 from megatron_ove.checkpoint.manifest import (
-    MANIFEST_NAME,
     PARTIAL_SUFFIX,
     checkpoint_name,
     checksum_problem,
     data_files,
+    discard,
     file_crc32,
     list_checkpoints,
+    list_discarded,
     read_manifest,
+    set_aside,
     structural_problem,
     sync_folder,
     write_manifest,
@@ -126,25 +130,40 @@ class CheckpointManager:
             CheckpointError: there are finished checkpoints and none can be used. Starting from step 0 would then
                 silently throw a run away.
         """
-        candidates: list[tuple[Path, str | None]] = self._from_writer(
-            lambda: [(path, structural_problem(path)) for _, path in list_checkpoints(self.directory)]
-        )
-        broken = []
-        for path, problem in candidates:
-            problem = problem or (self._checksum_problem(path) if self._verify == "full" else None)
-            if problem is None:
-                return path
-            if self._is_writer:
-                logger.warning("Skipping checkpoint %s: %s; looking for an older one.", path, problem)
-            if not path.name.endswith(PARTIAL_SUFFIX):
-                broken.append(f"{path.name}: {problem}")
-        if broken:
+        path, skipped = self.first_usable(lambda: [path for _, path in list_checkpoints(self.directory)])
+        if self._is_writer:
+            for other, problem in skipped:
+                logger.warning("Skipping checkpoint %s: %s; looking for an older one.", other, problem)
+        broken = [f"{other.name}: {problem}" for other, problem in skipped if other.suffix != PARTIAL_SUFFIX]
+        if path is None and broken:
             raise CheckpointError(
                 f"none of the {len(broken)} checkpoints in {self.directory} can be used ({'; '.join(broken)}), and "
                 "starting again from step 0 would lose the run; repair the folder, or move it away to start anew",
                 on_every_rank=True,
             )
-        return None
+        return path
+
+    def first_usable(self, candidates: Callable[[], Sequence[Path]]) -> tuple[Path | None, list[tuple[Path, str]]]:
+        """Looks for a checkpoint that is complete and, with `verify: full`, intact.
+
+        Args:
+            candidates: called on rank 0 alone; returns the folders in question, best first.
+
+        Returns:
+            The first usable one, or None; and those before it, each with a clause that says what is wrong.
+        """
+        found = self._from_writer(lambda: [(path, structural_problem(path)) for path in candidates()])
+        skipped = []
+        for path, problem in found:
+            problem = problem or (self._checksum_problem(path) if self._verify == "full" else None)
+            if problem is None:
+                return path, skipped
+            skipped.append((path, problem))
+        return None, skipped
+
+    def first_problem(self, problem: str | None) -> str | None:
+        """Returns what the first of the ranks that see a problem says of it, on all of them."""
+        return next((text for text in _gather(problem) if text), None)
 
     def load(self, path: Path, state: ShardedStateDict) -> StateDict:
         """Fills `state` from a checkpoint; the layout of the run that wrote it does not matter.
@@ -192,15 +211,15 @@ class CheckpointManager:
     def _prune(self, newest_step: int) -> None:
         """Deletes what is not kept. Steps beyond `newest_step` are damaged ones that `latest` skipped: counted among
         the kept ones they would push out the checkpoint that was just written, so they are left alone."""
-        folders = list_checkpoints(self.directory)
-        finished = [
-            path for step, path in folders if 0 < step <= newest_step and not path.name.endswith(PARTIAL_SUFFIX)
-        ]
-        unfinished = [path for _, path in folders if path.name.endswith(PARTIAL_SUFFIX)]
-        for path in finished[self._keep :] + unfinished:
-            # Without its manifest a folder that is only half deleted cannot be taken for a checkpoint.
-            (path / MANIFEST_NAME).unlink(missing_ok=True)
-            shutil.rmtree(path)
+        with _warned_of(self.directory):
+            folders = list_checkpoints(self.directory)
+            finished = [
+                path for step, path in folders if 0 < step <= newest_step and not path.name.endswith(PARTIAL_SUFFIX)
+            ]
+            unfinished = [path for _, path in folders if path.name.endswith(PARTIAL_SUFFIX)]
+            for path in finished[self._keep :] + unfinished + list_discarded(self.directory):
+                with _warned_of(path):
+                    discard(path)
 
     def _on_writer(self, action: Callable[[], object]) -> None:
         self._together(lambda: action() if self._is_writer else None)
@@ -218,9 +237,9 @@ class CheckpointManager:
         except (OSError, CheckpointError, CheckpointingException, CheckpointException, KeyError, RuntimeError) as error:
             logger.debug("A checkpoint operation failed", exc_info=True)
             problem = _clause(error)
-        problems = [item for item in _gather(problem) if item]
-        if problems:
-            raise CheckpointError(problems[0])
+        problem = self.first_problem(problem)
+        if problem is not None:
+            raise CheckpointError(problem)
         return result
 
 
@@ -248,18 +267,35 @@ def _describe_file(path: Path) -> tuple[int, int]:
     return path.stat().st_size, file_crc32(path)
 
 
+@contextlib.contextmanager
+def _warned_of(path: Path) -> Iterator[None]:
+    """Around deletions that nothing depends on: one that fails is a sentence in the log."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(
+            "Cannot delete %s, which is not needed any more (%s); the run goes on, and the next save tries again.",
+            path,
+            _clause(error),
+        )
+
+
 def _make_empty_folder(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
+    old = set_aside(path) if path.exists() else None
     path.mkdir(parents=True)
+    if old is not None:
+        with _warned_of(old):
+            discard(old)
 
 
 def _publish(partial: Path, final: Path) -> None:
-    if final.exists():  # e.g. a damaged one that `latest` skipped
-        (final / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(final)
+    """Gives a complete folder its final name. What had it, e.g. a damaged one that `latest` skipped, goes last."""
+    old = set_aside(final) if final.exists() else None
     partial.rename(final)
     sync_folder(final.parent)
+    if old is not None:
+        with _warned_of(old):
+            discard(old)
 
 
 def read_common_state(path: str | Path) -> dict[str, Any]:

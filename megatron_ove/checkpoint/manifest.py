@@ -7,9 +7,11 @@ runs faster than disks deliver.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +20,11 @@ from typing import Any
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 PARTIAL_SUFFIX = ".tmp"
+DISCARDED_SUFFIX = ".discarded"
 
 _READ_BYTES = 4 << 20
 _FOLDER = re.compile(r"^step_(\d{8,})(\.tmp)?$")
+_DISCARDED = re.compile(r"^step_\d{8,}.*\.discarded\d*$")
 
 
 def checkpoint_name(step: int) -> str:
@@ -38,10 +42,51 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     return [(int(match.group(1)), path) for match, path in found]
 
 
+def checkpoints_at(path: Path) -> list[Path]:
+    """Returns what a path means: a checkpoint; or the checkpoints, newest first, of a run or of its `checkpoints`
+    folder, unfinished ones included."""
+    runs_folder = path / "checkpoints"
+    found = list_checkpoints(path) or list_checkpoints(runs_folder)
+    return [folder for _, folder in found] if found or runs_folder.is_dir() else [path]
+
+
+def list_discarded(directory: Path) -> list[Path]:
+    """Returns the folders that `discard` could not delete so far."""
+    return sorted(path for path in directory.iterdir() if _DISCARDED.match(path.name))
+
+
+def discard(directory: Path) -> None:
+    """Deletes a checkpoint folder, finished or not.
+
+    It first loses its manifest and then its name, so that whatever happens nobody takes the rest for a checkpoint. What
+    cannot be deleted, e.g. because somebody reads it over NFS, stays as `step_XXXXXXXX.discarded` for another attempt.
+
+    Raises:
+        OSError: something of it is still there.
+    """
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+    path = set_aside(directory)
+    shutil.rmtree(path, ignore_errors=True)  # as much as can be
+    if path.exists():
+        shutil.rmtree(path)  # says what is in the way
+
+
+def set_aside(directory: Path) -> Path:
+    """Renames a checkpoint folder to a free name that nobody takes for a checkpoint; returns its new path."""
+    if _DISCARDED.match(directory.name):
+        return directory
+    name = directory.name + DISCARDED_SUFFIX
+    candidates = (directory.with_name(f"{name}{number or ''}") for number in itertools.count())
+    return directory.rename(next(path for path in candidates if not path.exists()))
+
+
 def data_files(directory: Path) -> list[str]:
-    """Returns the files of a checkpoint folder except the manifest, as sorted relative paths."""
-    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    return sorted(name for name in files if name != MANIFEST_NAME)
+    """Returns the files of a checkpoint folder except the manifest, as sorted relative paths.
+
+    NFS keeps a deleted file that somebody still reads under a name like .nfs0001 for a while; it is none of them.
+    """
+    files = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(".nfs"))
+    return sorted(name for path in files if (name := path.relative_to(directory).as_posix()) != MANIFEST_NAME)
 
 
 def file_crc32(path: Path) -> int:
@@ -106,7 +151,7 @@ def structural_problem(directory: Path) -> str | None:
     if directory.name.endswith(PARTIAL_SUFFIX):
         return "it was not finished (its name still ends in .tmp), probably because the run was killed while saving"
     if not (directory / MANIFEST_NAME).exists():
-        return f"it has no {MANIFEST_NAME}, which is written last"
+        return f"it has no {MANIFEST_NAME}, which is written last and deleted first"
     try:
         manifest = read_manifest(directory)
     except (OSError, ValueError) as error:

@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints a table; returns 0, or 2 where --verify found damage."""
-    from megatron_ove.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
+    from megatron_ove.checkpoint.manifest import MANIFEST_NAME, checkpoints_at
     from megatron_ove.errors import DataError
 
     path = Path(arguments.path)
@@ -53,16 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     if (path / "dataset.json").exists():
         return _print(f"shard set {path}", *_describe_shard_set(path, verify=arguments.verify))
     if not (path / MANIFEST_NAME).exists():
-        for folder in (path, path / "checkpoints"):
-            checkpoints = list_checkpoints(folder)
-            if checkpoints:
-                path = checkpoints[0][1]
-                break
-        else:
+        checkpoints = [folder for folder in checkpoints_at(path) if folder != path]
+        if not checkpoints:
             raise DataError(
                 f"{path} holds neither {MANIFEST_NAME} (a checkpoint), nor step_... folders (a run), nor dataset.json "
                 "(a shard set), so there is nothing to describe; check the path"
             )
+        path = checkpoints[0]
     return _print(f"checkpoint {path}", *_describe_checkpoint(path, verify=arguments.verify))
 
 
@@ -77,7 +74,7 @@ def _describe_checkpoint(path: Path, *, verify: bool) -> tuple[dict[str, Any], l
     manifest = read_manifest(path)
     if verify:
         found = [checksum_problem(path, name, entry) for name, entry in manifest["files"].items()]
-        problems = [text for text in found if text]
+        problems = [text for text in found if text] or _moment_problems(path)
         if problems:
             return {}, problems
     common = read_common_state(path)
@@ -94,15 +91,30 @@ def _describe_checkpoint(path: Path, *, verify: bool) -> tuple[dict[str, Any], l
         "encoder": f"{encoder['num_layers']} layers, hidden {encoder['hidden_size']}, "
         f"{encoder['num_attention_heads']} heads, mlp {encoder['ffn_hidden_size']}, patch {encoder['patch_size']}",
     }
+    if common.get("initialized_from"):
+        rows["started with"] = f"the encoder of {common['initialized_from']}"
     return rows | _count_parameters(path, config), []
 
 
-def _count_parameters(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+def _moment_problems(path: Path) -> list[str]:
+    """Compares the encoder's master weights with its weights, a tensor at a time."""
+    import torch
 
-    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
-    sizes = {name: item.size for name, item in metadata.items() if isinstance(item, TensorStorageMetadata)}
+    from megatron_ove.checkpoint.compatibility import shifted_moments_clause
+    from megatron_ove.convert.checkpoint_files import read_tensors
+
+    prefix = "optimizer.state.param."
+    for master_key in (name for name in _stored_sizes(path) if name.startswith(prefix)):
+        key = master_key.removeprefix(prefix)
+        master, weights = read_tensors(path, master_key)[master_key], read_tensors(path, key)[key]
+        if not torch.allclose(master.to(weights.dtype), weights, rtol=0, atol=0, equal_nan=True):
+            advice = f"a run cannot continue with it; start a new one with init_from: {path}"
+            return [f"{shifted_moments_clause(key.removeprefix('model.'))}; the weights are right, but {advice}"]
+    return []
+
+
+def _count_parameters(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    sizes = _stored_sizes(path)
     encoder = sum(size.numel() for name, size in sizes.items() if name.startswith("model."))
     rows = {"encoder parameters": f"{encoder:,}"}
     for name, objective in config["objectives"].items():
@@ -110,6 +122,14 @@ def _count_parameters(path: Path, config: dict[str, Any]) -> dict[str, str]:
         shape = f"{table[0]:,} classes x {table[1]} = {table.numel():,}" if table else "absent"
         rows[f"class centers of {name}"] = f"{shape} (source {objective['source']})"
     return rows
+
+
+def _stored_sizes(path: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: item.size for name, item in metadata.items() if isinstance(item, TensorStorageMetadata)}
 
 
 def _describe_shard_set(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_ove.config.train import TrainConfig
+    from megatron_ove.training.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="record COUNT steps from step START on (the first step is 1) into the run folder's profile/",
     )
     parser.add_argument(
-        "--check", action="store_true", help="check the configuration, print the run folder, and start nothing"
+        "--check",
+        action="store_true",
+        help="check the configuration and that nobody trains in the run folder, print that folder, and start nothing",
     )
     parser.set_defaults(run=run)
 
@@ -53,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains; returns the exit status."""
     from megatron_ove.config.loader import dump_config, load_config
     from megatron_ove.errors import ConfigError, MegatronOveError
-    from megatron_ove.training.done_marker import is_done, mark_done, unmark_done
-    from megatron_ove.training.stop_signal import clear_stop_file
+    from megatron_ove.training.done_marker import is_done
+    from megatron_ove.training.run_lock import require_unlocked
 
     if arguments.nproc < 1:
         raise ConfigError(f"--nproc {arguments.nproc} starts no process; give at least 1")
@@ -73,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise
     run_dir, text = Path(config.run_dir), dump_config(config)
     if arguments.check:
+        require_unlocked(run_dir)
         sys.stdout.write(f"{config.run_dir}\n")
         return 0
     if is_done(run_dir, num_steps=config.train.num_steps, config_text=text):
@@ -80,20 +84,26 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.nproc > 1:
         return _start_processes(arguments)
-    if is_main:
+    if not is_main:
+        return _train(config, text, lock=None)
+    with _open_run_dir(run_dir) as lock:
         sys.stdout.write(text)
         sys.stdout.flush()
-        _open_run_dir(run_dir)
-        clear_stop_file(run_dir)
+        return _train(config, text, lock=lock)
 
+
+def _train(config: TrainConfig, text: str, *, lock: RunLock | None) -> int:
+    """Trains on this rank; `lock` is the main rank's."""
     from megatron_ove.parallel.topology import destroy_topology, initialize_topology
     from megatron_ove.training.cpu_memory import prepare_cpu_memory
+    from megatron_ove.training.done_marker import mark_done, unmark_done
     from megatron_ove.training.trainer import Trainer
 
+    run_dir, is_main = Path(config.run_dir), lock is not None
     topology = initialize_topology(config.parallel, seed=config.seed)
     if topology.device.type == "cpu":
         prepare_cpu_memory()
-    trainer = Trainer(config, topology, peak_rate=_peak_rate(config, topology.device))
+    trainer = Trainer(config, topology, peak_rate=_peak_rate(config, topology.device), lock=lock)
     if is_main:  # only now, so that a command that cannot continue the run leaves the run's own configuration alone
         (run_dir / "config.resolved.yaml").write_text(text, encoding="utf-8")
         unmark_done(run_dir)
@@ -128,13 +138,17 @@ def _peak_rate(config: TrainConfig, device: torch.device) -> float | None:
     return known.rate("fp8" if config.encoder.fp8 != "off" else config.train.precision) if known else None
 
 
-def _open_run_dir(run_dir: Path) -> None:
-    """Makes the run folder and starts console.log."""
+def _open_run_dir(run_dir: Path) -> RunLock:
+    """Makes the run folder and locks it; then starts console.log and removes an earlier launch's stop file."""
     from megatron_ove.errors import ConfigError
+    from megatron_ove.training.run_lock import RunLock
+    from megatron_ove.training.stop_signal import clear_stop_file
 
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)  # now rather than after the first hours
+        lock = RunLock(run_dir)
         handler = logging.FileHandler(run_dir / "console.log", encoding="utf-8")
+        clear_stop_file(run_dir)
     except OSError as error:
         raise ConfigError(
             f"run_dir = {run_dir} cannot be written ({error.strerror}: {error.filename}), so the run could keep "
@@ -142,6 +156,7 @@ def _open_run_dir(run_dir: Path) -> None:
         ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
+    return lock
 
 
 def _start_processes(arguments: argparse.Namespace) -> int:

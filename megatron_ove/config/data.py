@@ -192,5 +192,10 @@ class DataConfig(StrictModel):
     patches, for kernels that are made for one shape (CUDA graphs, torch.compile)."""
     num_threads: Annotated[int, Field(gt=0)] = 2
     """Decoding threads per replica."""
+    read_threads: Annotated[int, Field(gt=0, le=1024)] = 16
+    """Reads at a time per replica: a step's samples are read while the step before is decoded."""
+    max_bad_samples_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the samples so far (of at least 1,000) that may be unreadable before the run stops with an error. Each
+    is tried four times, then replaced by an empty sample without labels and written to the run folder's rejects/."""
     prefetch_steps: Annotated[int, Field(gt=0)] = 2
     """Steps decoded ahead of training."""

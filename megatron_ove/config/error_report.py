@@ -27,6 +27,9 @@ _TYPE_NAMES = {
     "tuple_type": "a list",
 }
 
+_Choice = tuple[type[BaseModel], str | None, bool]
+"""A section that can stand in a place: its class, its union tag, and whether it is the value of a map."""
+
 
 def describe_errors(error: ValidationError, data: dict[str, Any], model: type[BaseModel]) -> list[str]:
     """Returns one sentence per mistake in `data`, which was checked against `model`."""
@@ -54,6 +57,9 @@ def _describe(details: ErrorDetails, data: dict[str, Any], model: type[BaseModel
     name = ".".join(path)
     if kind == "extra_forbidden":
         return [f"unknown key '{name}'{_suggestion(path, data, model)}"]
+    if kind == "union_tag_not_found" or (kind == "missing" and path[-1] == "kind"):
+        section = path if kind == "union_tag_not_found" else path[:-1]
+        return [_missing_kind(section, data, model)]
     if kind == "missing":
         return [f"missing key '{name}': it has no default; add it"]
     if kind == "value_error":
@@ -67,8 +73,6 @@ def _describe(details: ErrorDetails, data: dict[str, Any], model: type[BaseModel
     if kind == "too_short":
         form = "section" if isinstance(value, dict) else "list"
         return [f"{name} is an empty {form}, but at least {context['min_length']} value is needed; add one"]
-    if kind == "union_tag_not_found":
-        return [f"missing key '{name}.kind': it says which kind of section this is; add it"]
     if kind in _TYPE_NAMES:
         return [f"{name} = {value!r} is {_kind_of(value)}, but {_TYPE_NAMES[kind]} is needed; correct the value"]
     message = details["msg"].replace("Input should", "it should", 1)
@@ -97,33 +101,48 @@ def _suggestion(path: Sequence[str], data: dict[str, Any], model: type[BaseModel
     return f"; known here: {', '.join(sorted(known))}" if known else "; remove it"
 
 
-def _keys_beside(path: Sequence[str], data: Any, model: type[BaseModel]) -> list[str]:
+def _missing_kind(section: Sequence[str], data: dict[str, Any], model: type[BaseModel]) -> str:
+    kinds = [tag for _, tag, _ in _choices_at(section, data, model) if tag]
+    lines = " or ".join(f"'kind: {tag}'" for tag in kinds)
+    return f"missing key '{'.'.join(section)}.kind': it says which kind of section this is; add {lines or 'it'}"
+
+
+def _keys_beside(path: Sequence[str], data: dict[str, Any], model: type[BaseModel]) -> list[str]:
     """Returns the keys that the section holding the last part of `path` knows."""
-    section: type[BaseModel] | None = model
-    choices: list[tuple[type[BaseModel], str | None, bool]] = []  # of a map: its next part is a free name
-    for part in path[:-1]:
-        data = data.get(part) if isinstance(data, dict) else None
-        if choices:
-            section, choices = _choose(choices, data), []
+    choices = _choices_at(path[:-1], data, model)
+    is_map = bool(choices) and choices[0][2]
+    section = None if is_map else _choose(choices, _value_at(path[:-1], data))
+    return list(section.model_fields) if section else []
+
+
+def _choices_at(path: Sequence[str], data: dict[str, Any], model: type[BaseModel]) -> list[_Choice]:
+    """Returns what the section at `path` can be; none where there is no section."""
+    choices: list[_Choice] = [(model, None, False)]
+    for depth, part in enumerate(path):
+        section = _choose(choices, _value_at(path[:depth], data))
+        if choices and choices[0][2]:  # of a map: `part` is a free name
+            choices = [(choice, tag, False) for choice, tag, _ in choices]
         elif section and part in section.model_fields:
-            found = list(_models_in(section.model_fields[part].annotation))
-            if found and found[0][2]:
-                choices = found
-            else:
-                section = _choose(found, data)
+            choices = list(_models_in(section.model_fields[part].annotation))
         else:
-            section = None
-    return list(section.model_fields) if section and not choices else []
+            choices = []
+    return choices
 
 
-def _choose(choices: Sequence[tuple[type[BaseModel], str | None, bool]], data: Any) -> type[BaseModel] | None:
+def _value_at(path: Sequence[str], data: Any) -> Any:
+    for part in path:
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _choose(choices: Sequence[_Choice], data: Any) -> type[BaseModel] | None:
     tag = data.get("kind") if isinstance(data, dict) else None
     first = choices[0][0] if choices else None
     return next((model for model, its_tag, _ in choices if its_tag == tag), first)
 
 
-def _models_in(annotation: Any) -> Iterator[tuple[type[BaseModel], str | None, bool]]:
-    """Yields (section class, union tag, is it the value of a map) for each section an annotation can hold."""
+def _models_in(annotation: Any) -> Iterator[_Choice]:
+    """Yields each section that an annotation can hold."""
     origin = typing.get_origin(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, _tag(annotation), False

@@ -14,7 +14,7 @@ from megatron_ove.config.base import StrictModel
 class PartialFCConfig(StrictModel):
     """Cluster discrimination against class centers sharded over ranks: a margin softmax per drawn label."""
 
-    kind: Literal["partial_fc"] = "partial_fc"
+    kind: Literal["partial_fc"]
     source: str
     """Name of the data source whose samples and labels this objective sees."""
     num_classes: Annotated[int, Field(gt=1, le=2**31)]

@@ -36,7 +36,9 @@ class ParallelConfig(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto = CUDA with NCCL when a device is there, else CPU with gloo."""
     timeout_s: Annotated[int, Field(gt=0)] = 1800
-    """Seconds a collective may wait for a missing rank before the run fails."""
+    """Seconds a collective may wait for a missing rank before the run fails: up to the first step, and in saves."""
+    step_timeout_s: Annotated[int, Field(gt=0)] = 600
+    """The same in every later step, so that a rank that hangs is found sooner; never more than `timeout_s`."""
 
     def layers_of_stages(self, num_layers: int) -> list[int]:
         """Returns how many of the encoder's layers each pipeline stage holds.

@@ -53,6 +53,8 @@ class TrainLoopConfig(StrictModel):
     always does."""
     log_interval_steps: Annotated[int, Field(gt=0)] = 10
     """Steps between metric reductions."""
+    gc_interval_steps: Annotated[int, Field(gt=0)] = 100
+    """Steps between Python's garbage collections, which all ranks do after the same step and at no other time."""
     max_refused_steps: Annotated[int, Field(gt=0)] = 3
     """Steps in a row that may be refused for a non-finite loss or gradient before the run stops with an error."""
     stop_after_steps: Annotated[int, Field(gt=0)] | None = None
@@ -69,8 +71,8 @@ class TrainConfig(StrictModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of weights, data order, augmentation, label slots and negatives."""
     init_from: str | None = None
-    """Checkpoint folder (of a run, or from `megatron-ove convert import`) whose encoder a new run starts with; null =
-    random weights. Not read when the run resumes."""
+    """Run folder (its newest usable checkpoint is taken) or checkpoint (of a run or from `megatron-ove convert import`)
+    whose encoder a new run starts with; null = random weights. Not read when the run resumes."""
     encoder: EncoderConfig
     parallel: ParallelConfig = ParallelConfig()
     objectives: Annotated[dict[str, ObjectiveConfig], Field(min_length=1)]

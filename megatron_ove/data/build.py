@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from megatron_ove.config.data import (
     ImageSourceConfig,
@@ -12,10 +12,12 @@ from megatron_ove.config.data import (
     list_choices,
 )
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.delivery import StepLoader
+from megatron_ove.data.bad_samples import KnownBad
+from megatron_ove.data.delivery import PrepareStep, StepLoader
 from megatron_ove.data.image_dali import ImageSource
 from megatron_ove.data.mixture import planner_of
 from megatron_ove.data.ocr_dali import OcrSource
+from megatron_ove.data.shard_files import raise_file_limit
 from megatron_ove.data.shard_index import DatasetInfo, ShardSet
 from megatron_ove.data.source import DataSource
 from megatron_ove.data.video_dali import VideoSource
@@ -27,18 +29,28 @@ if TYPE_CHECKING:
     from megatron_ove.parallel.topology import ParallelTopology
 
 
-def build_loader(config: TrainConfig, topology: ParallelTopology, *, start_step: int) -> StepLoader:
+def build_loader(
+    config: TrainConfig,
+    topology: ParallelTopology,
+    *,
+    start_step: int,
+    known_bad: KnownBad | None = None,
+    prepare: PrepareStep | None = None,
+) -> StepLoader:
     """Opens every source and starts loading.
 
     Args:
         config: the run.
         topology: this process's place in it.
         start_step: first step that will be asked for.
+        known_bad: samples that count as unreadable without being tried.
+        prepare: see `StepLoader`.
 
     Raises:
         DataError: shard sets that cannot be used; one sentence a line.
         ConfigError: shard sets that do not fit the configuration; every mistake, one sentence a line.
     """
+    raise_file_limit()
     shard_sets = open_shard_sets(config)
     sources = [
         build_source(
@@ -58,7 +70,12 @@ def build_loader(config: TrainConfig, topology: ParallelTopology, *, start_step:
         topology,
         patch_size=config.encoder.patch_size,
         prefetch_steps=config.data.prefetch_steps,
+        read_threads=config.data.read_threads,
+        run_dir=config.run_dir,
         start_step=start_step,
+        end_step=config.train.num_steps,
+        known_bad=known_bad,
+        prepare=prepare,
     )
 
 
@@ -116,6 +133,8 @@ def build_source(
             return OcrSource(name, config, **common)
         case VideoSourceConfig():
             return VideoSource(name, config, **common)
+        case _:
+            assert_never(config)
 
 
 def find_mismatches(config: TrainConfig, name: str, info: DatasetInfo) -> list[str]:

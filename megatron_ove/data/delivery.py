@@ -1,23 +1,22 @@
-"""`StepLoader`: a step's microbatches, decoded once per replica and sent to the ranks that share it.
+"""`StepLoader`: a step's microbatches, decoded once per replica, prepared a step ahead, sent where it is needed.
 
-One rank of each tensor-parallel group (its rank 0) reads and decodes in a background thread, some steps ahead; the main
-thread broadcasts the result inside the group. Everything that follows from plan and index (sample boundaries, seeds,
-keys, labels, all sizes) is computed or read by every rank itself, so only patches and positions travel: at most one
-broadcast each a step. Pipeline stages read for themselves what they need: patches on the first, labels on the last,
-positions everywhere.
+Three threads. One on the first rank of each tensor-parallel group reads and decodes, some steps ahead. One on every
+rank prepares the step after the present one: it agrees with the replica's other ranks on samples that could not be
+read, assembles the microbatches and runs the host half of the objectives; its exchanges use process groups of their
+own. The main thread broadcasts inside the tensor-parallel group. Everything that follows from plan and index (sample
+boundaries, seeds, labels, all sizes) is computed or read by every rank itself, so only patches and positions travel:
+at most one broadcast each a step. Pipeline stages read for themselves what they need: patches on the first, labels on
+the last, positions everywhere.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
-import queue
-import threading
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,41 +24,61 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ove.batch import Batch
-from megatron_ove.data.mixture import MicrobatchPlan, MicrobatchPlanner
+from megatron_ove.data.background import BackgroundSteps
+from megatron_ove.data.bad_samples import BadSample, KnownBad, record_bad_samples
+from megatron_ove.data.mixture import MicrobatchPlanner
 from megatron_ove.data.patchify import empty_patches
+from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.shard_validation import bad_label, label_sentence
 from megatron_ove.data.source import DataSource
+from megatron_ove.data.step_decoder import DecodedShare, StepDecoder, places_of
+from megatron_ove.data.step_share import StepShare, count_samples, share_of
 from megatron_ove.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_ove.parallel.topology import ParallelTopology
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-_POLL_S = 0.1
-"""How often a waiting thread looks whether it should stop."""
 _CLOSE_TIMEOUT_S = 30.0
-"""How long `close` waits for the picture batch that is being decoded."""
+"""How long `close` waits for the step that is being decoded."""
+
+PrepareStep = Callable[[int, Sequence[Batch], Mapping[str, np.ndarray]], Any]
+"""(step, this replica's microbatches, source -> samples [replicas, microbatches]) -> what the training step gets."""
 
 
-@dataclass
-class StepTensors:
-    """One replica's share of a step, n microbatches; patches and positions travel inside a tensor-parallel group.
+@dataclass(frozen=True)
+class LoadedStep:
+    """One step of one replica.
 
     Attributes:
-        patches: [n, P, 3 * p * p] uint8; None off the first stage.
-        positions: [n, P, 3] int32.
-        labels: [sum over samples of their source's L] int32, microbatch by microbatch, in each source by source;
-            None off the last stage. On the CPU, where objectives plan with them.
+        batches: its microbatches, equally many on every replica, the same on every rank of a tensor-parallel group.
+        prepared: what `prepare` made of them; None without it.
+        num_bad: samples of this replica that could not be read and count as empty.
     """
 
+    batches: tuple[Batch, ...]
+    prepared: Any
+    num_bad: int
+
+
+@dataclass(frozen=True)
+class _PreparedStep:
+    """A step without its pixels.
+
+    Attributes:
+        step: the step as the trainer gets it; patches and positions are filled in later.
+        patches: [m, P, 3 * p * p] uint8 behind the batches, on the device; None off the first stage.
+        positions: [m, P, 3] int32 behind the batches, on the device.
+        host_positions: what to fill in; None where they are in place, or received.
+        bad_places: what to leave empty.
+    """
+
+    step: LoadedStep
     patches: Tensor | None
     positions: Tensor
-    labels: Tensor | None
-
-    def travelling(self) -> list[Tensor]:
-        """Returns the tensors to broadcast, in a fixed order."""
-        return [value for value in (self.patches, self.positions) if value is not None]
+    host_positions: Tensor | None
+    bad_places: list[tuple[int, slice]]
 
 
 class StepLoader:
@@ -73,9 +92,14 @@ class StepLoader:
         *,
         patch_size: int,
         prefetch_steps: int,
+        read_threads: int,
+        run_dir: str | Path,
         start_step: int,
+        end_step: int | None = None,
+        known_bad: KnownBad | None = None,
+        prepare: PrepareStep | None = None,
     ) -> None:
-        """Starts decoding at `start_step`.
+        """Starts loading at `start_step`.
 
         Args:
             planner: of all steps; the same on every rank.
@@ -83,231 +107,217 @@ class StepLoader:
             topology: which part of a step this rank gets.
             patch_size: p.
             prefetch_steps: decoded steps that may wait.
+            read_threads: reads at a time.
+            run_dir: where samples that cannot be read are recorded.
             start_step: first step that will be asked for; a resumed run passes its next step and needs nothing else.
+            end_step: steps of the run; None = no last one.
+            known_bad: samples that count as unreadable without being tried, the same on every rank.
+            prepare: called on every rank a step ahead in a thread; may use the topology's host groups.
         """
-        self.last_wait_s = 0.0
-        """Seconds the last `step_batches` took: waiting for the decoder, broadcast and copies."""
-        self.sample_counts: Mapping[str, np.ndarray] = {}
-        """Of the last step: source -> [replicas, microbatches of a replica] int64, samples; the same on every rank."""
         self._planner = planner
         self._sources = tuple(sources)
         self._names = tuple(source.name for source in sources)
         self._topology = topology
         self._patch_size = patch_size
+        self._run_dir = run_dir
+        self._known_bad = known_bad or {}
+        self._prepare = prepare
         self._next_step = start_step
-        self._stop = threading.Event()
-        self._queue: queue.Queue[tuple[MicrobatchPlan, StepTensors] | BaseException] = queue.Queue(prefetch_steps)
-        self._thread: threading.Thread | None = None
+        steps = {"first_step": start_step, "end_step": end_step}
+        self._decoder: StepDecoder | None = None
+        self._decoding: BackgroundSteps[DecodedShare] | None = None
         if topology.tensor_rank == 0:
-            self._thread = threading.Thread(target=self._decode_steps, name="step-decoder", daemon=True)
-            self._thread.start()
-            atexit.register(self.close)  # an interpreter that ends under a decoding thread can crash
+            self._decoder = StepDecoder(
+                planner,
+                sources,
+                topology,
+                patch_size=patch_size,
+                read_threads=read_threads,
+                end_step=end_step,
+                known_bad=self._known_bad,
+            )
+            self._decoding = BackgroundSteps(
+                self._decoder.decode, **steps, ahead=prefetch_steps + 1, finishes=False, name="step-decoder"
+            )
+        self._preparing = BackgroundSteps(self._prepare_step, **steps, ahead=1, finishes=True, name="step-preparer")
+        atexit.register(self.close)  # an interpreter that ends under a decoding thread can crash
 
     @property
     def source_sizes(self) -> dict[str, int]:
         """Source name -> number of samples: with the seed and the step, what decides the order."""
         return {source.name: source.size for source in self._sources}
 
-    def step_batches(self, step: int) -> list[Batch]:
+    def load_step(self, step: int) -> LoadedStep:
         """Returns this replica's microbatches of a step, in order. Collective over the tensor-parallel group.
 
         Args:
             step: the step after the last one asked for, or `start_step`.
 
         Returns:
-            Batches with patches and positions on the topology's device and the rest on the CPU, the same on every rank
-            of the tensor-parallel group, as many on every replica.
+            Batches with patches and positions on the topology's device and the rest on the CPU.
 
         Raises:
-            DataError: a sample could not be read or decoded; named with its file.
+            DataError: a label is out of range, an index is damaged, or what cannot be read cannot be recorded.
         """
-        started = time.perf_counter()
         if step != self._next_step:
             raise ValueError(f"step {step} was asked for, but steps come in order and the next is {self._next_step}")
-        plan, tensors = self._take() if self._thread is not None else self._prepare(self._planner.plan(step))
-        tensors = self._share(tensors)
-        batches = self._assemble(plan, tensors)
-        self.sample_counts = count_samples(plan, self._names, self._topology.data_size)
+        prepared = self._preparing.take()
+        self._fill(prepared)
         self._next_step += 1
-        self.last_wait_s = time.perf_counter() - started
-        return batches
+        return prepared.step
 
     def close(self) -> None:
-        """Stops decoding and closes the shards. May be called more than once."""
-        self._stop.set()
-        if self._thread is not None:
-            atexit.unregister(self.close)
-            self._thread.join(_CLOSE_TIMEOUT_S)
-            if self._thread.is_alive():
-                _log.warning(
-                    "the decoding thread is still busy after %g s; the process ends without it", _CLOSE_TIMEOUT_S
-                )
-                return
+        """Ends the threads and closes the shards. May be called more than once."""
+        atexit.unregister(self.close)
+        has_ended = self._preparing.stop(_CLOSE_TIMEOUT_S)  # first: it may wait for the decoder
+        if self._decoding is not None and self._decoder is not None:
+            has_ended = self._decoding.stop(_CLOSE_TIMEOUT_S) and has_ended
+            self._decoder.close()
+        if not has_ended:
+            logger.warning(
+                "the loading threads are still busy after %g s; the process ends without them", _CLOSE_TIMEOUT_S
+            )
+            return
         for source in self._sources:
             source.shards.close()
 
-    # -- background thread --------------------------------------------------------------------------------------------
+    # -- preparing thread ---------------------------------------------------------------------------------------------
 
-    def _decode_steps(self) -> None:
-        """Decodes step after step until told to stop; an error becomes the last thing in the queue."""
-        step = self._next_step
+    def _prepare_step(self, step: int) -> _PreparedStep:
         device = self._topology.device
-        on_gpu = device.type == "cuda"
-        try:
-            if on_gpu:
-                torch.cuda.set_device(device)
-            with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else nullcontext():
-                while not self._stop.is_set():
-                    plan = self._planner.plan(step)
-                    tensors = self._read(plan)
-                    if on_gpu:
-                        torch.cuda.current_stream().synchronize()
-                    self._put((plan, tensors))
-                    step += 1
-        except BaseException as error:
-            self._put(error)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        decoded = self._decoding.take() if self._decoding is not None else self._room_for(step)
+        share = decoded.share
+        bad = self._agree_on_bad(decoded)
+        positions = decoded.positions
+        if positions is None or device.type == "cuda":
+            shape = (share.num_microbatches, share.plan.tokens_per_microbatch, 3)
+            positions = torch.zeros(shape, dtype=torch.int32, device=device)
+        batches = self._assemble(share, decoded.patches, positions, bad)
+        counts = count_samples(share.plan, self._names, self._topology.data_size)
+        return _PreparedStep(
+            LoadedStep(batches, self._prepare(step, batches, counts) if self._prepare else None, len(bad)),
+            decoded.patches,
+            positions,
+            decoded.positions if decoded.positions is not positions else None,
+            places_of(share, bad),
+        )
 
-    def _put(self, item: tuple[MicrobatchPlan, StepTensors] | BaseException) -> None:
-        while not self._stop.is_set():
-            with suppress(queue.Full):
-                self._queue.put(item, timeout=_POLL_S)
-                return
-
-    def _read(self, plan: MicrobatchPlan) -> StepTensors:
-        """Reads and decodes this replica's share of a step, as far as this pipeline stage needs it."""
-        _, tensors = self._prepare(plan)
-        places, targets = [], []
-        for i, microbatch in enumerate(self._microbatches(plan)):
-            samples = plan.samples_of(microbatch)
-            stops = np.cumsum(plan.num_tokens[samples])
-            for place, start, stop in zip(samples, stops - plan.num_tokens[samples], stops, strict=True):
-                source = self._sources[plan.source_index[place]]
-                positions = source.positions(int(plan.rows[place]), int(plan.seeds[place]))
-                tensors.positions[i, start:stop] = torch.from_numpy(positions)
-                places.append(place)
-                if tensors.patches is not None:
-                    targets.append(tensors.patches[i, start:stop])
-        if tensors.patches is not None:
-            self._decode(plan, np.array(places, dtype=np.int64), targets)
-        if self._topology.device.type == "cuda":
-            tensors.positions = tensors.positions.pin_memory()
-        return tensors
-
-    def _decode(self, plan: MicrobatchPlan, places: np.ndarray, targets: list[Tensor]) -> None:
-        for index, source in enumerate(self._sources):
-            chosen = np.flatnonzero(plan.source_index[places] == index)
-            if chosen.size:
-                mine = places[chosen]
-                source.decode_into(plan.rows[mine], plan.seeds[mine], [targets[i] for i in chosen])
-
-    def _read_labels(self, plan: MicrobatchPlan) -> np.ndarray:
-        parts = [np.empty(0, dtype=np.int32)]
-        for microbatch in self._microbatches(plan):
-            for index, samples in self._by_source(plan, microbatch):
-                shards, rows = self._sources[index].shards, plan.rows[samples]
-                labels = np.asarray(shards.labels[rows])
-                problem = bad_label(labels, shards.info.num_classes)
-                if problem is not None:
-                    key = shards.key(int(rows[problem[0]]))
-                    raise DataError(label_sentence(problem[1], key, shards.directory, shards.info.num_classes))
-                parts.append(labels.ravel())
-        return np.concatenate(parts)
-
-    # -- main thread --------------------------------------------------------------------------------------------------
-
-    def _take(self) -> tuple[MicrobatchPlan, StepTensors]:
-        while True:
-            try:
-                item = self._queue.get(timeout=_POLL_S)
-            except queue.Empty:
-                if self._stop.is_set():
-                    raise RuntimeError("the loader is closed") from None
-                continue
-            if isinstance(item, BaseException):
-                self._stop.set()
-                raise item
-            return item
-
-    def _prepare(self, plan: MicrobatchPlan) -> tuple[MicrobatchPlan, StepTensors]:
-        """Returns the labels, and zeros of the shapes that plan and stage ask for: what is filled, or received into."""
+    def _room_for(self, step: int) -> DecodedShare:
+        """Returns what a rank that does not decode receives into."""
         topology = self._topology
-        receives = topology.tensor_rank != 0
-        microbatches = self._microbatches(plan)
-        device = topology.device if receives else torch.device("cpu")
-        patches = labels = None
-        if topology.is_first_stage:
-            size = (len(microbatches), plan.tokens_per_microbatch, self._patch_size)
-            patches = empty_patches(*size, topology.device)
-        if topology.is_last_stage:
-            labels = torch.from_numpy(self._read_labels(plan))
-        shape = (len(microbatches), plan.tokens_per_microbatch, 3)
-        return plan, StepTensors(patches, torch.zeros(shape, dtype=torch.int32, device=device), labels)
+        share = share_of(self._planner.plan(step), topology.data_rank, topology.data_size)
+        size = (share.num_microbatches, share.plan.tokens_per_microbatch)
+        patches = empty_patches(*size, self._patch_size, topology.device) if topology.is_first_stage else None
+        return DecodedShare(share, patches, None)
 
-    def _share(self, tensors: StepTensors) -> StepTensors:
-        """Brings the tensors to the device and to every rank of the tensor-parallel group."""
-        device, group = self._topology.device, self._topology.tensor_group
-        if device.type == "cuda" and tensors.patches is not None:
-            # made on the decoder's stream: its memory must not be reused before this stream is done with it
-            tensors.patches.record_stream(torch.cuda.current_stream())
-        tensors.positions = tensors.positions.to(device, non_blocking=True)
-        if self._topology.tensor_size > 1:
-            source = dist.get_global_rank(group, 0)
-            for tensor in tensors.travelling():
-                if tensor.numel():
-                    dist.broadcast(tensor, source, group=group)
-        return tensors
+    def _agree_on_bad(self, decoded: DecodedShare) -> np.ndarray:
+        """Returns the share's samples, ascending, that any rank of the replica could not read; records new ones."""
+        group = self._topology.replica_host_group
+        flags = torch.zeros(len(decoded.share.places), dtype=torch.uint8)  # 1: recorded already, 2: new
+        for sample, reason in decoded.problems.items():
+            flags[sample] = 2 if reason else 1
+        if group.size() > 1 and flags.numel():
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        if bool((flags == 2).any()):
+            reasons = [decoded.problems]
+            if group.size() > 1:
+                reasons = [{} for _ in range(group.size())]
+                dist.all_gather_object(reasons, decoded.problems, group=group)
+            if group.rank() == 0:
+                self._record(decoded.share, {k: v for part in reversed(reasons) for k, v in part.items() if v})
+        return flags.nonzero().flatten().numpy()
 
-    def _assemble(self, plan: MicrobatchPlan, tensors: StepTensors) -> list[Batch]:
+    def _record(self, share: StepShare, reasons: Mapping[int, str]) -> None:
+        samples = []
+        for place, reason in sorted(reasons.items()):
+            source = self._sources[share.source_index[place]]
+            row = int(share.rows[place])
+            ordinal, number = int(share.ordinals[place]), share.plan.step + 1
+            samples.append(BadSample(number, source.name, ordinal, row, source.shards.key(row), reason))
+        path = record_bad_samples(self._run_dir, self._topology.data_rank, samples)
+        logger.warning(
+            "Step %d goes on without %d of its samples, which stand in %s; the first: %s.",
+            share.plan.step + 1,
+            len(samples),
+            path,
+            samples[0].reason,
+        )
+
+    def _assemble(
+        self, share: StepShare, patches: Tensor | None, positions: Tensor, bad: np.ndarray
+    ) -> tuple[Batch, ...]:
+        is_bad = np.zeros(len(share.places), dtype=bool)
+        is_bad[bad] = True
+        shard_sets = tuple(source.shards for source in self._sources)
         batches = []
-        first_label = 0
-        for i, microbatch in enumerate(self._microbatches(plan)):
-            samples = plan.samples_of(microbatch)
+        for i in range(share.num_microbatches):
+            samples = share.of_microbatch(i)
+            source_index, rows = share.source_index[samples], share.rows[samples]
+            boundaries = np.concatenate([[0], np.cumsum(share.num_patches[samples])])
             labels = {}
-            if tensors.labels is not None:
-                for index, chosen in self._by_source(plan, microbatch):
-                    width = self._sources[index].shards.info.label_width
-                    last_label = first_label + chosen.size * width
-                    labels[self._names[index]] = tensors.labels[first_label:last_label].view(chosen.size, width)
-                    first_label = last_label
-            boundaries = np.concatenate([[0], np.cumsum(plan.num_tokens[samples])])
+            if self._topology.is_last_stage:
+                for index, name in enumerate(self._names):
+                    chosen = source_index == index
+                    labels[name] = self._read_labels(shard_sets[index], rows[chosen], is_bad[samples][chosen])
             batches.append(
                 Batch(
-                    positions=tensors.positions[i],
+                    positions=positions[i],
                     cu_seqlens=torch.from_numpy(boundaries).to(torch.int32),
-                    source_index=torch.from_numpy(plan.source_index[samples]).to(torch.int32),
+                    source_index=torch.from_numpy(source_index).to(torch.int32),
                     source_names=self._names,
-                    sample_keys=tuple(self._key(plan, place) for place in samples),
-                    sample_seeds=torch.from_numpy(plan.seeds[samples]).to(torch.int64),
-                    patches=tensors.patches[i] if tensors.patches is not None else None,
+                    sample_keys=SampleKeys(shard_sets, source_index, rows),
+                    sample_seeds=torch.from_numpy(share.seeds[samples]).to(torch.int64),
+                    patches=patches[i] if patches is not None else None,
                     labels=labels,
                 )
             )
-        return batches
+        return tuple(batches)
 
-    def _microbatches(self, plan: MicrobatchPlan) -> range:
-        return plan.microbatches_of(self._topology.data_rank, self._topology.data_size)
+    @staticmethod
+    def _read_labels(shards: ShardSet, rows: np.ndarray, is_bad: np.ndarray) -> Tensor:
+        labels = np.array(shards.labels[rows], dtype=np.int32)
+        problem = bad_label(labels, shards.info.num_classes)
+        if problem is not None:
+            key = shards.key(int(rows[problem[0]]))
+            raise DataError(label_sentence(problem[1], key, shards.directory, shards.info.num_classes))
+        labels[is_bad] = -1
+        return torch.from_numpy(labels)
 
-    def _by_source(self, plan: MicrobatchPlan, microbatch: int) -> list[tuple[int, np.ndarray]]:
-        """Returns (source, its samples in microbatch order) for every source, also for one without samples here."""
-        samples = plan.samples_of(microbatch)
-        return [(i, samples[plan.source_index[samples] == i]) for i in range(len(self._sources))]
+    # -- main thread --------------------------------------------------------------------------------------------------
 
-    def _key(self, plan: MicrobatchPlan, place: int) -> str:
-        return self._sources[plan.source_index[place]].shards.key(int(plan.rows[place]))
+    def _fill(self, prepared: _PreparedStep) -> None:
+        """Brings patches and positions into their tensors, on every rank of the tensor-parallel group."""
+        patches, positions, group = prepared.patches, prepared.positions, self._topology.tensor_group
+        if patches is not None and patches.device.type == "cuda":
+            # made on the decoder's stream: its memory must not be reused before this stream is done with it
+            patches.record_stream(torch.cuda.current_stream())
+        if prepared.host_positions is not None:
+            positions.copy_(prepared.host_positions, non_blocking=True)
+        for microbatch, place in prepared.bad_places:
+            positions[microbatch, place] = 0
+            if patches is not None:
+                patches[microbatch, place] = 0
+        if self._topology.tensor_size > 1:
+            source = dist.get_global_rank(group, 0)
+            for tensor in (patches, positions):
+                if tensor is not None and tensor.numel():
+                    dist.broadcast(tensor, source, group=group)
 
 
-def count_samples(plan: MicrobatchPlan, names: Sequence[str], data_size: int) -> dict[str, np.ndarray]:
-    """Returns source -> [replicas, microbatches of a replica] int64: how many samples of it each microbatch has.
+class SampleKeys(Sequence[str]):
+    """Keys of a microbatch's samples, each looked up when it is read: each may be a cold page of a large index."""
 
-    Args:
-        plan: of the step.
-        names: of the sources, in the planner's order.
-        data_size: replicas; microbatch j is the (j // data_size)-th of replica j % data_size.
-    """
-    shape = (plan.num_microbatches // data_size, data_size)
-    return {
-        name: np.bincount(plan.microbatch_index[plan.source_index == index], minlength=plan.num_microbatches)
-        .reshape(shape)
-        .T
-        for index, name in enumerate(names)
-    }
+    def __init__(self, shard_sets: Sequence[ShardSet], source_index: np.ndarray, rows: np.ndarray) -> None:
+        self._shard_sets = shard_sets
+        self._source_index = source_index
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return tuple(self[place] for place in range(*i.indices(len(self))))
+        return self._shard_sets[int(self._source_index[i])].key(int(self._rows[i]))

@@ -12,6 +12,7 @@ from megatron_ove.config.data import ImageSourceConfig
 from megatron_ove.data.native_size import native_grids
 from megatron_ove.data.patchify import grid_positions, write_patches
 from megatron_ove.data.picture_decoder import PictureDecoder, Windows
+from megatron_ove.data.read_ahead import MemberReader
 from megatron_ove.data.sampler import draw_choice, draw_uniform
 from megatron_ove.data.shard_format import PICTURE_MEMBER
 from megatron_ove.data.source import DataSource
@@ -33,23 +34,30 @@ class ImageSource(DataSource):
             return (draw_sides(seeds, self._config, self.patch_size) // self.patch_size) ** 2
         return (self._windows(rows, seeds).size // self.patch_size).prod(axis=1)
 
-    def positions(self, row: int, seed: int) -> np.ndarray:
+    def picture_members(self, rows: np.ndarray, seeds: np.ndarray) -> list[tuple[int, str]]:
+        return [(row, PICTURE_MEMBER) for row in rows.tolist()]
+
+    def positions(self, row: int, seed: int, read: MemberReader | None = None) -> np.ndarray:
         if self._config.aspect == "square":
             (side,) = draw_sides(np.array([seed]), self._config, self.patch_size) // self.patch_size
             return grid_positions(int(side), int(side))
         ((height, width),) = self._windows(np.array([row]), np.array([seed])).size // self.patch_size
         return grid_positions(int(height), int(width))
 
-    def decode_into(self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor]) -> None:
-        shards = self.shards
+    def decode_into(
+        self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor], read: MemberReader | None = None
+    ) -> dict[int, str]:
+        shards, problems, read = self.shards, {}, read or self.shards.read
         pictures = self._decoder.decode(
             shards.height[rows].astype(np.int64) * shards.width[rows],
-            lambda i: shards.read(int(rows[i]), PICTURE_MEMBER),
+            lambda i: read(int(rows[i]), PICTURE_MEMBER),
             lambda i: f"the picture of {shards.describe(int(rows[i]))}",
+            problems.__setitem__,
             self._windows(rows, seeds),
         )
         for i, picture in pictures:
             write_patches(picture, targets[i], self.patch_size)
+        return problems
 
     def _windows(self, rows: np.ndarray, seeds: np.ndarray) -> Windows:
         heights, widths = (side[rows].astype(np.int64) for side in (self.shards.height, self.shards.width))

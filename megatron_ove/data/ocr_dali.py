@@ -15,6 +15,7 @@ from megatron_ove.config.data import OcrSourceConfig
 from megatron_ove.data.native_size import native_grids
 from megatron_ove.data.patchify import grid_positions, write_patches
 from megatron_ove.data.picture_decoder import PictureDecoder, Windows
+from megatron_ove.data.read_ahead import MemberReader
 from megatron_ove.data.sampler import draw_choice
 from megatron_ove.data.shard_format import PICTURE_MEMBER
 from megatron_ove.data.source import DataSource
@@ -34,12 +35,17 @@ class OcrSource(DataSource):
     def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         return self._grids(rows, seeds).prod(axis=1)
 
-    def positions(self, row: int, seed: int) -> np.ndarray:
+    def picture_members(self, rows: np.ndarray, seeds: np.ndarray) -> list[tuple[int, str]]:
+        return [(row, PICTURE_MEMBER) for row in rows.tolist()]
+
+    def positions(self, row: int, seed: int, read: MemberReader | None = None) -> np.ndarray:
         ((grid_height, grid_width),) = self._grids(np.array([row]), np.array([seed])).tolist()
         return grid_positions(grid_height, grid_width)
 
-    def decode_into(self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor]) -> None:
-        shards = self.shards
+    def decode_into(
+        self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor], read: MemberReader | None = None
+    ) -> dict[int, str]:
+        shards, problems, read = self.shards, {}, read or self.shards.read
         extent = np.stack([shards.height[rows], shards.width[rows]], axis=1).astype(np.int64)
         windows = Windows(
             corner=np.zeros_like(extent),
@@ -49,12 +55,14 @@ class OcrSource(DataSource):
         )
         pictures = self._decoder.decode(
             extent.prod(axis=1),
-            lambda i: shards.read(int(rows[i]), PICTURE_MEMBER),
+            lambda i: read(int(rows[i]), PICTURE_MEMBER),
             lambda i: f"the page of {shards.describe(int(rows[i]))}",
+            problems.__setitem__,
             windows,
         )
         for i, picture in pictures:
             write_patches(picture, targets[i], self.patch_size)
+        return problems
 
     def _grids(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         budgets = draw_choice(self._budgets, seeds, _DRAW_BUDGET)

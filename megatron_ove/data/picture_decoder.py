@@ -63,6 +63,7 @@ class PictureDecoder:
         pixels: np.ndarray,
         read: Callable[[int], bytes],
         describe: Callable[[int], str],
+        reject: Callable[[int, str], None],
         windows: Windows | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Decodes n pictures, a few at a time.
@@ -71,59 +72,75 @@ class PictureDecoder:
             pixels: [n] pixels of each encoded picture; bounds memory.
             read: returns the encoded bytes of picture i.
             describe: returns what messages call picture i.
+            reject: called with (i, a sentence) for a picture that cannot be read or decoded; it is left out.
             windows: what to make of each picture; None = decode only.
 
         Yields:
             (i, [height, width, 3] uint8 RGB on the device). The pixels are overwritten when the iterator advances.
-
-        Raises:
-            DataError: a picture cannot be read or decoded; names it.
         """
         for start, stop in _chunks(pixels):
-            encoded = [np.frombuffer(read(i), np.uint8) for i in range(start, stop)]
-            try:
-                pictures = self._run(encoded, windows, start)
-            except RuntimeError as error:
-                self._explain(encoded, windows, start, describe, error)
-                raise
-            for offset in range(stop - start):
-                yield start + offset, torch.from_dlpack(pictures[offset])
-            if self._device.type == "cuda":
-                torch.cuda.current_stream().synchronize()  # the next run may write to the memory that was just read
+            encoded: dict[int, np.ndarray] = {}
+            for i in range(start, stop):
+                try:
+                    encoded[i] = np.frombuffer(read(i), np.uint8)
+                except DataError as error:
+                    reject(i, str(error))
+            for part, pictures in self._run_what_works(encoded, windows, describe, reject):
+                for place, i in enumerate(part):
+                    yield i, torch.from_dlpack(pictures[place])
+                if self._device.type == "cuda":
+                    # the next run may write to the memory that was just read
+                    torch.cuda.current_stream().synchronize()
 
-    def _run(self, encoded: list[np.ndarray], windows: Windows | None, start: int) -> Any:
+    def _run_what_works(
+        self,
+        encoded: dict[int, np.ndarray],
+        windows: Windows | None,
+        describe: Callable[[int], str],
+        reject: Callable[[int, str], None],
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Yields (picture numbers, their pictures): all at once, or one by one where some of them cannot be decoded,
+        because DALI does not say which."""
+        if not encoded:
+            return
+        numbers = list(encoded)
+        try:
+            pictures = self._run([encoded[i] for i in numbers], windows, numbers)
+        except RuntimeError as error:
+            self._pipeline = None  # a pipeline cannot be used after an error
+            failure = error
+        else:
+            yield numbers, pictures
+            return
+        is_explained = False
+        for i in numbers:
+            try:
+                pictures = self._run([encoded[i]], windows, [i])
+            except RuntimeError:
+                self._pipeline = None
+                is_explained = True
+                reject(
+                    i,
+                    f"{describe(i)} cannot be decoded, although it could when its shard was written, so the shard is "
+                    "damaged; check it with tools/shards/validate_shards.py --deep and copy it again",
+                )
+            else:
+                yield [i], pictures
+        if not is_explained:  # not a picture's fault: for instance too little memory for all of them
+            raise failure
+
+    def _run(self, encoded: list[np.ndarray], windows: Windows | None, numbers: list[int]) -> Any:
         if self._pipeline is None:
             self._pipeline = _build_pipeline(self._device, self._num_threads, self._resizes)
         pipeline: Pipeline = self._pipeline
         pipeline.feed_input("encoded", encoded)
         if windows is not None:
-            chosen = slice(start, start + len(encoded))
-            pipeline.feed_input("corner", list(windows.corner[chosen].astype(np.int32)))
-            pipeline.feed_input("extent", list(windows.extent[chosen].astype(np.int32)))
-            pipeline.feed_input("size", list(windows.size[chosen].astype(np.float32)))
-            pipeline.feed_input("mirror", [np.array(m, np.int32) for m in windows.mirror[chosen]])
+            pipeline.feed_input("corner", list(windows.corner[numbers].astype(np.int32)))
+            pipeline.feed_input("extent", list(windows.extent[numbers].astype(np.int32)))
+            pipeline.feed_input("size", list(windows.size[numbers].astype(np.float32)))
+            pipeline.feed_input("mirror", [np.array(m, np.int32) for m in windows.mirror[numbers]])
         (pictures,) = pipeline.run()
         return pictures
-
-    def _explain(
-        self,
-        encoded: list[np.ndarray],
-        windows: Windows | None,
-        start: int,
-        describe: Callable[[int], str],
-        error: RuntimeError,
-    ) -> None:
-        """DALI does not say which picture failed: decodes one by one to name it. Returns if none fails alone."""
-        for offset, picture in enumerate(encoded):
-            self._pipeline = None  # a pipeline cannot be used after an error
-            try:
-                self._run([picture], windows, start + offset)
-            except RuntimeError:
-                self._pipeline = None
-                raise DataError(
-                    f"{describe(start + offset)} cannot be decoded, although it could when its shard was written, so "
-                    "the shard is damaged; check it with tools/shards/validate_shards.py --deep and copy it again"
-                ) from error
 
 
 def _chunks(pixels: np.ndarray) -> Iterator[tuple[int, int]]:

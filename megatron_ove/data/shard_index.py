@@ -1,27 +1,28 @@
 """`ShardSet`: random access to a shard set through its memory-mapped index; and the door to its writer and checks.
 
-Reading is one `pread` per member. Files are opened when first needed, so a ShardSet can be sent to another process.
+Reading is one `pread` per member, by any number of threads. Files are opened when first needed, so a ShardSet can be
+sent to another process.
 """
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from megatron_ove.data import shard_format as layout
+from megatron_ove.data.shard_files import ShardFiles
 from megatron_ove.data.shard_format import DatasetInfo
 from megatron_ove.data.shard_validation import deep_problems, index_problems, label_problems, shard_problems
 from megatron_ove.data.shard_writer import INDEX_FILES, ShardWriter
 from megatron_ove.errors import DataError
 
-__all__ = ["DatasetInfo", "ShardSet", "ShardWriter", "validate_shard_set"]
+__all__ = ["DatasetInfo", "ReadError", "ShardSet", "ShardWriter", "validate_shard_set"]
 
-_MAX_OPEN_FILES = 256
+
+class ReadError(DataError):
+    """A member could not be read, by the disk's doing: another attempt may succeed."""
 
 
 class ShardSet:
@@ -31,6 +32,7 @@ class ShardSet:
         directory: its folder.
         info: dataset.json.
         columns: index array name -> memory-mapped array with one row a sample.
+        files: its open shards.
     """
 
     def __init__(self, directory: Path, info: DatasetInfo, columns: dict[str, np.ndarray]) -> None:
@@ -39,8 +41,7 @@ class ShardSet:
         self.info = info
         self.columns = columns
         self._column_of = {member: i for i, member in enumerate(info.members)}
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._lock = Lock()
+        self.files = ShardFiles(self.shard_path)
 
     @classmethod
     def open(cls, directory: str | Path) -> ShardSet:
@@ -95,21 +96,23 @@ class ShardSet:
         return f"sample '{self.key(i)}' (number {i}) of {self.shard_path(int(self.columns['shard'][i]))}"
 
     def read(self, i: int, member: str) -> bytes:
-        """Returns the bytes of one member of sample `i`.
+        """Returns the bytes of one member of sample `i`. Threads may read at the same time.
 
         Raises:
-            DataError: the file is gone or ends early.
+            ReadError: the file is gone, cannot be read or ends early.
         """
-        column = self._column_of[member]
+        column, shard = self._column_of[member], int(self.columns["shard"][i])
         offset, size = int(self.columns["offsets"][i, column]), int(self.columns["sizes"][i, column])
         try:
-            data = self._pread(int(self.columns["shard"][i]), size, offset)
+            data = self.files.read(shard, size, offset)
         except OSError as error:
-            raise DataError(
+            self.files.forget(shard)
+            raise ReadError(
                 f"{member} of {self.describe(i)} cannot be read ({error.strerror}); check the disk"
             ) from error
         if len(data) != size:
-            raise DataError(
+            self.files.forget(shard)
+            raise ReadError(
                 f"{member} of {self.describe(i)} ends after {len(data)} of {size} bytes, so the shard is truncated; "
                 "copy or write it again"
             )
@@ -117,21 +120,7 @@ class ShardSet:
 
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
-
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        with self._lock:  # held while reading, so that no other thread closes the file in between
-            handle = self._files.get(shard)
-            if handle is None:
-                handle = os.open(self.shard_path(shard), os.O_RDONLY)
-                self._files[shard] = handle
-                if len(self._files) > _MAX_OPEN_FILES:
-                    os.close(self._files.popitem(last=False)[1])
-            else:
-                self._files.move_to_end(shard)
-            return os.pread(handle, size, offset)
+        self.files.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": self.directory}
@@ -140,7 +129,7 @@ class ShardSet:
         self.__dict__.update(vars(ShardSet.open(state["directory"])))
 
     def __del__(self) -> None:
-        if hasattr(self, "_files"):
+        if hasattr(self, "files"):
             self.close()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_ove.config.data import VideoSourceConfig, list_choices
 from megatron_ove.data.patchify import grid_positions, write_patches
 from megatron_ove.data.picture_decoder import PictureDecoder
+from megatron_ove.data.read_ahead import MemberReader
 from megatron_ove.data.sampler import draw_choice, draw_uniform
 from megatron_ove.data.shard_format import MOSAIC_MEMBER, POSITIONS_MEMBER, frame_member, mosaic_size
 from megatron_ove.data.shard_writer import read_positions
@@ -58,35 +59,58 @@ class VideoSource(DataSource):
         size = self._frames // count
         return np.arange(count) * size + (draws * size).astype(np.int64)
 
-    def positions(self, row: int, seed: int) -> np.ndarray:
+    def picture_members(self, rows: np.ndarray, seeds: np.ndarray) -> list[tuple[int, str]]:
+        members = []
+        for row, seed, strategy in zip(rows.tolist(), seeds.tolist(), self.strategies(seeds), strict=True):
+            if strategy == CODEC:
+                members.append((row, MOSAIC_MEMBER))
+            else:
+                members += [(row, frame_member(int(frame))) for frame in self.frames(seed)]
+        return members
+
+    def position_members(self, rows: np.ndarray, seeds: np.ndarray) -> list[tuple[int, str]]:
+        return [(row, POSITIONS_MEMBER) for row in rows[self.strategies(seeds) == CODEC].tolist()]
+
+    def positions(self, row: int, seed: int, read: MemberReader | None = None) -> np.ndarray:
         strategy = int(self.strategies(np.array([seed]))[0])
         if strategy == CODEC:
             (count,) = self.count_tokens(np.array([row]), np.array([seed]))
-            return self._selected_positions(row)[self._evenly_spaced(row, int(count))]
+            return self._selected_positions(row, read or self.shards.read)[self._evenly_spaced(row, int(count))]
         height, width, frames = self._grid_height, self._grid_width, self.frames(seed)
         if strategy == FRAME_SAMPLING:
             return np.concatenate([grid_positions(height, width, frame=int(frame)) for frame in frames])
         return grid_positions(height * len(frames), width)
 
-    def decode_into(self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor]) -> None:
-        pictures: list[tuple[int, str, Tensor]] = []  # (row, member, where its patches go)
+    def decode_into(
+        self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor], read: MemberReader | None = None
+    ) -> dict[int, str]:
+        pictures: list[tuple[int, str, Tensor]] = []  # (place in rows, member, where its patches go)
         per_frame = self._grid_height * self._grid_width
-        for row, seed, strategy, target in zip(rows, seeds, self.strategies(seeds), targets, strict=True):
+        for place, (seed, strategy, target) in enumerate(zip(seeds, self.strategies(seeds), targets, strict=True)):
             if strategy == CODEC:
-                pictures.append((int(row), MOSAIC_MEMBER, target))
+                pictures.append((place, MOSAIC_MEMBER, target))
                 continue
             for i, frame in enumerate(self.frames(int(seed))):
                 part = target[i * per_frame : (i + 1) * per_frame]
-                pictures.append((int(row), frame_member(int(frame)), part))
+                pictures.append((place, frame_member(int(frame)), part))
+        problems: dict[int, str] = {}
+        row_of = [int(rows[place]) for place, _, _ in pictures]
+        read = read or self.shards.read
+
+        def reject(i: int, reason: str) -> None:
+            problems.setdefault(pictures[i][0], reason)
+
         decoded = self._decoder.decode(
-            np.array([self._pixels(row, member) for row, member, _ in pictures], dtype=np.int64),
-            lambda i: self.shards.read(pictures[i][0], pictures[i][1]),
-            lambda i: f"{pictures[i][1]} of {self.shards.describe(pictures[i][0])}",
+            np.array([self._pixels(row_of[i], pictures[i][1]) for i in range(len(pictures))], dtype=np.int64),
+            lambda i: read(row_of[i], pictures[i][1]),
+            lambda i: f"{pictures[i][1]} of {self.shards.describe(row_of[i])}",
+            reject,
         )
         for i, picture in decoded:
-            row, member, target = pictures[i]
-            chosen = self._evenly_spaced(row, len(target)) if member == MOSAIC_MEMBER else None
+            _, member, target = pictures[i]
+            chosen = self._evenly_spaced(row_of[i], len(target)) if member == MOSAIC_MEMBER else None
             write_patches(picture, target, self.patch_size, chosen)
+        return problems
 
     def _num_frames(self, seeds: np.ndarray) -> np.ndarray:
         return draw_choice(list_choices(self._config.num_frames), seeds, _DRAW_NUM_FRAMES)
@@ -101,9 +125,10 @@ class VideoSource(DataSource):
             return height * width
         return int(self.shards.height[row]) * int(self.shards.width[row])
 
-    def _selected_positions(self, row: int) -> np.ndarray:
+    def _selected_positions(self, row: int, read: MemberReader) -> np.ndarray:
+        stored = read(row, POSITIONS_MEMBER)
         try:
-            positions = read_positions(self.shards.read(row, POSITIONS_MEMBER), self.shards.info)
+            positions = read_positions(stored, self.shards.info)
         except DataError as error:
             raise DataError(f"{self.shards.describe(row)}: {error}; copy or write its shard again") from error
         if len(positions) != self.shards.num_patches[row]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from megatron_ove.data.ocr_dali import OcrSource
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.source import DataSource
 from megatron_ove.data.video_dali import VideoSource
-from megatron_ove.errors import ConfigError
+from megatron_ove.errors import ConfigError, DataError
 
 EncoderCallable = Callable[[Batch], Tensor]
 """Batch -> [b, e] pooled embeddings, replicated."""
@@ -115,34 +115,38 @@ def evaluation_source(shards: ShardSet, settings: SampleSettings, device: torch.
         "num_threads": settings.num_threads,
     }
     path = str(shards.directory)
-    if info.kind == "image":
-        if settings.image_size % patch:
-            raise ConfigError(
-                f"image_size = {settings.image_size} is not a multiple of the encoder's patch size {patch}, so pixels "
-                f"at the edge would be lost; use {settings.image_size // patch * patch or patch}"
+    match info.kind:
+        case "image":
+            if settings.image_size % patch:
+                raise ConfigError(
+                    f"image_size = {settings.image_size} is not a multiple of the encoder's patch size {patch}, so "
+                    f"pixels at the edge would be lost; use {settings.image_size // patch * patch or patch}"
+                )
+            image = ImageSourceConfig(
+                kind="image",
+                path=path,
+                image_size=settings.image_size,
+                crop_area=(1.0, 1.0),
+                crop_aspect=(1.0, 1.0),
+                flip_probability=0.0,
             )
-        image = ImageSourceConfig(
-            kind="image",
-            path=path,
-            image_size=settings.image_size,
-            crop_area=(1.0, 1.0),
-            crop_aspect=(1.0, 1.0),
-            flip_probability=0.0,
-        )
-        return ImageSource("evaluation", image, **common)
-    if info.kind == "ocr":
-        page = OcrSourceConfig(kind="ocr", path=path, max_patches=settings.max_patches)
-        return OcrSource("evaluation", page, **common)
-    if info.patch_size != patch:
-        raise ConfigError(
-            f"{path} stores patches of {info.patch_size} px, but the encoder wants {patch} px, and stored patches "
-            "cannot be cut anew; select the patches again with the encoder's patch size"
-        )
-    selected_only = VideoStrategies(codec=1.0, frame_sampling=0.0, collage=0.0)
-    clip = VideoSourceConfig(
-        kind="video", path=path, strategies=selected_only, num_frames=1, max_patches=settings.max_patches
-    )
-    return VideoSource("evaluation", clip, **common)
+            return ImageSource("evaluation", image, **common)
+        case "ocr":
+            page = OcrSourceConfig(kind="ocr", path=path, max_patches=settings.max_patches)
+            return OcrSource("evaluation", page, **common)
+        case "video":
+            if info.patch_size != patch:
+                raise ConfigError(
+                    f"{path} stores patches of {info.patch_size} px, but the encoder wants {patch} px, and stored "
+                    "patches cannot be cut anew; select the patches again with the encoder's patch size"
+                )
+            selected_only = VideoStrategies(codec=1.0, frame_sampling=0.0, collage=0.0)
+            clip = VideoSourceConfig(
+                kind="video", path=path, strategies=selected_only, num_frames=1, max_patches=settings.max_patches
+            )
+            return VideoSource("evaluation", clip, **common)
+        case _:
+            assert_never(info.kind)
 
 
 def _make_batch(source: DataSource, rows: np.ndarray, counts: np.ndarray) -> Batch:
@@ -151,7 +155,8 @@ def _make_batch(source: DataSource, rows: np.ndarray, counts: np.ndarray) -> Bat
     patches = torch.zeros(int(bounds[-1]), width, dtype=torch.uint8, device=source.device)
     targets = [patches[start:stop] for start, stop in pairwise(bounds)]
     seeds = np.zeros(len(rows), dtype=np.int64)
-    source.decode_into(rows, seeds, targets)
+    for sentence in source.decode_into(rows, seeds, targets).values():
+        raise DataError(sentence)
     positions = np.concatenate([source.positions(int(row), 0) for row in rows])
     return Batch(
         positions=torch.from_numpy(positions).to(source.device),

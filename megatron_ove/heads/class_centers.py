@@ -146,8 +146,7 @@ class ClassCenters:
         if self._norm is None:
             norms = self._update.norms[self.step_table.active.rows]
             self._squares = self.step_table.gradient.square_norms().mul_((self._gradient_scale / norms).square_())
-            is_padding = self.step_table.active.rows == self.num_rows
-            square = self._squares.masked_fill(is_padding, 0.0).sum(dtype=torch.float64)
+            square = self._squares.sum(dtype=torch.float64)
             if self.class_group.size() > 1:
                 dist.all_reduce(square, group=self.class_group)
             self._norm = square.sqrt()
@@ -172,7 +171,7 @@ class ClassCenters:
         """Ends the step without touching the table."""
         device = self._update.weight.device
         none = torch.empty(0, dtype=torch.int64, device=device)
-        self.begin_step(ActiveRows(none, torch.empty(0, 1, device=device), self.num_rows), [])
+        self.begin_step(ActiveRows(none, torch.empty(0, 1, device=device)), [])
 
     def gradient_of_rows(self) -> Tensor:
         """Returns the step's gradient of its active rows, [a, e] fp32, before clipping; for tests and inspection."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import assert_never
 
 import torch
 
@@ -46,5 +47,7 @@ def build_objectives(
                     optim=optim,
                     dtype=dtype,
                 )
+            case _:
+                assert_never(config)
         objectives.append(objective)
-    return ObjectiveSet(objectives, {name: config.loss_weight for name, config in configs.items()})
+    return ObjectiveSet(objectives, {name: config.loss_weight for name, config in configs.items()}, topology)

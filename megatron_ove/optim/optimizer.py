@@ -86,6 +86,28 @@ class EncoderOptimizer:
         """Returns moments, master weights and step count as shards that any layout can load; collective."""
         return self._optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=sharding_metadata())
 
+    @torch.no_grad()
+    def differing_master_weights(self, state: StateDict) -> str | None:
+        """Returns the name of a parameter whose master weights are not its weights, None when there is none.
+
+        An update gives the model its master weights cast to its dtype, so in a checkpoint both are equal to the bit.
+        Only the distributed optimizer's state is looked at. Not collective.
+
+        Args:
+            state: what a checkpoint filled in, before `load_state_dict`; the model must have its weights.
+        """
+        if "param_state" not in state:
+            return None
+        names = {parameter: name for chunk in self._chunks for name, parameter in chunk.module.named_parameters()}
+        buffers = [buffer for chunk in self._chunks for buffer in chunk.buffers]
+        # megatron-core numbers them like this when it describes its state, and when it takes it over.
+        parameters = [parameter for buffer in buffers for parameter in buffer.param_index_map]
+        for index, parameter in enumerate(parameters):
+            master = state["param_state"][index]["param"].to(device=parameter.device, dtype=parameter.dtype)
+            if not torch.allclose(master, parameter, rtol=0, atol=0, equal_nan=True):
+                return names[parameter].partition("encoder.")[2]
+        return None
+
     def load_state_dict(self, state: StateDict) -> None:
         """Takes over what `sharded_state_dict` described and a checkpoint filled in."""
         self._optimizer.load_state_dict(state)

@@ -7,6 +7,7 @@ encoder's rate is `learning_rate(...)`, the class centers' is that times `optim.
 from __future__ import annotations
 
 import math
+from typing import assert_never
 
 from megatron_ove.config.optim import ScheduleConfig
 
@@ -44,3 +45,5 @@ def _remaining(schedule: ScheduleConfig, progress: float) -> float:
             return (1.0 - progress) ** schedule.power
         case "constant":
             return 1.0
+        case _:
+            assert_never(schedule.kind)

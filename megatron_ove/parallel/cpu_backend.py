@@ -1,10 +1,11 @@
 """Lets megatron-core 0.16.1 run on CPU with gloo: the same schedules, layers, optimizer and checkpoints as on GPUs.
 
-Installed by the topology only when no CUDA device is used; nothing else in the package knows. Process-wide and undone
-by `uninstall()`. Five parts: torch.cuda calls that answer for the CPU; a TorchFunctionMode that sends device="cuda" to
-the CPU; a model-parallel RNG tracker over torch's CPU generator; torch's AdamW and norms, which megatron-core gives up
-for CUDA-only ones as soon as Transformer Engine or Apex can be imported; and repairs to the distributed optimizer's
-checkpoint code, which fails with torch's AdamW. The last are also needed on a GPU without Transformer Engine and Apex.
+Installed by the topology; nothing else in the package knows. Process-wide and undone by `uninstall()`. Four parts are
+for the CPU alone: torch.cuda calls that answer for the CPU; a TorchFunctionMode that sends device="cuda" to the CPU; a
+model-parallel RNG tracker over torch's CPU generator; and torch's AdamW and norms, which megatron-core gives up for
+CUDA-only ones as soon as Transformer Engine or Apex can be imported. Two repair the distributed optimizer's checkpoint
+code and are needed on GPUs as well: buckets that are padded, always; torch's AdamW, where Transformer Engine and Apex
+are missing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CPU = torch.device("cpu")
 
 
 class _Installed:
-    """What `uninstall` has to undo; empty when the backend is not installed."""
+    """What `uninstall` has to undo; empty when nothing is installed."""
 
     mode: TorchFunctionMode | None = None
     saved: list[tuple[Any, str, Any]] = []
@@ -44,11 +45,7 @@ def install() -> None:
             "the CPU backend cannot be installed while a CUDA device is visible, because it redirects torch.cuda for "
             "the whole process; set parallel.device: cuda, or hide the devices with CUDA_VISIBLE_DEVICES=''"
         )
-    if megatron.core.__version__ != CHECKED_MCORE_VERSION:
-        raise ConfigError(
-            f"the CPU backend was checked with megatron-core {CHECKED_MCORE_VERSION} and this is "
-            f"{megatron.core.__version__}, whose internals may differ; install megatron-core=={CHECKED_MCORE_VERSION}"
-        )
+    _check_version()
     from megatron.core import jit
     from megatron.core.tensor_parallel import random as mcore_random
 
@@ -61,18 +58,27 @@ def install() -> None:
     _patch(mcore_random, "_CUDA_RNG_STATE_TRACKER", _cpu_rng_tracker())
     _patch(mcore_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
     _use_torch_optimizer()
-    _repair_distributed_optimizer_checkpoints()
+    _repair_checkpoints_of_padded_buckets()
+    _repair_checkpoints_of_torch_adamw()
     mode = _CudaIsCpu()
     mode.__enter__()
     _Installed.mode = mode
 
 
 def repair_gpu_checkpoints() -> None:
-    """On a GPU without Transformer Engine and Apex: only the repairs to the distributed optimizer's checkpoints."""
+    """On a GPU: only the repairs to the distributed optimizer's checkpoints; does nothing when they are there.
+
+    Raises:
+        ConfigError: megatron-core is not the version this was checked with.
+    """
     from megatron.core import optimizer
 
-    if optimizer.USING_PYTORCH_OPTIMIZER and not _Installed.saved:
-        _repair_distributed_optimizer_checkpoints()
+    if _Installed.saved:
+        return
+    _check_version()
+    _repair_checkpoints_of_padded_buckets()
+    if optimizer.USING_PYTORCH_OPTIMIZER:  # neither Transformer Engine nor Apex
+        _repair_checkpoints_of_torch_adamw()
 
 
 def uninstall() -> None:
@@ -83,6 +89,14 @@ def uninstall() -> None:
     while _Installed.saved:
         owner, name, value = _Installed.saved.pop()
         setattr(owner, name, value)
+
+
+def _check_version() -> None:
+    if megatron.core.__version__ != CHECKED_MCORE_VERSION:
+        raise ConfigError(
+            f"this program was checked with megatron-core {CHECKED_MCORE_VERSION} and this is "
+            f"{megatron.core.__version__}, whose internals may differ; install megatron-core=={CHECKED_MCORE_VERSION}"
+        )
 
 
 def _patch(owner: Any, name: str, value: Any) -> None:
@@ -160,7 +174,34 @@ def _use_torch_optimizer() -> None:
         _patch(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
 
 
-def _repair_distributed_optimizer_checkpoints() -> None:
+def _repair_checkpoints_of_padded_buckets() -> None:
+    """A defect of DistributedOptimizer with any inner optimizer, in saving and loading `fully_reshardable` state.
+
+    Upstream joins the gathered buckets without the padding at their ends, and then cuts the parameters out at their
+    places in the buffer, which count it: behind a padded bucket every parameter is stored with its neighbour's moments
+    and master weights. Here the padding stays in between. It is cut away with the parameters, so the file holds tensors
+    of the parameters' shapes and does not depend on the padding or the number of data ranks.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    describe = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    def describe_with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        buckets = [(bucket, bucket.grad_data.numel()) for buffer in self.buffers for bucket in buffer.buckets]
+        sizes = [*buckets, *((buffer, buffer.numel) for buffer in self.buffers)]
+        unpadded = [owner.numel_unpadded for owner, _ in sizes]
+        try:
+            for owner, size in sizes:
+                owner.numel_unpadded = size
+            return describe(self, *args, **kwargs)
+        finally:
+            for (owner, _), size in zip(sizes, unpadded, strict=True):
+                owner.numel_unpadded = size
+
+    _patch(DistributedOptimizer, "sharded_param_state_fully_reshardable", describe_with_padding)
+
+
+def _repair_checkpoints_of_torch_adamw() -> None:
     """Three defects of DistributedOptimizer with torch's AdamW, in saving and loading `fully_reshardable` state."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.heads.active_classes import expect_active_rows
 from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, SAMPLE_PADDING
 from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE
 from megatron_ove.parallel.shard_range import shard_range
@@ -26,7 +26,7 @@ class TablePlan:
     Attributes:
         name: of the objective.
         num_rows: c_local.
-        num_active: rows of a step, expected; with what fixed shapes add on a GPU.
+        num_active: rows of a step, expected.
         num_sets: class sets.
         num_slots: label slots k.
         embedding_size: e.
@@ -91,7 +91,7 @@ def _plan_table(
     start, stop = shard_range(objective.num_classes, sharers, rank)
     num_rows = stop - start
     sets = 1 if objective.inclusion_probability >= 1 else len(objective.slots_of_sets)
-    active = count_active_rows(objective, num_rows, int(counts.sum()), is_padded=device.is_gpu)
+    active = count_active_rows(objective, num_rows, int(counts.sum()))
     seen = counts.sum(axis=1) if is_wide else counts[:, place.data]
     padding = SAMPLE_PADDING if is_fused else 1
     widths = -(-seen // padding) * padding
@@ -111,8 +111,7 @@ def _plan_table(
         stored_bytes=(num_rows + 1) * (size * weight + moments + 8),
         step_bytes=gradient
         + (_kept(active * size) * compute if copies_rows else 0)
-        + active * 8
-        + (active + 1) * sets * 4
+        + active * (8 + sets * 4)
         + int(seen.sum()) * objective.labels_per_step * (16 + _co_weight_bytes(objective, sets)),
         work_bytes=_work_bytes(
             active, int(seen.max(initial=0)), size, objective.chunk_size, is_fused, is_dense, compute
@@ -126,26 +125,23 @@ def _plan_table(
     )
 
 
-def count_active_rows(objective: PartialFCConfig, num_rows: int, num_samples: int, *, is_padded: bool) -> int:
-    """Returns the active rows of a shard in a step.
+def count_active_rows(objective: PartialFCConfig, num_rows: int, num_samples: int) -> int:
+    """Returns the active rows that a shard is expected to have in a step.
 
     Args:
         objective: what is sampled.
         num_rows: of the shard.
         num_samples: of the step, over all replicas; their labels are taken to fall anywhere.
-        is_padded: whether shapes are fixed in advance, as on a GPU: the mean and 8 standard deviations of the draw,
-            and room for every label of the step (`active_classes._capacity`).
     """
-    probability, sets = objective.inclusion_probability, len(objective.slots_of_sets)
-    if probability >= 1:
-        return num_rows
-    num_labels = num_samples * objective.labels_per_step
-    share = -math.expm1(sets * math.log1p(-probability))
-    drawn = share * num_rows
-    if is_padded:
-        return min(num_rows, math.ceil(drawn + 8 * math.sqrt(drawn)) + num_labels)
-    labelled = -math.expm1(num_labels * math.log1p(-1 / objective.num_classes))
-    return round(drawn + (1 - share) * labelled * num_rows)
+    return round(
+        expect_active_rows(
+            objective.num_classes,
+            num_rows,
+            probability=objective.inclusion_probability,
+            num_sets=len(objective.slots_of_sets),
+            num_labels=num_samples * objective.labels_per_step,
+        )
+    )
 
 
 def _is_fused(config: TrainConfig, objective: PartialFCConfig, device: Device) -> bool:

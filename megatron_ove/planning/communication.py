@@ -73,7 +73,7 @@ def plan_communication(
         _add_heads(ledger, config, layout, place, workload, tables)
     _add_gradients(ledger, config, layout, place)
     ledger.add("world" if layout.distributed_optimizer else "model", "all_reduce", 4)  # norm of the gradient
-    ledger.add("world", "all_reduce", 8)  # is the step refused, is the run to stop
+    ledger.add("world", "all_reduce", 12)  # is the step refused, is the run to stop, how many samples could not be read
     return ledger.traffic()
 
 
@@ -107,12 +107,11 @@ def _add_pipeline(ledger: _Ledger, config: TrainConfig, layout: Layout, place: P
 
 
 def _add_step_labels(ledger: _Ledger, config: TrainConfig, layout: Layout, workload: Workload) -> None:
+    """The one message of all objectives; see `objectives/step_exchange.py`."""
+    numbers = np.full(layout.data, 1 + len(config.objectives))
     for objective in config.objectives.values():
-        longest = int(workload.sample_counts[objective.source].sum(axis=0).max())
-        ledger.add("data", "all_gather", layout.data * (1 + workload.num_microbatches) * 8)
-        if longest:
-            ledger.add("data", "all_gather", layout.data * longest * objective.labels_per_step * 8)
-    ledger.add("data", "all_reduce", 8 * len(config.objectives))  # labelled samples of the step
+        numbers += workload.sample_counts[objective.source].sum(axis=0) * objective.labels_per_step
+    ledger.add("data", "all_gather", layout.data * int(numbers.max()) * 4)
 
 
 def _add_heads(

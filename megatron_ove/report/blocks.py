@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
+from typing import assert_never
 
 from megatron_ove.errors import DataError
 from megatron_ove.report.pictures import data_uri, picture_size
@@ -38,6 +39,8 @@ def draw_section(section: Section, folder: Path) -> str:
                 parts.append(f'<div class="columns">{columns}</div>')
             case TableBlock():
                 parts.append(draw_table(block.header, block.rows, block.note))
+            case _:
+                assert_never(block)
     return f"<section>{''.join(parts)}</section>"
 
 

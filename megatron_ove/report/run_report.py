@@ -1,18 +1,21 @@
 """The page of a run, drawn from its folder alone.
 
 Always there: loss per objective, learning rate, throughput, gradient norm, data wait, where the time of a step goes
-(metrics.jsonl), rejects (rejects.jsonl), the resolved configuration. Added when present: headings, pictures and
-rankings of `report/extras.json`.
+(metrics.jsonl), rejects (rejects.jsonl, rejects/), the resolved configuration. Added when present: headings, pictures
+and rankings of `report/extras.json`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 
 from megatron_ove import __version__
+from megatron_ove.data.bad_samples import FOLDER_NAME as BAD_SAMPLES_FOLDER
+from megatron_ove.data.bad_samples import read_bad_samples
 from megatron_ove.rejects import count_rejects
 from megatron_ove.report.blocks import draw_section, draw_table
 from megatron_ove.report.curves import Marker, format_number, line_chart
@@ -36,7 +39,8 @@ def write_run_report(run_dir: str | Path, output: str | Path | None = None) -> P
     """Writes the page of a run.
 
     Args:
-        run_dir: folder with metrics.jsonl; config.resolved.yaml, rejects.jsonl, report/extras.json are used if there.
+        run_dir: folder with metrics.jsonl; config.resolved.yaml, rejects.jsonl, rejects/ and report/extras.json are
+            used if there.
         output: the HTML file; default `<run_dir>/report.html`.
 
     Returns:
@@ -125,15 +129,18 @@ def _loss_table(log: MetricsLog) -> str:
 
 def _rejects(folder: Path) -> str:
     path = folder / "rejects.jsonl"
-    if not path.exists():
-        return ""
-    counts = count_rejects(path)
-    if counts:
+    in_training = Counter(sample.source for sample in read_bad_samples(folder))
+    parts = []
+    if counts := count_rejects(path):
         rows = [[stage, format_number(count)] for stage, count in sorted(counts.items())]
-        body = draw_table(["step", "records left out"], rows, f"File and reason of each: {path.resolve()}")
-    else:
-        body = "<p>Nothing was left out: every input file could be used.</p>"
-    return f"<section><h2>Rejects</h2>{body}</section>"
+        parts.append(draw_table(["step", "records left out"], rows, f"File and reason of each: {path.resolve()}"))
+    elif path.exists():
+        parts.append("<p>Nothing was left out: every input file could be used.</p>")
+    if in_training:
+        rows = [[source, format_number(count)] for source, count in sorted(in_training.items())]
+        place = f"Step, sample and reason of each: {(folder / BAD_SAMPLES_FOLDER).resolve()}"
+        parts.append(draw_table(["source", "samples that could not be read in training"], rows, place))
+    return f"<section><h2>Rejects</h2>{''.join(parts)}</section>" if parts else ""
 
 
 def _configuration(folder: Path) -> str:

@@ -82,4 +82,6 @@ def describe_row(row: Mapping[str, float]) -> str:
         parts.append(f"{'/'.join(_SHOWN_PHASES)} {shares} %")
     if row.get("refused_steps"):
         parts.append(f"refused steps {int(row['refused_steps'])}")
+    if row.get("bad_samples"):
+        parts.append(f"unreadable samples {int(row['bad_samples'])}")
     return "  ".join(parts)

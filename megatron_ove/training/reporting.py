@@ -90,6 +90,7 @@ class RunReporter:
             **{f"phase_s/{phase}": value for phase, value in seconds.items()},
             **{f"phase_share/{phase}": value / step_time for phase, value in seconds.items()},
             "refused_steps": state.refused_steps,
+            "bad_samples": state.bad_samples,
             "time": time.time(),
         }
         if num_ranks > 1:

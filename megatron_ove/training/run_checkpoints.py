@@ -13,8 +13,13 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_ove.checkpoint.compatibility import check_fits, exactness_warnings, size_warnings
-from megatron_ove.checkpoint.initialize import load_encoder_weights
+from megatron_ove.checkpoint.compatibility import (
+    check_fits,
+    exactness_warnings,
+    shifted_moments_clause,
+    size_warnings,
+)
+from megatron_ove.checkpoint.initialize import find_start, load_encoder_weights
 from megatron_ove.checkpoint.manager import CheckpointManager, read_common_state
 from megatron_ove.checkpoint.rng_state import restore_rng_state, sharded_rng_state
 from megatron_ove.config.train import TrainConfig
@@ -46,6 +51,7 @@ class RunCheckpoints:
         self._optimizer = optimizer
         self._plain_config = config.model_dump(mode="json")
         self._restored_sizes: Mapping[str, int] = {}
+        self._initialized_from: str | None = None
         self._manager = CheckpointManager(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint.keep,
@@ -78,6 +84,7 @@ class RunCheckpoints:
             "sampler": sampler_state(self._config, state.step, source_sizes),
             "schedule": {"next_lr": lr},
             "layout": self._layout(),
+            "initialized_from": self._initialized_from,
         }
         content["rng"] = sharded_rng_state(rank=self._topology.global_rank, world_size=self._topology.world_size)
         extra = {"config_sha256": fingerprint(self._plain_config), "world_size": self._topology.world_size}
@@ -93,7 +100,7 @@ class RunCheckpoints:
             The checkpoint; None when there is none and the run starts at step 0.
 
         Raises:
-            CheckpointError: it holds another model, or cannot be read.
+            CheckpointError: it holds another model, cannot be read, or its moments belong to other parameters.
         """
         path = self._manager.latest()
         if path is None:
@@ -119,6 +126,7 @@ class RunCheckpoints:
         loaded = self._manager.load(path, template)
         self._load_weights(loaded["model"])
         if "optimizer" in loaded:
+            self._refuse_shifted_moments(path, loaded["optimizer"])
             self._optimizer.load_state_dict(loaded["optimizer"])
         else:
             self._optimizer.reload_model_params()
@@ -128,23 +136,38 @@ class RunCheckpoints:
             restore_rng_state(loaded["rng"])
         state.load_state_dict(common["train_state"])
         self._restored_sizes = common["sampler"].get("source_sizes", {})
+        self._initialized_from = common.get("initialized_from")
         return path
+
+    def _refuse_shifted_moments(self, path: Path, optimizer: Mapping[str, Any]) -> None:
+        parameter = self._manager.first_problem(self._optimizer.differing_master_weights(optimizer))
+        if parameter is not None:
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be continued: {shifted_moments_clause(parameter)}; the weights are "
+                f"right, so start a new run with init_from: {path} and another run_dir",
+                on_every_rank=True,
+            )
 
     def size_warnings(self, source_sizes: Mapping[str, int]) -> list[str]:
         """Returns one sentence for every source that has another number of samples than in what was restored."""
         return size_warnings(self._restored_sizes, source_sizes)
 
-    def initialize(self, path: str) -> None:
+    def initialize(self, init_from: str) -> None:
         """Gives the encoder the weights of another checkpoint; step, moments and class centers stay at their start.
 
+        Args:
+            init_from: a checkpoint, or a run folder, of which the newest usable one is taken.
+
         Raises:
-            CheckpointError: it is not a whole checkpoint, or holds another encoder.
+            CheckpointError: there is no usable checkpoint, or it holds another encoder.
         """
+        path = find_start(init_from, verify=self._config.checkpoint.verify)
         # FP8 scaling history belongs to the run that made it, and an imported model has none.
         template = _without_scaling_history(self._model_state())
         loaded = load_encoder_weights(path, template, encoder=self._plain_config["encoder"])
         self._load_weights(loaded)
         self._optimizer.reload_model_params()
+        self._initialized_from = str(path)
 
     def _load_weights(self, model: Mapping[str, Any]) -> None:
         for index, chunk in enumerate(self._chunks):

@@ -20,12 +20,14 @@ class TrainState:
         samples_seen: samples that changed the weights.
         refused_steps: steps refused because something was not finite.
         refused_in_a_row: refused steps since the last accepted one.
+        bad_samples: samples that could not be read and counted as empty.
     """
 
     step: int = 0
     samples_seen: int = 0
     refused_steps: int = 0
     refused_in_a_row: int = 0
+    bad_samples: int = 0
 
     def accept(self, num_samples: int) -> None:
         """Counts a step that changed the weights."""
@@ -44,7 +46,7 @@ class TrainState:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         for field in fields(self):
-            setattr(self, field.name, state[field.name])
+            setattr(self, field.name, state.get(field.name, field.default))  # older checkpoints count less
 
 
 def sampler_state(config: TrainConfig, step: int, source_sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One optimizer step: what happens, in order, on every rank.
 
-1. the loader hands over this replica's microbatches;
-2. the objectives choose the step's active class rows and count their samples over all replicas (N_k);
+1. the loader hands over this replica's microbatches, and what the objectives found out about the step on the host: its
+   active class rows, and the number of each one's samples over all replicas (N_k);
+2. the objectives begin the step on the device;
 3. megatron-core's schedule runs forward and backward over microbatches and pipeline stages, and reduces gradients;
 4. norms are computed, and all ranks agree whether everything is finite;
 5. only then the encoder and the class centers are updated. A refused step changes nothing that lasts.
@@ -21,7 +22,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ove.batch import Batch
-from megatron_ove.objectives.objective_set import ObjectiveSet
+from megatron_ove.data.delivery import LoadedStep
+from megatron_ove.objectives.objective_set import ObjectiveSet, StepPreparation
 from megatron_ove.optim.optimizer import EncoderOptimizer
 from megatron_ove.outputs import StepOutput
 from megatron_ove.parallel.topology import ParallelTopology
@@ -38,12 +40,14 @@ class StepResult:
     Attributes:
         accepted: whether weights were updated.
         stop_requested: whether any rank wants to stop.
+        num_bad: samples of all replicas that could not be read and counted as empty.
         refusal: on rank 0 of a refused step, what was not finite.
         metrics: this rank's share of the step's sums; empty after a refusal.
     """
 
     accepted: bool
     stop_requested: bool
+    num_bad: int
     refusal: str = ""
     metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
 
@@ -95,15 +99,14 @@ class TrainStep:
             chunk.config.timers = timers
         # Tensor-parallel ranks hold the same losses; one of them reports.
         self._reports = topology.is_last_stage and topology.tensor_rank == 0
+        self._counts_bad = topology.is_first_stage and topology.tensor_rank == 0
 
-    def __call__(
-        self, step: int, batches: Sequence[Batch], *, encoder_lr: float, class_lr: float, wants_stop: bool
-    ) -> StepResult:
-        """Runs step `step` (counted from 0) on this replica's microbatches.
+    def __call__(self, loaded: LoadedStep, *, encoder_lr: float, class_lr: float, wants_stop: bool) -> StepResult:
+        """Runs a step on this replica's microbatches.
 
         Args:
-            step: steps done before.
-            batches: this replica's microbatches, equally many on every replica.
+            loaded: this replica's microbatches, on the last pipeline stage with what `ObjectiveSet.prepare_step` made
+                of them.
             encoder_lr: rate of the encoder.
             class_lr: rate of the class centers.
             wants_stop: whether this rank wants the run to stop.
@@ -111,8 +114,9 @@ class TrainStep:
         Returns:
             A `StepResult`.
         """
+        batches = loaded.batches
         with self._timers.phase("head"):
-            scales = self._begin(step, batches)
+            scales = self._begin(batches, loaded.prepared)
         with self._timers.phase("optimizer"):
             self._optimizer.zero_grad()
         outputs = self._forward_backward(batches, scales)
@@ -120,27 +124,25 @@ class TrainStep:
             encoder_norm = self._optimizer.gradient_norm()
             head_norms = self._objectives.row_gradient_norms() if self._objectives else {}
         problem = _describe_non_finite(outputs, batches, self._objectives, encoder_norm, head_norms)
-        refused, stop_requested = self._agree(bool(problem), wants_stop)
+        refused, stop_requested, num_bad = self._agree(bool(problem), wants_stop, loaded.num_bad)
         if refused:
             if self._objectives:
                 self._objectives.discard_update()
-            return StepResult(False, stop_requested, refusal=self._collect_problems(problem))
+            return StepResult(False, stop_requested, num_bad, refusal=self._collect_problems(problem))
         with self._timers.phase("optimizer"):
             self._optimizer.step(gradient_norm=encoder_norm, lr=encoder_lr)
             if self._objectives:
                 self._objectives.apply_update(class_lr)
-        return StepResult(True, stop_requested, metrics=self._measure(outputs, batches, encoder_norm, head_norms))
+        metrics = self._measure(outputs, batches, encoder_norm, head_norms)
+        return StepResult(True, stop_requested, num_bad, metrics=metrics)
 
-    def _begin(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        if self._objectives is None:
+    def _begin(self, batches: Sequence[Batch], prepared: StepPreparation | None) -> dict[str, float]:
+        if self._objectives is None or prepared is None:
             return {}
-        self._objectives.begin_step(step, batches)
-        local = {name: sum(self._objectives.num_items(name, batch) for batch in batches) for name in self._objectives}
-        counts = torch.tensor(list(local.values()), dtype=torch.int64)  # on the host, so that no device is waited for
-        dist.all_reduce(counts, group=self._topology.data_host_group)
+        self._objectives.begin_step(prepared)
         return loss_scales(
             self._objectives.weights,
-            dict(zip(local, counts.tolist(), strict=True)),
+            prepared.item_counts,
             num_microbatches=len(batches),
             data_size=self._topology.data_size,
         )
@@ -161,11 +163,12 @@ class TrainStep:
             forward_only=False,
         )
 
-    def _agree(self, refused: bool, wants_stop: bool) -> tuple[bool, bool]:
-        flags = torch.tensor([refused, wants_stop], dtype=torch.int32, device=self._topology.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        any_refused, any_stop = flags.tolist()
-        return bool(any_refused), bool(any_stop)
+    def _agree(self, refused: bool, wants_stop: bool, num_bad: int) -> tuple[bool, bool, int]:
+        mine = [refused, wants_stop, num_bad if self._counts_bad else 0]
+        sums = torch.tensor(mine, dtype=torch.int32, device=self._topology.device)
+        dist.all_reduce(sums)
+        num_refusing, num_stopping, all_bad = sums.tolist()
+        return num_refusing > 0, num_stopping > 0, all_bad
 
     def _collect_problems(self, problem: str) -> str:
         problems: list[str] = [""] * self._topology.world_size

@@ -3,25 +3,33 @@
 `Trainer` builds the parts in the order in which they need one another, continues from the newest checkpoint of the run
 folder if there is one, and then repeats: next microbatches, one step, report, save. Everything that happens inside a
 step is in `train_step.py`; which samples a step sees is a function of (seed, step) in `data/`; rates are a function of
-the step in `optim/schedule.py`. So the only states of a run are weights, moments and the step.
+the step in `optim/schedule.py`. So the states of a run are weights, moments and the step, and for equality to the bit
+each rank's generators and FP8's scaling history.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.bad_samples import FOLDER_NAME, KnownBad, known_bad, read_bad_samples
 from megatron_ove.data.build import build_loader
-from megatron_ove.errors import TrainingError
+from megatron_ove.errors import DataError, TrainingError
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.optim.optimizer import build_encoder_optimizer
 from megatron_ove.optim.schedule import learning_rate
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.build_model import build_model_chunks, weight_dtype
+from megatron_ove.training.garbage_collection import StepwiseCollection
 from megatron_ove.training.profiling import StepProfiler
 from megatron_ove.training.reporting import RunReporter
 from megatron_ove.training.run_checkpoints import RunCheckpoints
+from megatron_ove.training.run_lock import RunLock
+from megatron_ove.training.step_timeout import StepTimeout
 from megatron_ove.training.step_timers import StepTimers
 from megatron_ove.training.stop_signal import StopSignal
 from megatron_ove.training.train_state import TrainState
@@ -29,17 +37,28 @@ from megatron_ove.training.train_step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
+_FEWEST_SAMPLES_OF_SHARE = 1000
+"""A share of unreadable samples is taken of at least so many: one bad picture in the first step must not end a run."""
+
 
 class Trainer:
     """One run on one rank; build and run it on every rank of the topology."""
 
-    def __init__(self, config: TrainConfig, topology: ParallelTopology, *, peak_rate: float | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        topology: ParallelTopology,
+        *,
+        peak_rate: float | None = None,
+        lock: RunLock | None = None,
+    ) -> None:
         """Builds all parts and restores the newest checkpoint of `config.run_dir`; collective.
 
         Args:
             config: the run.
             topology: this rank's place.
             peak_rate: operations per second that a device can do at best, for MFU; None = not known.
+            lock: of the run folder, on the rank that holds it.
 
         Raises:
             ConfigError: a rank is to be profiled that does not exist.
@@ -50,8 +69,10 @@ class Trainer:
         self.state = TrainState()
         self._is_main = topology.global_rank == 0
         self._run_dir = Path(config.run_dir)
+        self._lock = lock
         self.timers = StepTimers(topology.device)
         self.profiler = StepProfiler(config.profile, topology, self._run_dir / "profile")
+        self.timeout = StepTimeout(config.parallel)
 
         self.objectives = None
         if topology.is_last_stage:
@@ -80,7 +101,13 @@ class Trainer:
         )
         self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer)
         self._restore()
-        self.loader = build_loader(config, topology, start_step=self.state.step)
+        self.loader = build_loader(
+            config,
+            topology,
+            start_step=self.state.step,
+            known_bad=self._known_bad(),
+            prepare=self.objectives.prepare_step if self.objectives else None,
+        )
         if self._is_main:
             for sentence in self.checkpoints.size_warnings(self.loader.source_sizes):
                 logger.warning("%s", sentence)
@@ -97,16 +124,22 @@ class Trainer:
                 StopSignal(self._run_dir, watch_file=self._is_main) as stop,
                 self.timers.watch_communication(),
                 self.profiler.run_from(state.step + 1),
+                StepwiseCollection(config.train.gc_interval_steps) as collection,
+                self.timeout,
             ):
                 if config.checkpoint.save_initial and not self._was_restored:
                     self._save()
                 is_last = state.step >= config.train.num_steps
                 while not is_last:
+                    if self._lock:
+                        self._lock.require()
                     wants_stop = stop.requested or state.step + 1 - first_step == config.train.stop_after_steps
                     lr, number = self._lr(state.step), state.step + 1
                     self.profiler.before_step(number)
                     with self.timers.step(number):
                         result = self._one_step(lr, wants_stop)
+                        collection.after_step(number)
+                    self.timeout.after_step(number)
                     self.profiler.after_step(number)
                     is_last = result.stop_requested or state.step >= config.train.num_steps
                     saves = is_last or state.step % config.checkpoint.interval_steps == 0
@@ -127,10 +160,9 @@ class Trainer:
     def _one_step(self, lr: float, wants_stop: bool) -> StepResult:
         state = self.state
         with self.timers.phase("data"):
-            batches = self.loader.step_batches(state.step)
+            loaded = self.loader.load_step(state.step)
         result = self.train_step(
-            state.step,
-            batches,
+            loaded,
             encoder_lr=lr,
             class_lr=lr * self.config.optim.class_centers.lr_multiplier,
             wants_stop=wants_stop,
@@ -140,6 +172,7 @@ class Trainer:
         else:
             state.refuse()
             self._check_refusals(result)
+        self._count_bad(result.num_bad)
         return result
 
     def _log_end(self, stop: StopSignal) -> None:
@@ -163,6 +196,19 @@ class Trainer:
                 on_every_rank=True,
             )
 
+    def _count_bad(self, num_bad: int) -> None:
+        state, limit = self.state, self.config.data.max_bad_samples_share
+        state.bad_samples += num_bad
+        num_samples = state.step * self.config.train.global_batch_size
+        if num_bad and state.bad_samples > limit * max(num_samples, _FEWEST_SAMPLES_OF_SHARE):
+            raise TrainingError(
+                f"{state.bad_samples} of the {num_samples} samples up to step {state.step} could not be read, more "
+                f"than data.max_bad_samples_share = {limit:g} allows; {self._run_dir / FOLDER_NAME} names each with "
+                "its reason: repair the shards or the disk, move that folder away so that these samples are tried "
+                "again, and start the same command; or raise the limit",
+                on_every_rank=True,
+            )
+
     def _restore(self) -> None:
         path = self.checkpoints.restore(self.state)
         self._was_restored = path is not None
@@ -176,8 +222,26 @@ class Trainer:
             else:
                 logger.info("Resumed from %s at step %d.", path, self.state.step)
 
+    def _known_bad(self) -> KnownBad:
+        """Returns the recorded bad samples of the steps to come; rank 0 reads them for all."""
+        shared: list[Any] = [None]
+        if self._is_main:
+            try:
+                shared = [known_bad(read_bad_samples(self._run_dir), start_step=self.state.step)]
+            except DataError as error:
+                shared = [error]
+        dist.broadcast_object_list(shared, src=0)
+        if isinstance(shared[0], DataError):
+            raise DataError(str(shared[0]), on_every_rank=True)
+        return shared[0]
+
     def _save(self) -> None:
-        path = self.checkpoints.save(self.state, lr=self._lr(self.state.step), source_sizes=self.loader.source_sizes)
+        if self._lock:
+            self._lock.beat()
+        with self.timeout.lifted():
+            path = self.checkpoints.save(
+                self.state, lr=self._lr(self.state.step), source_sizes=self.loader.source_sizes
+            )
         if self._is_main:
             logger.info("Saved %s in %.1f s.", path, self.checkpoints.last_save_s)
 

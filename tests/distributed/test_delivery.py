@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_ove.batch import Batch
 from megatron_ove.config.parallel import ParallelConfig
+from megatron_ove.data import read_ahead
+from megatron_ove.data.bad_samples import read_bad_samples
 from megatron_ove.data.build import build_loader
+from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.parallel.topology import initialize_topology
 from tests.support.distributed import WorkerError, run_distributed
 from tests.support.id_loader import (
@@ -42,7 +47,7 @@ def deliver(rank: int, world_size: int, directory: Path, sizes: dict[str, int], 
     return {
         "steps": steps,
         "place": (topology.tensor_rank, topology.data_rank, topology.pipeline_rank),
-        "decodes": loader._thread is not None,
+        "decodes": loader._decoding is not None,
     }
 
 
@@ -92,7 +97,7 @@ def test_tensor_by_pipeline_ranks_get_the_fields_of_their_stage(directory: Path)
             _, _, stage = result["place"]
             for batch, reference in zip(result["steps"][step], whole, strict=True):
                 assert torch.equal(batch.positions, reference.positions)
-                assert batch.sample_keys == reference.sample_keys
+                assert list(batch.sample_keys) == list(reference.sample_keys)
                 assert (batch.patches is not None) == (stage == 0)
                 assert set(batch.labels) == (set(reference.labels) if stage == 1 else set())
                 for name, labels in batch.labels.items():
@@ -101,23 +106,63 @@ def test_tensor_by_pipeline_ranks_get_the_fields_of_their_stage(directory: Path)
                     assert torch.equal(batch.patches, reference.patches)
 
 
-def fail_while_decoding(rank: int, world_size: int, directory: Path) -> None:
-    """Breaks the shards after opening; the decoding rank must raise at once, not hang."""
-    del rank, world_size
+def lose_pages(rank: int, world_size: int, directory: Path) -> list[list[Batch]]:
+    """Takes steps whose pages the decoding rank cannot decode."""
+    del world_size
+    read_ahead.PAUSES_S = (0.0, 0.0, 0.0)
+    topology = initialize_topology(ParallelConfig(tensor_model_parallel_size=2), seed=0)
+    config = id_config(directory).model_copy(update={"run_dir": str(directory / "lost")})
+    opened = ShardSet.open
+    with mock.patch.object(ShardSet, "open", lambda path: halved(opened(path)) if rank == 0 else opened(path)):
+        loader = build_loader(config, topology, start_step=0)
+    return take_steps(loader, 0, STEPS)
+
+
+def halved(shards: ShardSet) -> ShardSet:
+    """Makes every page end in its middle."""
+    if shards.info.kind == "ocr":
+        shards.columns["sizes"] = shards.columns["sizes"] // 2
+    return shards
+
+
+def test_what_one_rank_cannot_decode_is_empty_on_all_ranks_of_its_replica(directory: Path) -> None:
+    first, second = run_distributed(lose_pages, 2, directory)
+    lost = 0
+    for a, b, reference in zip(first, second, alone(directory), strict=True):
+        assert_same_batches(a, b)
+        for batch, whole in zip(a, reference, strict=True):
+            assert batch.patches is not None and whole.patches is not None
+            assert (batch.labels["ocr"] == -1).all()
+            for name in ("image", "video"):
+                assert torch.equal(batch.labels[name], whole.labels[name])
+            for row, source in enumerate(batch.source_index.tolist()):
+                place = slice(*batch.cu_seqlens[row : row + 2].tolist())
+                is_page = batch.source_names[source] == "ocr"
+                lost += is_page
+                assert torch.equal(batch.patches[place], whole.patches[place] * (not is_page))
+                assert torch.equal(batch.positions[place], whole.positions[place] * (not is_page))
+    records = read_bad_samples(directory / "lost")
+    assert sum(record.step <= STEPS for record in records) == lost > 0
+
+
+def fail_while_preparing(rank: int, world_size: int, directory: Path) -> None:
+    """Breaks the labels of one rank after opening; it must raise, and no rank may wait for ever."""
+    del world_size
     topology = initialize_topology(ParallelConfig(tensor_model_parallel_size=2), seed=0)
     loader = build_loader(id_config(directory), topology, start_step=0)
-    pages = next(source for source in loader._sources if source.name == "ocr")
-    pages.shards.columns["sizes"] = pages.shards.columns["sizes"] // 2
+    if rank == 0:
+        pages = next(source for source in loader._sources if source.name == "ocr")
+        pages.shards.columns["labels"] = np.full_like(pages.shards.labels, 300)
     try:
         for step in range(50):
-            loader.step_batches(step)
+            loader.load_step(step)
     finally:
         loader.close()
 
 
-def test_a_decoding_error_ends_the_world_with_its_sentence(directory: Path) -> None:
-    with pytest.raises(WorkerError, match="cannot be decoded, although it could when its shard was written"):
-        run_distributed(fail_while_decoding, 2, directory, timeout_s=40)
+def test_an_error_while_preparing_ends_the_world_with_its_sentence(directory: Path) -> None:
+    with pytest.raises(WorkerError, match=r"label 300 of sample 'ocr\d+' in .* is outside 0\.\.255"):
+        run_distributed(fail_while_preparing, 2, directory, timeout_s=60)
 
 
 def test_batches_are_on_the_topology_device(directory: Path) -> None:

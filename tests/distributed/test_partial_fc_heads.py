@@ -19,12 +19,13 @@ from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology
 from tests.support.distributed import run_distributed
 from tests.support.head_steps import assert_close, start
+from tests.support.objective_steps import begin
 
 SIZE, NUM_SAMPLES = 12, 10
 SOURCES = ("pages", "clips", "photos")
 SOURCE_OF = [0, 1, 0, 0, 1, 0, 2, 1, 0, 0]  # of each sample
 WIDTHS = {"pages": 6, "clips": 1, "photos": 3}  # stored labels
-FEW = {"interclass_filter": 0.3, "logit_scale": 16.0, "compute_dtype": "float32", "chunk_size": 5}
+FEW = {"kind": "partial_fc", "interclass_filter": 0.3, "logit_scale": 16.0, "compute_dtype": "float32", "chunk_size": 5}
 HEADS: dict[str, dict[str, Any]] = {
     "words": {"source": "pages", "num_classes": 37, "sample_rate": 0.4, "labels_per_step": 4},
     "actions": {
@@ -107,7 +108,7 @@ def step_with(names: Sequence[str], topology: ParallelTopology) -> dict[str, Any
     )
     layout = LAYOUTS[topology.data_size][topology.data_rank]
     batches = [make_batch(samples) for samples in layout]
-    objectives.begin_step(6, batches)
+    begin(objectives, 6, batches)
     embeddings = torch.randn(NUM_SAMPLES, SIZE, generator=torch.Generator().manual_seed(9))
     gradient = torch.zeros_like(embeddings)
     losses = dict.fromkeys(names, 0.0)

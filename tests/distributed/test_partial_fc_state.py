@@ -34,6 +34,7 @@ from tests.support.head_steps import (
     step_on_rank,
     table_of,
 )
+from tests.support.objective_steps import begin
 
 KEYS = ("weight", "exp_avg", "exp_avg_sq", "steps")
 WHOLE = list(range(9))
@@ -244,7 +245,7 @@ def begin_with_bad_label(rank: int, world_size: int, case: Case, bad: int, sampl
     case.labels[sample, 3] = bad
     batches = [make_batch(case, samples) for samples in STEP_LAYOUTS[world_size][topology.data_rank]]
     with pytest.raises(DataError) as caught:
-        objectives.begin_step(0, batches)
+        begin(objectives, 0, batches)
     return str(caught.value), caught.value.on_every_rank
 
 

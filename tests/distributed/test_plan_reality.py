@@ -64,9 +64,9 @@ def trace_steps(rank: int, world_size: int, data: dict[str, Any], bucket_size: i
             trace, kept = MessageTrace(topology), KeptBytes(lambda: weights)
             live.reset_peak()
             with trace:
-                batches = trainer.loader.step_batches(step)
+                loaded = trainer.loader.load_step(step)
                 with kept.hooks():
-                    trainer.train_step(step, batches, encoder_lr=1e-3, class_lr=1e-3, wants_stop=False)
+                    trainer.train_step(loaded, encoder_lr=1e-3, class_lr=1e-3, wants_stop=False)
         plan = trainer.loader._planner.plan(1)
         trainer.loader.close()
         return {

@@ -117,16 +117,16 @@ def test_a_refused_step_changes_nothing_on_any_rank(sources, tmp_path, where):
 
 def stop_on_one_rank(rank: int, world_size: int, data: dict[str, Any], asking_rank: int) -> int:
     trainer = build(data)
-    step_batches = trainer.loader.step_batches
+    load_step = trainer.loader.load_step
 
     def asking(step: int) -> Any:
         if rank == asking_rank and step == 2:
             signal.raise_signal(signal.SIGUSR1)
-        return step_batches(step)
+        return load_step(step)
 
     import signal
 
-    trainer.loader.step_batches = asking
+    trainer.loader.load_step = asking
     return trainer.run().step
 
 

@@ -72,7 +72,7 @@ def train(rank: int, world_size: int, data: dict[str, Any], slow: Mapping[int, t
 
         object.__setattr__(owner, name, slowed)
 
-    before(trainer.loader, "step_batches", "data")
+    before(trainer.loader, "load_step", "data")
     before(trainer.optimizer, "step", "optimizer")
     encoder = encoder_of(trainer.chunks[-1])
     encode = encoder.forward
@@ -170,15 +170,15 @@ def train_counted(rank: int, world_size: int, data: dict[str, Any]) -> list[tupl
 
     config = check(data)
     trainer = Trainer(config, initialize_topology(config.parallel, seed=config.seed), peak_rate=1e9)
-    counts, step_batches = [], trainer.loader.step_batches
+    counts, load_step = [], trainer.loader.load_step
 
     def counted(step: int) -> Any:
-        batches = step_batches(step)
-        lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches])
+        loaded = load_step(step)
+        lengths = torch.cat([batch.cu_seqlens.diff() for batch in loaded.batches])
         counts.append((int(lengths.sum()), int(lengths.square().sum()), len(lengths)))
-        return batches
+        return loaded
 
-    trainer.loader.step_batches = counted  # type: ignore[method-assign]
+    trainer.loader.load_step = counted  # type: ignore[method-assign]
     trainer.run()
     return counts
 

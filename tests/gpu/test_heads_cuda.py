@@ -17,6 +17,7 @@ from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology, destroy_topology, initialize_topology
 from tests.support import head_kernels, head_steps
 from tests.support.head_kernels import Sizes, relative_error
+from tests.support.objective_steps import begin
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,7 +114,7 @@ def run_steps(topology: ParallelTopology, backend: str, count: int) -> list[Tens
         try:
             if step and topology.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
-            objectives.begin_step(step, batches)
+            begin(objectives, step, batches)
             for batch, part in zip(batches, pooled, strict=True):
                 features = VisionFeatures(tokens=embeddings[:0], pooled=part, cu_seqlens=batch.cu_seqlens)
                 objectives.forward(features, batch, {head_steps.NAME: 1 / 96}).loss.backward()

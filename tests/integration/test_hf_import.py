@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ove.checkpoint.initialize import load_encoder_weights
+from megatron_ove.checkpoint.initialize import find_start, load_encoder_weights
 from megatron_ove.cli.main import main
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint
@@ -123,7 +123,8 @@ def test_another_architecture_is_refused_as_a_start(
     with pytest.raises(CheckpointError, match=r"holds another encoder: encoder\.num_layers is 4 there and 2 here; set"):
         load_encoder_weights(checkpoint, {}, encoder=other)
     with pytest.raises(CheckpointError, match=r"init_from = \S+ cannot be used: it has no manifest\.json"):
-        load_encoder_weights(tmp_path, {}, encoder=other)
+        find_start(tmp_path, verify="full")
+    assert find_start(checkpoint, verify="full") == checkpoint
 
 
 @torch.no_grad()

@@ -39,14 +39,14 @@ def train(rank: int, world_size: int, data: dict[str, Any]) -> list[list[str]]:
 
     config = check(data)
     trainer = Trainer(config, initialize_topology(config.parallel, seed=config.seed))
-    keys, step_batches = [], trainer.loader.step_batches
+    keys, load_step = [], trainer.loader.load_step
 
     def recorded(step: int):
-        batches = step_batches(step)
-        keys.append([key for batch in batches for key in batch.sample_keys])
-        return batches
+        loaded = load_step(step)
+        keys.append([key for batch in loaded.batches for key in batch.sample_keys])
+        return loaded
 
-    trainer.loader.step_batches = recorded  # type: ignore[method-assign]
+    trainer.loader.load_step = recorded  # type: ignore[method-assign]
     trainer.run()
     return keys
 

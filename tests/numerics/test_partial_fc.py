@@ -25,6 +25,7 @@ from tests.support.head_steps import (
     start,
     table_of,
 )
+from tests.support.objective_steps import begin
 
 WHOLE: Layout = [[list(range(9))]]
 COMBINED = {"margin_type": "combined", "combined_margin": (1.1, 0.2, 0.15)}
@@ -110,7 +111,7 @@ def test_a_correction_by_probability_estimates_the_full_softmax(topology):
     total = torch.zeros(60, case.config.labels_per_step)
     num_steps = 400
     for step in range(num_steps):
-        objectives.begin_step(step, [make_batch(case, [6, 7])])
+        begin(objectives, step, [make_batch(case, [6, 7])])
         active = table_of(objectives).step_table.active
         total[active.rows] += active.weights
     positives = dense_step(case).drawn[6:8]

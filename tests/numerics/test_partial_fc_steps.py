@@ -27,6 +27,7 @@ from tests.support.head_steps import (
     start,
     table_of,
 )
+from tests.support.objective_steps import begin
 
 WHOLE = [[list(range(9))]]
 
@@ -62,7 +63,7 @@ def test_a_microbatch_without_a_backward_pass_adds_nothing(topology, embedding_s
     for skipped in (None, 0, 1, 2):
         objectives = build(case, topology)
         batches = [make_batch(case, samples) for samples in layout]
-        objectives.begin_step(case.step, batches)
+        begin(objectives, case.step, batches)
         # A full table of NaN in the reused memory must not shine through either.
         for index, (batch, samples) in enumerate(zip(batches, layout, strict=True)):
             if index == skipped and left_out == "forward":
@@ -86,7 +87,7 @@ def test_backward_passes_may_come_in_any_order_and_after_all_forward_passes(topo
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
         objectives = build(case, topology)
         batches = [make_batch(case, samples) for samples in layout]
-        objectives.begin_step(case.step, batches)
+        begin(objectives, case.step, batches)
         losses = [forward(case, objectives, batch, samples) for batch, samples in zip(batches, layout, strict=True)]
         for index in order:
             losses[index].backward()
@@ -122,7 +123,7 @@ def test_a_poisoned_embedding_shows_in_the_loss_of_its_microbatch_only(topology,
         case.embeddings[sample, 1] = float("inf")
         objectives = build(case, topology)
         batches = [make_batch(case, samples) for samples in ([0, 1, 2], [3, 4])]
-        objectives.begin_step(0, batches)
+        begin(objectives, 0, batches)
         healthy, poisoned = (
             float(forward(case, objectives, batch, samples).detach())
             for batch, samples in zip(batches, ([0, 1, 2], [3, 4]), strict=True)
@@ -151,7 +152,7 @@ def test_a_frozen_encoder_still_trains_the_centers(topology):
     objectives.discard_update()
 
     batch = make_batch(case, range(9))
-    objectives.begin_step(case.step, [batch])
+    begin(objectives, case.step, [batch])
     features = VisionFeatures(torch.empty(0), case.embeddings, batch.cu_seqlens)
     objectives.forward(features, batch, {NAME: 1 / case.num_items}).loss.backward()
     assert torch.equal(table_of(objectives).gradient_of_rows(), expected)
@@ -163,7 +164,7 @@ def test_evaluation_without_gradients_gives_the_loss_and_leaves_no_gradient(topo
     _, expected, _ = run_microbatches(case, objectives, WHOLE, topology)
     objectives.discard_update()
     batch = make_batch(case, range(9))
-    objectives.begin_step(case.step, [batch])
+    begin(objectives, case.step, [batch])
     with torch.no_grad():
         features = VisionFeatures(torch.empty(0), case.embeddings, batch.cu_seqlens)
         loss = objectives.forward(features, batch, {NAME: 1 / case.num_items}).loss
@@ -172,7 +173,7 @@ def test_evaluation_without_gradients_gives_the_loss_and_leaves_no_gradient(topo
 
 def draw_of_step(objectives: ObjectiveSet, case: Case, step: int) -> Tensor:
     """[c, s], what rows count in the sets."""
-    objectives.begin_step(step, [make_batch(case, range(9))])
+    begin(objectives, step, [make_batch(case, range(9))])
     active = table_of(objectives).step_table.active
     weights = torch.zeros(case.config.num_classes, active.weights.shape[1])
     weights[active.rows] = active.weights
@@ -195,7 +196,7 @@ def test_heads_of_other_names_draw_other_negatives(topology):
     case = make_case(num_classes=200, sample_rate=0.3)
     configs = {NAME: case.config, "second": case.config}
     objectives = build_objectives(configs, topology=topology, embedding_size=6, seed=11, optim=case.optim)
-    objectives.begin_step(0, [make_batch(case, range(9))])
+    begin(objectives, 0, [make_batch(case, range(9))])
     first, second = (objectives[name].centers.step_table.active.rows.tolist() for name in configs)
     assert first != second
 
@@ -209,7 +210,7 @@ def test_two_objectives_add_up_with_their_scales(topology):
     assert objectives.source_of("second") == "pages"
     batch = make_batch(case, [0, -1, 1, 4])
     assert objectives.num_items("second", batch) == 2
-    objectives.begin_step(0, [batch])
+    begin(objectives, 0, [batch])
     pooled = case.embeddings[[0, 8, 1, 4]].requires_grad_()
     features = VisionFeatures(torch.empty(0), pooled, batch.cu_seqlens)
     output = objectives.forward(features, batch, {NAME: 3.0, "second": 0.25})
@@ -235,7 +236,7 @@ def test_a_label_that_is_no_class_is_a_sentence(topology, bad):
     case = make_case()
     case.labels[7, 3] = bad
     with pytest.raises(DataError, match=f"sample 'page-7' of source 'pages' has the label id {bad}, but objective"):
-        build(case, topology).begin_step(0, [make_batch(case, [0]), make_batch(case, [-1, 7])])
+        begin(build(case, topology), 0, [make_batch(case, [0]), make_batch(case, [-1, 7])])
 
 
 def test_a_batch_whose_labels_do_not_fit_its_samples_is_refused(topology):
@@ -243,21 +244,22 @@ def test_a_batch_whose_labels_do_not_fit_its_samples_is_refused(topology):
     batch = make_batch(case, [0, 1, 2])
     wrong = replace(batch, labels={"pages": batch.labels["pages"][:2]})
     with pytest.raises(ValueError, match="a batch has 3 samples of source 'pages' but 2 rows of labels"):
-        build(case, topology).begin_step(0, [wrong])
+        begin(build(case, topology), 0, [wrong])
     # A batch without the source's labels at all cannot be told from one without samples; with samples it is refused.
     with pytest.raises(ValueError, match="but 0 rows of labels"):
-        build(case, topology).begin_step(0, [replace(batch, labels={})])
+        begin(build(case, topology), 0, [replace(batch, labels={})])
 
 
 def test_a_batch_that_was_not_announced_is_refused(topology):
     case = make_case()
     objectives = build(case, topology)
     batch = make_batch(case, range(9))
-    objectives.begin_step(0, [batch])
-    with pytest.raises(RuntimeError, match="objective 'tags' got a batch that was not given to begin_step"):
-        forward(case, objectives, replace(batch), range(9))
+    begin(objectives, 0, [batch])
+    assert float(forward(case, objectives, replace(batch), range(9)).detach()) > 0  # as when it is moved to a device
+    with pytest.raises(RuntimeError, match="objective 'tags' got a batch that was not given to prepare_step"):
+        forward(case, objectives, make_batch(case, range(9)), range(9))
     objectives.apply_update(0.1)
-    with pytest.raises(RuntimeError, match="objective 'tags' got a batch that was not given to begin_step"):
+    with pytest.raises(RuntimeError, match="objective 'tags' got a batch that was not given to prepare_step"):
         forward(case, objectives, batch, range(9))
 
 
@@ -319,11 +321,11 @@ def test_odd_steps_and_labels_are_no_trouble(topology):
     batch = make_batch(case, [0, 1, 2])
     for step in (-1, 2**63):
         objectives = build(case, topology)
-        objectives.begin_step(step, [batch])
+        begin(objectives, step, [batch])
         forward(case, objectives, batch, [0, 1, 2]).backward()
         assert 0 < float(objectives.row_gradient_norms()[NAME]) < 1e6
     no_columns = replace(batch, labels={"pages": batch.labels["pages"][:, :0]})
-    objectives.begin_step(0, [no_columns])
+    begin(objectives, 0, [no_columns])
     assert float(forward(case, objectives, no_columns, [0, 1, 2]).detach()) == 0.0
 
 

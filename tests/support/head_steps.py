@@ -21,6 +21,7 @@ from megatron_ove.objectives.partial_fc import PartialFC
 from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.class_order import rows_of_classes
 from megatron_ove.parallel.topology import ParallelTopology, initialize_topology
+from tests.support.objective_steps import begin
 from tests.support.reference_heads import dense_sample_losses
 
 SEED, NAME = 11, "tags"
@@ -65,6 +66,7 @@ def make_case(
     labels[4] = -1
     optim = options.pop("optim", EXACT_OPTIM)
     defaults: dict[str, Any] = {
+        "kind": "partial_fc",
         "source": "pages",
         "num_classes": num_classes,
         "labels_per_step": 4,
@@ -118,14 +120,14 @@ def table_of(objectives: ObjectiveSet) -> Any:
 def run_microbatches(
     case: Case, objectives: ObjectiveSet, layout: Layout, topology: ParallelTopology
 ) -> tuple[dict[int, Tensor], float, Mapping[str, float]]:
-    """begin_step, then forward and backward as the training step does them.
+    """Begins the step, then forward and backward as the training step does them.
 
     Returns:
         (sample -> gradient of its embedding, this replica's part of the step's loss, sums and counts of metrics).
     """
     mine = layout[topology.data_rank]
     batches = [make_batch(case, samples) for samples in mine]
-    objectives.begin_step(case.step, batches)
+    begin(objectives, case.step, batches)
     scales = {NAME: len(batches) * topology.data_size / case.num_items}
     gradients: dict[int, Tensor] = {}
     loss = 0.0

@@ -43,7 +43,7 @@ def id_config(directory: Path, *, changes: dict[str, dict[str, object]] | None =
                 **{"hidden_size": 32, "num_layers": 2, "num_attention_heads": 1, "ffn_hidden_size": 64},
                 "rope_temporal_size": 16,
             },
-            "objectives": {kind: {"source": kind, "num_classes": NUM_CLASSES} for kind in KINDS},
+            "objectives": {kind: {"kind": "partial_fc", "source": kind, "num_classes": NUM_CLASSES} for kind in KINDS},
             "data": {
                 "sources": sources,
                 "tokens_per_microbatch": options.get("tokens", 40),
@@ -62,6 +62,7 @@ def single_process(**changes: Any) -> Any:
         **{"tensor_rank": 0, "tensor_size": 1, "data_rank": 0, "data_size": 1},
         **{"pipeline_size": 1, "virtual_pipeline_size": None},
         **{"is_first_stage": True, "is_last_stage": True, "tensor_group": None, "device": torch.device("cpu")},
+        "replica_host_group": SimpleNamespace(size=lambda: 1, rank=lambda: 0),
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -70,7 +71,7 @@ def check_pairing(batch: Batch) -> list[tuple[str, int]]:
     """Checks that keys, pixels, labels and padding of a batch belong together; returns (source, number) of samples."""
     ids = sample_ids(batch)
     names = [batch.source_names[i] for i in batch.source_index.tolist()]
-    assert batch.sample_keys == tuple(f"{name}{number}" for name, number in zip(names, ids, strict=True))
+    assert list(batch.sample_keys) == [f"{name}{number}" for name, number in zip(names, ids, strict=True)]
     for name in batch.source_names:
         rows = batch.rows_of(name).tolist()
         assert batch.labels[name].dtype == torch.int32
@@ -87,7 +88,7 @@ def check_pairing(batch: Batch) -> list[tuple[str, int]]:
 def take_steps(loader: StepLoader, first: int, count: int) -> list[list[Batch]]:
     """Returns the batches of `count` steps and closes the loader."""
     try:
-        return [loader.step_batches(step) for step in range(first, first + count)]
+        return [list(loader.load_step(step).batches) for step in range(first, first + count)]
     finally:
         loader.close()
 
@@ -103,7 +104,7 @@ def assert_same_batches(left: list[Batch], right: list[Batch]) -> None:
     """Checks that two lists of batches are equal bit by bit."""
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        assert a.sample_keys == b.sample_keys
+        assert list(a.sample_keys) == list(b.sample_keys)
         for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
             assert x.dtype == y.dtype
             assert torch.equal(x, y)

@@ -85,22 +85,23 @@ def run_layouts(
         folder: of the run folders.
         world_size: processes.
         layouts: name -> fields of the parallel section; "layers", "tokens", "class_group" and "stop_after" go to other
-            sections.
+            sections, and "run" names the run, else the layout does: several in turn may continue one.
         precision: fp32 or bf16.
         sample_rate: of the tables.
         prepare: a top-level function, called in each process before anything is built.
         change: a top-level function, called with each trainer and topology before it runs.
         timeout_s: for all of them.
     """
+    runs = {name: folder / layout.get("run", name) for name, layout in layouts.items()}
     configs = {
-        name: grid_config(sources, folder / name, layout, precision=precision, sample_rate=sample_rate)
+        name: grid_config(sources, runs[name], layout, precision=precision, sample_rate=sample_rate)
         for name, layout in layouts.items()
     }
     ranks = run_distributed(_walk, world_size, configs, prepare, change, timeout_s=timeout_s)
     records = {}
     for name in layouts:
         try:
-            records[name] = _put_together(folder / name, [rank[name] for rank in ranks])
+            records[name] = _put_together(runs[name], [rank[name] for rank in ranks])
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
     return records
@@ -110,7 +111,7 @@ def grid_config(
     sources: dict[str, str], run_dir: Path, layout: dict[str, Any], *, precision: str, sample_rate: float
 ) -> dict[str, Any]:
     """Returns the configuration of one run as plain values."""
-    layout = dict(layout)
+    layout = {name: value for name, value in layout.items() if name != "run"}
     layers, tokens = layout.pop("layers", 4), layout.pop("tokens", 48)
     class_group, stop_after = layout.pop("class_group", "stage"), layout.pop("stop_after", None)
     data = tiny_config(
@@ -146,7 +147,7 @@ def _walk(
     results = {}
     for name, data in configs.items():
         if not dist.is_initialized():
-            store = dist.FileStore(f"{data['run_dir']}.rendezvous", world_size)
+            store = dist.FileStore(f"{data['run_dir']}.{name}.rendezvous", world_size)
             timeout = timedelta(seconds=data["parallel"]["timeout_s"])
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         config = check(data)

@@ -41,6 +41,7 @@ def tiny_config(sources: dict[str, str], run_dir: Path | str, *, sample_rate: fl
         },
         "objectives": {
             f"{kind}_labels": {
+                "kind": "partial_fc",
                 "source": kind,
                 "num_classes": NUM_CLASSES[kind],
                 "labels_per_step": 4,

@@ -40,7 +40,7 @@ def apply(update: CenterUpdate, rows: Tensor, gradient: Tensor, lr: float) -> No
     """One update of rows of this shard by a gradient [r, e]."""
     held = DenseRowGradient(torch.empty(len(rows), SIZE), None, compute_dtype=torch.float32)
     held.total.copy_(gradient * update.norms[rows][:, None])  # as with respect to rows of norm 1
-    active = ActiveRows(rows, torch.ones(len(rows), 1), len(update.steps) - 1)
+    active = ActiveRows(rows, torch.ones(len(rows), 1))
     table = ActiveTable(update.weight, update.norms, active, held, None, torch.float32, chunk_size=3)
     update.apply(table, gradient.square().sum(1), torch.tensor(1.0), lr)
 

@@ -29,6 +29,7 @@ NUM_CLASSES, WIDTH, SLOTS = 41, 5, 3
 SCRIPT = "benchmark/heads.py"
 TINY = ("--num-classes", 300, "--embedding-size", 16, "--batch-size", 4, "--labels", 9, "--warmup", 1, "--steps", 1)
 CONFIG = PartialFCConfig(
+    kind="partial_fc",
     source="pages",
     num_classes=NUM_CLASSES,
     labels_per_step=SLOTS,

@@ -108,7 +108,9 @@ def native_mixture(budget: int, batch: int) -> tuple[TrainConfig, list[SizedSour
         "name": "native",
         "run_dir": "unused",
         "encoder": {"hidden_size": 64, "num_layers": 1, "num_attention_heads": 2, "ffn_hidden_size": 64},
-        "objectives": {name: {"source": name, "num_classes": 9} for name in ("images", "pages", "clips")},
+        "objectives": {
+            name: {"kind": "partial_fc", "source": name, "num_classes": 9} for name in ("images", "pages", "clips")
+        },
         "data": {
             "tokens_per_microbatch": budget,
             "sources": {

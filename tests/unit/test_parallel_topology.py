@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.errors import ConfigError
@@ -72,6 +74,28 @@ def test_cpu_backend_refuses_an_unchecked_version(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cpu_backend.megatron.core, "__version__", "0.17.0")
     with pytest.raises(ConfigError, match=re.escape("was checked with megatron-core 0.16.1 and this is 0.17.0")):
         cpu_backend.install()
+
+
+@pytest.mark.parametrize("torch_adamw", [False, True])
+def test_gpus_get_the_repairs_of_checkpoints_alone(monkeypatch: pytest.MonkeyPatch, torch_adamw: bool) -> None:
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", torch_adamw)
+    monkeypatch.setattr(cpu_backend._Installed, "saved", [])
+    monkeypatch.setattr(cpu_backend._Installed, "mode", None)
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+    for _ in range(2):
+        cpu_backend.repair_gpu_checkpoints()
+        names = [name for _, name, _ in cpu_backend._Installed.saved]
+        assert names[0] == "sharded_param_state_fully_reshardable" and len(names) == (4 if torch_adamw else 1)
+        assert DistributedOptimizer.sharded_param_state_fully_reshardable is not original
+    cpu_backend.uninstall()
+    assert DistributedOptimizer.sharded_param_state_fully_reshardable is original
+
+
+def test_gpus_refuse_an_unchecked_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_backend._Installed, "saved", [])
+    monkeypatch.setattr(cpu_backend.megatron.core, "__version__", "0.17.0")
+    with pytest.raises(ConfigError, match=re.escape("was checked with megatron-core 0.16.1 and this is 0.17.0")):
+        cpu_backend.repair_gpu_checkpoints()
 
 
 _ONE_PROCESS = """

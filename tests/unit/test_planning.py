@@ -14,7 +14,7 @@ from megatron_ove.cli.main import main
 from megatron_ove.config.loader import load_config
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.errors import ConfigError
-from megatron_ove.heads.active_classes import _capacity, draw_negatives, select_active_rows
+from megatron_ove.heads.active_classes import choose_active_rows, collect_positives, draw_negatives
 from megatron_ove.parallel import gradient_buckets
 from megatron_ove.planning.activations import ChunkActivations, peak_activations
 from megatron_ove.planning.alternatives import rank_knobs, suggest_layouts
@@ -266,16 +266,24 @@ def test_class_tables_are_sharded_over_their_group():
 
 
 @pytest.mark.parametrize("negatives", ["per_label", "shared"])
-def test_active_rows_are_as_many_as_are_drawn(negatives):
-    """Expected on a CPU; on a GPU the capacity that shapes are padded to."""
+def test_active_rows_are_as_many_as_are_chosen(negatives):
     num_classes, first, rows, samples = 20_000, 5_000, 5_000, 64
-    objective = PartialFCConfig(source="images", num_classes=num_classes, sample_rate=0.1, negatives=negatives)
+    objective = PartialFCConfig(
+        kind="partial_fc", source="images", num_classes=num_classes, sample_rate=0.1, negatives=negatives
+    )
     sets = objective.slots_of_sets
     draw = draw_negatives(num_classes, probability=0.1, num_sets=len(sets), key=7)
-    labels = torch.randint(0, num_classes, (samples, 8), generator=torch.Generator().manual_seed(1))
-    set_of_slot = torch.tensor([index for index, slots in enumerate(sets) for _ in slots])
-    active = select_active_rows(draw, labels, set_of_slot, first_row=first, num_rows=rows)
-    assert count_active_rows(objective, rows, samples, is_padded=False) == pytest.approx(active.rows.numel(), rel=0.05)
-    padded = count_active_rows(objective, rows, samples, is_padded=True)
-    assert padded == pytest.approx(_capacity(draw, labels.numel(), rows), abs=1)
-    assert padded > active.rows.numel()
+    labels = torch.randint(0, num_classes, (samples, 8), generator=torch.Generator().manual_seed(1)).numpy()
+    set_of_slot = np.array([index for index, slots in enumerate(sets) for _ in slots])
+    positives = collect_positives(labels, set_of_slot, len(sets))
+    chosen = choose_active_rows(draw, positives, first_row=first, num_rows=rows, device=torch.device("cpu"))
+    assert count_active_rows(objective, rows, samples) == pytest.approx(chosen.rows.numel(), rel=0.05)
+
+
+@pytest.mark.parametrize(("sample_rate", "share"), [(0.1, 0.60), (0.02, 0.20)])
+def test_a_rank_of_many_is_planned_with_the_rows_that_are_meant(sample_rate, share):
+    """Stage 1 on 128 GPUs: not the whole shard, which it was while shapes were fixed in advance."""
+    path = EXAMPLES / "stage1_image/config.yaml"
+    plan = planned(f"objectives.image_clusters.sample_rate={sample_rate}", path=path, gpu="h100-80g")
+    table = next(table for table in plan.ranks[-1].tables if table.name == "image_clusters")
+    assert table.num_rows == 15_625 and table.num_active / table.num_rows == pytest.approx(share, abs=0.01)

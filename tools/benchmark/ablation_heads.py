@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from published_head import PublishedHead
 from torch import Tensor
@@ -79,7 +80,7 @@ VARIANTS: dict[str, Variant] = {
 
 def configs_of(variant: Variant, num_classes: int) -> tuple[PartialFCConfig, ClassCenterOptimConfig]:
     """Returns the full configuration of a variant of the package's head."""
-    fixed = {"source": _SOURCE, "num_classes": num_classes, "labels_per_step": LABELS_PER_STEP}
+    fixed = {"kind": "partial_fc", "source": _SOURCE, "num_classes": num_classes, "labels_per_step": LABELS_PER_STEP}
     head = PartialFCConfig.model_validate(fixed | dict(variant.head))
     return head, ClassCenterOptimConfig.model_validate(dict(variant.optim))
 
@@ -138,7 +139,8 @@ class PackageHead:
             sample_seeds=seeds,
             labels={_SOURCE: labels.int()},
         )
-        self._objectives.begin_step(step, [batch])
+        counts = {_SOURCE: np.array([[count]])}
+        self._objectives.begin_step(self._objectives.prepare_step(step, [batch], counts))
         features = VisionFeatures(tokens=pooled[:0], pooled=pooled, cu_seqlens=batch.cu_seqlens)
         return self._objectives.forward(features, batch, {_NAME: 1 / count}).loss
 

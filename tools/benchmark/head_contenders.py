@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from full_softmax_head import FullSoftmaxHead
 from published_head import PublishedHead
@@ -127,7 +128,7 @@ def head_config(name: str, work: Workload) -> PartialFCConfig:
     if name not in OWN_RATE:
         options["sample_rate"] = work.sample_rate
     options.update(work.head_options)
-    fixed = {"source": SOURCE, "num_classes": work.num_classes}
+    fixed = {"kind": "partial_fc", "source": SOURCE, "num_classes": work.num_classes}
     config = _parse(PartialFCConfig, options | fixed, "--head")
     if work.active_rows is not None:
         rate = work.rate_of_sets(len(config.slots_of_sets))
@@ -165,7 +166,10 @@ class OurHead:
 
     def step(self, index: int, prepared: list[tuple[Batch, Tensor]]) -> Tensor:
         """Does a step, refusal of non-finite gradients included."""
-        self._objectives.begin_step(index, [batch for batch, _ in prepared])
+        batches = [batch for batch, _ in prepared]
+        num_samples = [batch.num_samples for batch in batches]  # of every rank
+        counts = {SOURCE: np.array([num_samples] * self._topology.data_size)}
+        self._objectives.begin_step(self._objectives.prepare_step(index, batches, counts))
         loss = torch.zeros((), device=self._topology.device)
         for batch, pooled in prepared:
             features = VisionFeatures(tokens=pooled[:0], pooled=pooled, cu_seqlens=batch.cu_seqlens)

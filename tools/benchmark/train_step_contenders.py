@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from encoder_contenders import encoder_config, plain_encoder
 from plain_vit import normalize_pixels
@@ -17,6 +18,7 @@ from megatron_ove.batch import Batch
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.delivery import LoadedStep
 from megatron_ove.data.patchify import grid_positions, write_patches
 from megatron_ove.model.encoder import build_encoder
 from megatron_ove.objectives.build import build_objectives
@@ -52,7 +54,7 @@ class OurStep:
             use_distributed_optimizer=False,
             process_groups=topology.process_groups,
         )
-        self._timers = StepTimers(topology.device)
+        self._timers, self._objectives = StepTimers(topology.device), objectives
         self._train_step = TrainStep(topology, chunks, objectives, optimizer, self._timers)
         self._encoder = encoder_of(chunks[0])
         self._next: Batch = self._prepare()
@@ -70,8 +72,14 @@ class OurStep:
         """One optimizer step."""
         self._step += 1
         with self._timers.step(self._step):
+            with self._timers.phase("head"):
+                counts = {name: np.array([[len(self._next.rows_of(name))]]) for name in self._next.source_names}
+                prepared = self._objectives.prepare_step(self._step - 1, [self._next], counts)
             result = self._train_step(
-                self._step - 1, [self._next], encoder_lr=LEARNING_RATE, class_lr=LEARNING_RATE, wants_stop=False
+                LoadedStep((self._next,), prepared, num_bad=0),
+                encoder_lr=LEARNING_RATE,
+                class_lr=LEARNING_RATE,
+                wants_stop=False,
             )
         assert result.accepted
         return self._timers.take()
@@ -194,7 +202,7 @@ def _frames(clip: Tensor, frames: Sequence[int], patch_size: int) -> tuple[Tenso
 def _train_config(work: Workload, head_options: Mapping[str, Any]) -> TrainConfig:
     """Returns the run whose step is timed; samples are made here, so its sources are never opened."""
     kinds = {"image": {"image_size": work.picture_side}, "ocr": {}, "video": {}}
-    head = {"labels_per_step": LABELS_PER_STEP, **head_options}
+    head = {"kind": "partial_fc", "labels_per_step": LABELS_PER_STEP, **head_options}
     document = {
         "name": "benchmark",
         "run_dir": "unused",

@@ -209,6 +209,8 @@ def _serve(pipe: Connection, build: Callable[..., Contender], arguments: tuple[A
                 pipe.send(function(contender))
             case ("memory",):
                 pipe.send(torch.cuda.max_memory_allocated() if on_gpu else _status_bytes("VmHWM") - baseline)
+            case request:
+                raise ValueError(f"{request!r} is no request of this worker")
 
 
 def _timed(contender: Contender, on_gpu: bool) -> tuple[float, dict[str, float]]:

@@ -52,8 +52,9 @@ def measure_decoding(topology: ParallelTopology, effort: Effort) -> Section:
 
         def decode() -> None:
             pixels = np.full(count, side * side, dtype=np.int64)
-            decoded = decoder.decode(pixels, encoded.__getitem__, str, windows)  # noqa: B023  # called at once
-            assert sum(tuple(picture.shape) == (target, target, 3) for _, picture in decoded) == count
+            problems: dict[int, str] = {}
+            decoded = decoder.decode(pixels, encoded.__getitem__, str, problems.__setitem__, windows)  # noqa: B023
+            assert sum(tuple(picture.shape) == (target, target, 3) for _, picture in decoded) == count, problems
 
         seconds = median_seconds(decode, device, warmup=1, repeats=1 if effort.tiny else 5)
         section.rows.append({"device": device.type, "threads": threads, "pictures_per_s": count / seconds})

@@ -90,7 +90,7 @@ def bench_config(encoder: dict[str, Any], *, num_tokens: int, precision: str = "
                 "sources": {_SOURCE: {"kind": "image", "path": "unused", "image_size": patch}},
                 "tokens_per_microbatch": num_tokens,
             },
-            "objectives": {"classes": {"source": _SOURCE, "num_classes": 1000}},
+            "objectives": {"classes": {"kind": "partial_fc", "source": _SOURCE, "num_classes": 1000}},
             "optim": {"lr": lr},
             "train": {"num_steps": 1, "global_batch_size": 1, "precision": precision},
         },

@@ -1,0 +1,111 @@
+"""Open shard files, read by any number of threads at once.
+
+A read borrows a file: no lock is held while the disk or the network works, and a file is closed only when nobody reads
+from it. With tens of thousands of shards in random order nearly every read opens its file anew; then opening, reading
+and closing take place side by side as well.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+_SHARE_OF_LIMIT = 8
+"""A set of shards keeps at most this part of the process's open files; a run has a few sets, sockets and logs."""
+_MOST_FILES = 65536
+"""More are not asked for."""
+
+
+@dataclass
+class _OpenFile:
+    handle: int
+    readers: int = 0
+    is_wanted: bool = True  # False: to be closed by its last reader
+
+
+class ShardFiles:
+    """Files by number, the longest unused ones closed when there are too many."""
+
+    pread = staticmethod(os.pread)
+    """Reads (handle, size, offset); tests and benchmarks put a slow or failing disk in its place."""
+
+    def __init__(self, path_of: Callable[[int], Path], *, most_open: int | None = None) -> None:
+        """Opens nothing yet.
+
+        Args:
+            path_of: returns the file of a number.
+            most_open: files kept open; None = an eighth of what the system allows this process.
+        """
+        self._path_of = path_of
+        self._most_open = most_open or max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE_OF_LIMIT)
+        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """Returns up to `size` bytes of a file, from `offset` on; fewer where it ends early.
+
+        Raises:
+            OSError: it cannot be opened or read.
+        """
+        file = self._borrow(number)
+        try:
+            return self.pread(file.handle, size, offset)
+        finally:
+            self._give_back(file)
+
+    def forget(self, number: int) -> None:
+        """Closes a file, so that the next read opens it anew: a handle of a network disk can go stale."""
+        with self._lock:
+            file = self._files.pop(number, None)
+            if file is not None:
+                self._discard(file)
+
+    def close(self) -> None:
+        """Closes all files, those in use when their readers are done; reading opens them again."""
+        with self._lock:
+            while self._files:
+                self._discard(self._files.popitem()[1])
+
+    def _borrow(self, number: int) -> _OpenFile:
+        with self._lock:
+            file = self._files.get(number)
+            if file is not None:
+                self._files.move_to_end(number)
+                file.readers += 1
+                return file
+        opened = _OpenFile(os.open(self._path_of(number), os.O_RDONLY))
+        with self._lock:
+            file = self._files.get(number)
+            if file is None:
+                file = self._files[number] = opened
+                while len(self._files) > self._most_open:
+                    self._discard(self._files.popitem(last=False)[1])
+            else:  # another thread was faster
+                os.close(opened.handle)
+            file.readers += 1
+            return file
+
+    def _give_back(self, file: _OpenFile) -> None:
+        with self._lock:
+            file.readers -= 1
+            if not file.is_wanted and not file.readers:
+                os.close(file.handle)
+
+    @staticmethod
+    def _discard(file: _OpenFile) -> None:
+        file.is_wanted = False
+        if not file.readers:
+            os.close(file.handle)
+
+
+def raise_file_limit() -> None:
+    """Lets this process open as many files as the system permits it at most; many systems begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
