@@ -40,14 +40,14 @@ class KeyedPermutation:
 
     def positions_of(self, points: np.ndarray) -> np.ndarray:
         """Returns the places of points in the permuted order: the inverse of `points_at`."""
-        return self._run(points, reversed(range(_FEISTEL_ROUNDS)), forward=False)
+        return self._run(points, range(_FEISTEL_ROUNDS)[::-1], forward=False)
 
     def _shifts_of_round(self, index: int, key: int) -> np.ndarray:
         """Returns what a round adds to one coordinate for each value of the other; even rounds add to columns."""
         others, extent = (self._height, self._width) if index % 2 == 0 else (self._width, self._height)
         return mix64(np.arange(others, dtype=np.int64) ^ key).view(np.int64) % extent
 
-    def _run(self, points: np.ndarray, rounds: range | reversed[int], *, forward: bool) -> np.ndarray:
+    def _run(self, points: np.ndarray, rounds: range, *, forward: bool) -> np.ndarray:
         row = points // self._width
         column = points - row * self._width
         for index in rounds:

@@ -4,6 +4,9 @@ Names: a active rows (`num_active`), b samples (`batch`), e components (`size`),
 BLOCK_R active rows, BLOCK_B samples and BLOCK_E components. Products have fp32 accumulators; bf16 operands go to the
 tensor cores, fp32 ones are multiplied as fp32. Every result is written by one program: nothing is added atomically, so
 the same inputs give the same bits.
+
+The number of active rows differs from step to step; `do_not_specialize` keeps Triton from compiling a kernel once more
+when it happens to be a multiple of 16. No address is a multiple of it.
 """
 
 # ruff: noqa: N803
@@ -44,7 +47,7 @@ def _targets(targets_ptr, b, batch, num_labels, LABELS: tl.constexpr):
     return tl.load(targets_ptr + label[:, None] * batch + b[None, :], mask=is_label, other=-1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_active"])
 def gather_kernel(
     table_ptr, rows_ptr, norms_ptr, out_ptr, num_active, size, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
@@ -59,7 +62,7 @@ def gather_kernel(
     tl.store(out, (tile * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_active"])
 def statistics_kernel(
     x_ptr, table_ptr, rows_ptr, norms_ptr, weights_ptr, targets_ptr, cosines_ptr, sums_ptr,
     num_active, batch, size, num_labels, cosine_stride, logit_scale, filter_above,
@@ -147,7 +150,7 @@ def target_cosine_kernel(
     tl.store(out_ptr + label * batch + b, cosine, mask=label < num_labels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_active"])
 def coefficient_kernel(
     cosines_ptr, coefficients_ptr, weights_ptr, targets_ptr, grad_sums_ptr, grad_targets_ptr, radial_ptr,
     num_active, batch, num_labels, stride, logit_scale, filter_above,
@@ -186,7 +189,7 @@ def coefficient_kernel(
     tl.store(radial_ptr + r, tl.load(radial_ptr + r, mask=is_row, other=0.0) + radial, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_active"])
 def embedding_gradient_kernel(
     coefficients_ptr, table_ptr, rows_ptr, norms_ptr, partial_ptr,
     num_active, batch, size, stride, rows_per_split,
@@ -219,7 +222,7 @@ def embedding_gradient_kernel(
     tl.store(place, gradient, mask=(b < batch)[:, None] & (k < size)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_active"])
 def square_norm_kernel(
     coefficients_ptr, gram_ptr, gram_low_ptr, radial_ptr, out_ptr, num_active, batch, stride,
     BF16: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -276,7 +279,7 @@ def _row_gradient(
     return gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_active"])
 def accumulate_kernel(
     coefficients_ptr, x_ptr, total_ptr, num_active, batch, size, stride,
     BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -292,7 +295,7 @@ def accumulate_kernel(
     tl.store(place, tl.load(place, mask=mask, other=0.0) + gradient, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_active"])
 def update_kernel(
     table_ptr, norms_ptr, mean_ptr, square_ptr, steps_ptr, rows_ptr, gradient_ptr, x_ptr, radial_ptr,
     square_norms_ptr, rate1_ptr, rate2_ptr, factor_ptr, row_hash_ptr, column_hash_ptr,

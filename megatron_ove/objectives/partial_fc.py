@@ -224,8 +224,8 @@ class PartialFC(Objective):
             labels: [n, k], of the whole step and all replicas.
         """
         config = self._config
-        is_used = (labels >= 0).any(axis=0)
-        served = [slots for slots in config.slots_of_sets if is_used[slots.start : slots.stop].any()]
+        is_used: list[bool] = (labels >= 0).any(axis=0).tolist()
+        served = [slots for slots in config.slots_of_sets if any(is_used[slot] for slot in slots)]
         set_of_slot = np.zeros(config.labels_per_step, dtype=np.int64)
         key = stateless_seed(self._seed, self.name, "negatives", step)
         if not served:

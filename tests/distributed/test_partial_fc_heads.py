@@ -19,7 +19,7 @@ from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology
 from tests.support.distributed import run_distributed
 from tests.support.head_steps import assert_close, start
-from tests.support.objective_steps import begin
+from tests.support.objective_steps import count_samples
 
 SIZE, NUM_SAMPLES = 12, 10
 SOURCES = ("pages", "clips", "photos")
@@ -108,7 +108,11 @@ def step_with(names: Sequence[str], topology: ParallelTopology) -> dict[str, Any
     )
     layout = LAYOUTS[topology.data_size][topology.data_rank]
     batches = [make_batch(samples) for samples in layout]
-    begin(objectives, 6, batches)
+    counts = count_samples(objectives, batches)
+    with counted() as before_step:
+        prepared = objectives.prepare_step(6, batches, counts)
+    with counted() as at_begin:
+        objectives.begin_step(prepared)
     embeddings = torch.randn(NUM_SAMPLES, SIZE, generator=torch.Generator().manual_seed(9))
     gradient = torch.zeros_like(embeddings)
     losses = dict.fromkeys(names, 0.0)
@@ -134,6 +138,9 @@ def step_with(names: Sequence[str], topology: ParallelTopology) -> dict[str, Any
         "weights": {name: table.weight for name, table in tables.items()},
         "gradient": gradient,
         "calls": calls,
+        "prepare_calls": before_step,
+        "begin_calls": at_begin,
+        "item_counts": prepared.item_counts,
     }
 
 
@@ -208,6 +215,20 @@ def test_a_microbatch_of_three_heads_costs_three_collectives(grid, expected):
             assert first == second == fourth == expected
             assert empty == []  # nothing to say when no replica has a sample
     assert len(results_of(grid)) == GRIDS[grid][0]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_step_of_any_number_of_heads_costs_one_message_before_it(grid):
+    """And none when it begins: nothing then waits for another rank."""
+    has_replicas = GRIDS[grid][0] > GRIDS[grid][1]
+    labels = make_batch(range(NUM_SAMPLES)).labels
+    for results in results_of(grid):
+        for names in ("all", "three", "words"):
+            assert results[names]["prepare_calls"] == (["all_gather_into_tensor"] if has_replicas else [])
+            assert results[names]["begin_calls"] == []
+        assert results["all"]["item_counts"] == {
+            name: int((labels[str(config["source"])] >= 0).any(1).sum()) for name, config in HEADS.items()
+        }
 
 
 def test_heads_with_a_table_per_replica_share_two_more_over_tensor_ranks():

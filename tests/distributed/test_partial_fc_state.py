@@ -239,23 +239,24 @@ def test_a_gradient_below_the_limit_is_not_touched():
     assert torch.equal(result["exp_avg"], result["row_gradient"])
 
 
-def begin_with_bad_label(rank: int, world_size: int, case: Case, bad: int, sample: int) -> tuple[str, bool]:
+def begin_with_bad_label(rank: int, world_size: int, case: Case, bad: int, samples: list[int]) -> tuple[str, bool]:
     topology = start(1)
     objectives = build(case, topology)
-    case.labels[sample, 3] = bad
+    case.labels[samples, 3] = bad
     batches = [make_batch(case, samples) for samples in STEP_LAYOUTS[world_size][topology.data_rank]]
     with pytest.raises(DataError) as caught:
         begin(objectives, 0, batches)
     return str(caught.value), caught.value.on_every_rank
 
 
-@pytest.mark.parametrize(("world_size", "bad", "sample"), [(2, -2, 7)])
-def test_a_label_out_of_range_is_one_sentence_on_every_rank(world_size, bad, sample):
-    answers = run_distributed(begin_with_bad_label, world_size, make_case(), bad, sample)
+@pytest.mark.parametrize(("world_size", "bad", "samples"), [(2, -2, [7]), (3, 2**31 - 1, [8, 4])])
+def test_a_label_out_of_range_is_one_sentence_on_every_rank(world_size, bad, samples):
+    """That of the first replica that has one."""
+    answers = run_distributed(begin_with_bad_label, world_size, make_case(), bad, samples)
     expected = (
-        f"sample 'page-{sample}' of source 'pages' has the label id {bad}, but objective 'tags' has num_classes = 37, "
-        "so ids are 0 to 36 (-1 for none); raise objectives.tags.num_classes or write the shards of 'pages' again with "
-        "right labels"
+        f"sample 'page-{min(samples)}' of source 'pages' has the label id {bad}, but objective 'tags' has "
+        "num_classes = 37, so ids are 0 to 36 (-1 for none); raise objectives.tags.num_classes or write the shards of "
+        "'pages' again with right labels"
     )
     assert answers == [(expected, True)] * world_size
 

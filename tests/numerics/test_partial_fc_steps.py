@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ from tests.support.head_steps import (
     start,
     table_of,
 )
-from tests.support.objective_steps import begin
+from tests.support.objective_steps import begin, prepare
 
 WHOLE = [[list(range(9))]]
 
@@ -229,6 +232,56 @@ def test_state_that_does_not_fit_is_a_sentence(topology):
         CheckpointError, match=r"has shape \[36, 6\] for weight .* needs \[37, 6\] of 37 classes x 6; set"
     ):
         objectives.load_state({NAME: state})
+
+
+@pytest.mark.parametrize("co_positives", ["masked", "negative"])
+def test_the_next_step_may_be_prepared_by_another_thread_while_one_is_under_way(topology, co_positives):
+    case = make_case(num_classes=200, sample_rate=0.3, co_positives=co_positives)
+    layout = [[0, 1, 2, 3], [4, 5, -1, 6, 7, 8]]
+    tables = []
+    for is_ahead in (False, True):
+        objectives = build(case, topology)
+        steps = [[make_batch(case, samples) for samples in layout] for _ in range(4)]
+        with ThreadPoolExecutor(1) as thread:
+            prepared = prepare(objectives, 0, steps[0])
+            for number, batches in enumerate(steps):
+                objectives.begin_step(prepared)
+                losses = [forward(case, objectives, batches[0], layout[0])]
+                if is_ahead and number < 3:
+                    prepared = thread.submit(prepare, objectives, number + 1, steps[number + 1]).result()
+                pooled = [index if index >= 0 else 0 for index in layout[1]]
+                losses.append(forward(case, objectives, batches[1], pooled))
+                sum(losses).backward()
+                objectives.row_gradient_norms()
+                objectives.apply_update(0.1)
+                if not is_ahead and number < 3:
+                    prepared = prepare(objectives, number + 1, steps[number + 1])
+        tables.append(table_of(objectives).weight.clone())
+    assert torch.equal(*tables)
+
+
+def test_keys_are_looked_up_for_a_message_only(topology):
+    class Keys:
+        asked: ClassVar[list[int]] = []
+
+        def __getitem__(self, place: int) -> str:
+            self.asked.append(place)
+            return f"looked-up-{place}"
+
+    case = make_case()
+    objectives = build(case, topology)
+    prepare(objectives, 0, [replace(make_batch(case, range(9)), sample_keys=Keys())])
+    assert Keys.asked == []
+    case.labels[7, 3] = 99
+    with pytest.raises(DataError, match="sample 'looked-up-7' of source 'pages' has the label id 99, but objective"):
+        prepare(objectives, 0, [replace(make_batch(case, range(9)), sample_keys=Keys())])
+    assert Keys.asked == [7]
+
+
+def test_counts_that_are_not_those_of_the_batches_are_refused(topology):
+    case = make_case()
+    with pytest.raises(ValueError, match="have 3 samples of source 'pages' where sample_counts has 4 for replica 0"):
+        build(case, topology).prepare_step(0, [make_batch(case, [0, -1, 1, 2])], {"pages": np.array([[4]])})
 
 
 @pytest.mark.parametrize("bad", [37, -2, 2**31 - 1, -(2**31)])
