@@ -185,7 +185,9 @@ def test_layout_equals_one_process(layout: str, expected: RankResult) -> None:
     compare(results, expected)
     # Ranks that do not hold the end of the pipeline report none; tensor ranks report the same.
     total = sum(result.loss for result in results) / parallel.get("tensor_model_parallel_size", 1)
-    assert total == pytest.approx(expected.loss, rel=FP32_TOLERANCE)
+    # The terms of the sum all but cancel, so it is their size that its rounding is a part of.
+    terms = torch.tanh(torch.cat(list(expected.pooled.values())))
+    assert total == pytest.approx(expected.loss, abs=FP32_TOLERANCE * float(terms.norm()))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -1,8 +1,7 @@
 """Every layout of up to four ranks is one rank: losses, gradients of all parameters and of all class-center rows.
 
-Three heads, over gloo. A few steps show a wrong gradient, and a wrong update by the gradients after it; twenty show what
-adds up, which `make test` looks for in three layouts and `make test-full` in all. A group of processes walks many layouts
-of its size.
+Three heads, over gloo. A few steps show a wrong gradient, and a wrong update by the gradients after it; twenty show
+what adds up, in three layouts or, with `make test-full`, in all. A group of processes walks many layouts.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ RENDEZVOUS_HOST={{host}}
 
 
 @dataclass(frozen=True)
-class LongRun:
+class StoppedRun:
     """An uninterrupted run on two nodes, ended by a stop file."""
 
     job: str
@@ -114,18 +114,22 @@ def one_process(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.fixture(scope="module")
-def long_run(cluster: SlurmCluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> LongRun:
-    """Two nodes under srun, stopped for good after about `LONG_RUN_S` of training."""
-    run_dir = tmp_path_factory.mktemp("long")
+def stopped_run(cluster: SlurmCluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> StoppedRun:
+    """Two nodes under srun, stopped for good as soon as there is enough to compare."""
+    return run_and_stop(cluster, config, tmp_path_factory.mktemp("stopped"), seconds=0)
+
+
+def run_and_stop(cluster: SlurmCluster, config: Path, run_dir: Path, *, seconds: float) -> StoppedRun:
+    """Trains `COMPARED_STEPS` steps under srun, goes on for about so many seconds, and stops for good."""
     job = submit(cluster, config, ["--time=10"], f"run_dir={run_dir}", LAUNCHER="srun")
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()):
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < COMPARED_STEPS:
         assert cluster.state(job) in ("PENDING", "RUNNING") and time.monotonic() < deadline, cluster.output(job)
         time.sleep(0.2)
-    time.sleep(LONG_RUN_S)
+    time.sleep(seconds)
     (run_dir / "stop").touch()
     assert cluster.wait(job, 60) == "COMPLETED", cluster.output(job)
-    return LongRun(job, run_dir, int(rows(run_dir)[-1]["step"]))
+    return StoppedRun(job, run_dir, int(rows(run_dir)[-1]["step"]))
 
 
 def set_options(*settings: str) -> list[str]:
@@ -150,23 +154,33 @@ def assert_equal_tensors(first: Path, second: Path) -> None:
     assert [name for name in tensors if not tensors[name].equal(others[name])] == []
 
 
-def test_srun_on_two_nodes_gives_one_process_losses(long_run, one_process):
+def test_srun_on_two_nodes_gives_one_process_losses(stopped_run, one_process):
     assert len(one_process) == COMPARED_STEPS
-    assert losses(long_run.run_dir) == pytest.approx(one_process, rel=1e-5)
-    (log,) = (long_run.run_dir / "logs").iterdir()
+    assert losses(stopped_run.run_dir) == pytest.approx(one_process, rel=1e-5)
+    (log,) = (stopped_run.run_dir / "logs").iterdir()
     assert "rank 0 of 2: tensor 0/2" in log.read_text()
 
 
-def test_a_stop_file_ends_a_job_for_good(cluster, long_run):
-    output = cluster.output(long_run.job)
-    assert f"stopped by the file {long_run.run_dir}/stop: not requeued" in output
-    assert f"the ranks ended with exit status 0 at step {long_run.last_step}" in output
-    assert not (long_run.run_dir / "done").exists()
+def test_torchrun_on_two_nodes_gives_one_process_losses(cluster, config, one_process, tmp_path):
+    job = submit(cluster, config, ["--time=5"], f"run_dir={tmp_path}", f"train.num_steps={COMPARED_STEPS}")
+    assert cluster.wait(job, 120) == "COMPLETED", cluster.output(job)
+    assert losses(tmp_path) == pytest.approx(one_process, rel=1e-5)
+    assert json.loads((tmp_path / "done").read_text())["step"] == COMPARED_STEPS
 
 
+def test_a_stop_file_ends_a_job_for_good(cluster, stopped_run):
+    output = cluster.output(stopped_run.job)
+    assert f"stopped by the file {stopped_run.run_dir}/stop: not requeued" in output
+    assert f"the ranks ended with exit status 0 at step {stopped_run.last_step}" in output
+    assert not (stopped_run.run_dir / "done").exists()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
 def test_a_torchrun_job_cut_by_its_time_limit_ends_as_if_it_had_not_been(
-    cluster, config, long_run, one_process, tmp_path
+    cluster, config, one_process, tmp_path, tmp_path_factory
 ):
+    long_run = run_and_stop(cluster, config, tmp_path_factory.mktemp("long"), seconds=LONG_RUN_S)
     end = long_run.last_step
     arguments = (f"run_dir={tmp_path}", f"train.num_steps={end}")
     job = submit(cluster, config, list(TIME_LIMIT), *arguments)

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[2] / "tools/benchmark"))
 
 import encoder_contenders
 import encoder_parts
+import turns
 from encoder_contenders import OurEncoder, PlainEncoder, Workload, plain_encoder
 from plain_vit import normalize_pixels
 
@@ -82,6 +83,17 @@ def test_parts_are_told_apart() -> None:
     assert all(seconds >= 0 for seconds in parts.values())
 
 
+def test_a_contender_is_timed_in_a_process_of_its_own() -> None:
+    compared = []
+    figures = turns.take_turns(
+        {"it": (_Multiplies, ())}, turns.Schedule(threads=1, rounds=2), compared.append, encoder_parts.measure_parts
+    )["it"]
+    assert compared == [{"it": {}}]
+    assert len(figures.seconds) == 2 and figures.peak_bytes > 0
+    assert figures.parts["linear maps"][0] > 0
+
+
+@pytest.mark.full
 def test_command_compares_and_writes_json(tmp_path: Path) -> None:
     path = tmp_path / "encoder.json"
     assert run_script("benchmark/encoder.py", *TINY, "--parts", "--json", path) == 0

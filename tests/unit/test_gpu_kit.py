@@ -27,15 +27,26 @@ from gpu_workloads import LearnableSamples, Pack, bench_config, packs, workload_
 INSTALL = Path(__file__).parents[2] / "tools/gpu/install_wheels.sh"
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    output = tmp_path_factory.mktemp("bench") / "tiny"
-    assert run_script("gpu/bench_gpu.py", "--device", "cpu", "--tiny", "--output", output) == 0
+def run_benchmark(output: Path, *options: str) -> dict[str, Any]:
+    assert run_script("gpu/bench_gpu.py", "--device", "cpu", "--tiny", "--output", output, *options) == 0
     written = json.loads(output.with_suffix(".json").read_text())
     assert markdown(written) == output.with_suffix(".md").read_text()
     return written
 
 
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every part of the benchmark, a minute: for tests marked `full`."""
+    return run_benchmark(tmp_path_factory.mktemp("bench") / "tiny")
+
+
+def test_the_quickest_parts_run(tmp_path: Path) -> None:
+    result = run_benchmark(tmp_path / "tiny", "--sections", "crossover", "decode")
+    assert list(result["sections"]) == ["crossover", "decode"]
+    assert all(section["rows"] for section in result["sections"].values())
+
+
+@pytest.mark.full
 def test_every_part_runs_or_says_why_not(result: dict[str, Any]) -> None:
     sections = result["sections"]
     assert list(sections) == ["speed", "loss", "crossover", "decode", "heads"]
@@ -51,6 +62,7 @@ def test_every_part_runs_or_says_why_not(result: dict[str, Any]) -> None:
     assert sections["decode"]["rows"][0]["pictures_per_s"] > 0 and sections["decode"]["skipped"][0][0] == "GPU"
 
 
+@pytest.mark.full
 def test_losses_are_learned_and_compared(result: dict[str, Any]) -> None:
     bf16, fp32 = result["sections"]["loss"]["rows"]
     assert (bf16["variant"], fp32["variant"]) == ("bf16", "fp32")
@@ -61,11 +73,15 @@ def test_losses_are_learned_and_compared(result: dict[str, Any]) -> None:
     )
 
 
-def test_tables(result: dict[str, Any]) -> None:
+@pytest.mark.full
+def test_tables_of_every_part(result: dict[str, Any]) -> None:
     text = markdown(result)
     assert "Toy sizes: these figures say only that the code runs." in text
     assert "| variant | first loss | last loss | difference to bf16 |" in text and "| 0.00 % |" in text
     assert text.count("\n- fp8 delayed; fp8 current, first") == 0  # one reason a line, not one of several
+
+
+def test_a_table() -> None:
     row = {"size": "large", "mfu": 0.5123, "step_ms": 12345.6, "peak_gib": None}
     section = {"title": "T", "note": "", "rows": [row], "skipped": []}
     machine = {"device": "x", "packages": {"torch": "1"}}

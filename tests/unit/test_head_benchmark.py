@@ -187,7 +187,16 @@ def test_zipf_labels_are_class_ids_with_small_ones_in_front() -> None:
     assert 0.45 < (labels < 31).double().mean() < 0.55
 
 
-def test_command_writes_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_json(tmp_path: Path) -> None:
+    report = tmp_path / "heads.json"
+    assert run_script(SCRIPT, *TINY, "--contenders", "default", "--repeats", 2, "--json", report) == 0
+    figures = json.loads(report.read_text())["contenders"]["default"]
+    assert len(figures["all_seconds"]) == 2
+    assert figures["peak_memory_bytes"] > 0 and figures["bytes_moved"] > 0
+
+
+@pytest.mark.full
+def test_command_compares_and_writes_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, picture = tmp_path / "heads.json", tmp_path / "heads.png"
     options = ("--contenders", "default", "published", "--repeats", 2, "--sweep", "classes", "--sweep-values", 200)
     assert run_script(SCRIPT, *TINY, *options, "--json", report, "--plot", picture) == 0
@@ -205,6 +214,7 @@ def test_command_writes_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixt
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_contenders_that_do_not_fit_together_run_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_rounds, "fits_together", lambda costs, *_, **__: len(costs) == 1)
     work = Workload(200, embedding_size=8, batch_size=4, stored_labels=8)

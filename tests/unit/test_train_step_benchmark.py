@@ -89,6 +89,7 @@ def test_published_step_trains_encoder_and_heads(topology: ParallelTopology) -> 
     assert all(not torch.equal(head.weight, table) for head, table in zip(heads.values(), tables, strict=True))
 
 
+@pytest.mark.full
 def test_command_compares_and_writes_json(tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     arguments = (*TINY, *CLASSES, "--head", "sample_rate=0.1", "--json", path)
