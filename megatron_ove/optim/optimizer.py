@@ -98,9 +98,9 @@ class EncoderOptimizer:
         """
         if "param_state" not in state:
             return None
-        modules: list[torch.nn.Module] = [chunk.module for chunk in self._chunks]
-        names = {parameter: name for module in modules for name, parameter in module.named_parameters()}
-        buffers = [buffer for chunk in self._chunks for buffer in chunk.buffers]
+        chunks: list[Any] = self._chunks
+        names = {parameter: name for chunk in chunks for name, parameter in chunk.named_parameters()}
+        buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
         # megatron-core numbers them like this when it describes its state, and when it takes it over.
         parameters = [parameter for buffer in buffers for parameter in buffer.param_index_map]
         for index, parameter in enumerate(parameters):

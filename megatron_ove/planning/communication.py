@@ -82,6 +82,8 @@ def _add_loading(ledger: _Ledger, config: TrainConfig, layout: Layout, place: Pl
     if place.stage == 0:
         ledger.add("tensor", "broadcast", tokens * 3 * config.encoder.patch_size**2)
     ledger.add("tensor", "broadcast", tokens * 3 * 4)
+    own = sum(int(counts[:, place.data].sum()) for counts in workload.sample_counts.values())
+    ledger.add("model", "all_reduce", own)  # which of the replica's samples could not be read
 
 
 def _add_blocks(ledger: _Ledger, config: TrainConfig, layout: Layout, place: Place, workload: Workload) -> None:

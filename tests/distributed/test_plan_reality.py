@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from megatron_ove.data.delivery import StepLoader
 from megatron_ove.parallel import gradient_buckets
 from megatron_ove.planning.class_tables import plan_tables
 from megatron_ove.planning.communication import plan_communication
@@ -58,7 +60,15 @@ def trace_steps(rank: int, world_size: int, data: dict[str, Any], bucket_size: i
 
         config = check(data)
         topology = initialize_topology(config.parallel, seed=config.seed)
-        trainer = Trainer(config, topology)
+        ahead: dict[int, MessageTrace] = {}
+        prepare_step = StepLoader._prepare_step
+
+        def traced(loader: StepLoader, step: int) -> Any:
+            with MessageTrace(topology) as ahead[step]:
+                return prepare_step(loader, step)
+
+        with mock.patch.object(StepLoader, "_prepare_step", traced):
+            trainer = Trainer(config, topology)
         weights = {p.untyped_storage().data_ptr() for chunk in trainer.chunks for p in chunk.parameters()}
         for step in range(2):
             trace, kept = MessageTrace(topology), KeptBytes(lambda: weights)
@@ -70,7 +80,7 @@ def trace_steps(rank: int, world_size: int, data: dict[str, Any], bucket_size: i
         plan = trainer.loader._planner.plan(1)
         trainer.loader.close()
         return {
-            "messages": {key: tuple(value) for key, value in trace.messages.items()},
+            "messages": _add_up(trace.messages, ahead[1].messages),
             "plan": plan,
             "place": Place(topology.pipeline_rank, topology.data_rank, topology.tensor_rank),
             "bytes": _bytes_by_object(trainer),
@@ -84,6 +94,12 @@ def trace_steps(rank: int, world_size: int, data: dict[str, Any], bucket_size: i
             "kept": kept.peak,
             "peak": live.peak,
         }
+
+
+def _add_up(*traces: dict[tuple[str, str], list[int]]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Returns the messages of all threads together."""
+    keys = {key for messages in traces for key in messages}
+    return {key: tuple(sum(one[key][i] for one in traces if key in one) for i in range(2)) for key in keys}
 
 
 def _bytes_by_object(trainer: Any) -> dict[str, int]:

@@ -98,7 +98,8 @@ def test_a_refused_step_changes_nothing_on_any_rank(sources, tmp_path, where):
         assert result["changed"][2] == []
         for step in (1, 3):
             assert set(result["names"]) - set(result["changed"][step]) == set()
-        assert result["state"] == {"step": 4, "samples_seen": 24, "refused_steps": 1, "refused_in_a_row": 0}
+        counts = {"samples_seen": 24, "refused_steps": 1, "refused_in_a_row": 0, "bad_samples": 0}
+        assert result["state"] == {"step": 4, **counts}
     refusals = [text for text in results[0]["messages"] if "was refused" in text]
     assert len(refusals) == 1 and refusals[0].startswith("Step 3 was refused and changed nothing: ")
     if where == "loss":
@@ -154,6 +155,6 @@ def test_a_run_continues_from_a_checkpoint_before_its_first_accepted_step(source
     train = {"num_steps": 4, "precision": precision}
     data = tiny_config(sources, tmp_path, train={**train, "stop_after_steps": 2})
     (state,) = run_distributed(train_with_refused_first_steps, 1, data, 2)
-    assert state == {"step": 2, "samples_seen": 0, "refused_steps": 2, "refused_in_a_row": 2}
+    assert state == {"step": 2, "samples_seen": 0, "refused_steps": 2, "refused_in_a_row": 2, "bad_samples": 0}
     (state,) = run_distributed(train_with_refused_first_steps, 1, tiny_config(sources, tmp_path, train=train), 2)
-    assert state == {"step": 4, "samples_seen": 16, "refused_steps": 2, "refused_in_a_row": 0}
+    assert state == {"step": 4, "samples_seen": 16, "refused_steps": 2, "refused_in_a_row": 0, "bad_samples": 0}

@@ -1,7 +1,7 @@
 """What a training step really does on this rank: messages by group, and the bytes that the backward pass keeps.
 
-Messages are seen where torch dispatches them to a backend, so it does not matter through which reference to which
-function they were sent. Kept bytes are storages that autograd saved, counted once however many views were saved.
+Messages of the thread that traces are seen where torch dispatches them to a backend, so it does not matter through
+which reference to which function they were sent. Kept bytes are storages that autograd saved, counted once however many views were saved.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def _group_names(topology: ParallelTopology) -> dict[str, str]:
         ("pipeline", topology.pipeline_group),
         ("data", topology.data_group),
         ("data", topology.data_host_group),
+        ("model", topology.replica_host_group),
         ("class", topology.class_group),
     ]
     return {group.group_name: name for name, group in named if group is not None}
