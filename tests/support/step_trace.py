@@ -1,7 +1,8 @@
 """What a training step really does on this rank: messages by group, and the bytes that the backward pass keeps.
 
 Messages of the thread that traces are seen where torch dispatches them to a backend, so it does not matter through
-which reference to which function they were sent. Kept bytes are storages that autograd saved, counted once however many views were saved.
+which reference to which function they were sent. Kept bytes are storages that autograd saved, counted once however many
+views were saved.
 """
 
 from __future__ import annotations
