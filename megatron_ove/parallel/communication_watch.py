@@ -8,6 +8,7 @@ only start work: an observer that records events on the current stream sees how 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,16 +27,24 @@ _CALLS = (
 
 @contextmanager
 def watch_communication(entered: Callable[[], None], left: Callable[[], None]) -> Iterator[None]:
-    """Calls `entered` and `left` around every collective, send, receive and wait of this process.
+    """Calls `entered` and `left` around every collective, send, receive and wait of this thread and of autograd's.
+
+    What a thread communicates that Python code has started, as the one that prepares steps, is beside this one's work.
 
     Args:
-        entered: called before; on the thread that communicates, which may be autograd's.
+        entered: called before; on the thread that communicates.
         left: called after, also when the call fails.
     """
+    opener = threading.current_thread()
+
+    def is_watched() -> bool:
+        thread = threading.current_thread()
+        return thread is opener or isinstance(thread, threading._DummyThread)  # autograd's are not Python's
+
     places = [(dist.ProcessGroup, name) for name in _CALLS] + [(dist.Work, "wait")]
     saved = [(owner, name, vars(owner)[name]) for owner, name in places if name in vars(owner)]
     for owner, name, _ in saved:
-        setattr(owner, name, _observed(getattr(owner, name), entered, left))
+        setattr(owner, name, _observed(getattr(owner, name), is_watched, entered, left))
     try:
         yield
     finally:
@@ -43,9 +52,13 @@ def watch_communication(entered: Callable[[], None], left: Callable[[], None]) -
             setattr(owner, name, original)
 
 
-def _observed(call: Callable[..., Any], entered: Callable[[], None], left: Callable[[], None]) -> Callable[..., Any]:
+def _observed(
+    call: Callable[..., Any], is_watched: Callable[[], bool], entered: Callable[[], None], left: Callable[[], None]
+) -> Callable[..., Any]:
     @functools.wraps(call)
     def observed(*args: Any, **kwargs: Any) -> Any:
+        if not is_watched():
+            return call(*args, **kwargs)
         entered()
         try:
             return call(*args, **kwargs)

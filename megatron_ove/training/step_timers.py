@@ -87,7 +87,7 @@ class StepTimers:
         return PhaseTimer(self, phase)
 
     def watch_communication(self) -> AbstractContextManager[None]:
-        """Charges every collective and every wait for one to `communication`, while the result is open."""
+        """Charges this thread's collectives and waits for them to `communication`, while the result is open."""
         return watch_communication(lambda: self.enter("communication"), lambda: self.leave("communication"))
 
     def take(self) -> dict[str, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +14,12 @@ from typing import Any
 import megatron.core
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ove.outputs import StepOutput, VisionFeatures
+from megatron_ove.parallel.communication_watch import watch_communication
+from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.step_timers import PHASES, StepTimers
 from megatron_ove.training.timed_head import timed_head
 
@@ -111,6 +116,29 @@ def test_every_timer_of_megatron_cores_schedules_is_understood(
     assert charged.pop("backward") == {"backward-compute"}
     assert charged.pop("other") == {"forward-backward"}  # encloses the others
     assert charged == {"communication": names - {"forward-compute", "backward-compute", "forward-backward"}}
+
+
+def test_a_thread_that_prepares_steps_is_not_watched_and_autograds_is(topology: ParallelTopology) -> None:
+    entered: list[int] = []
+
+    def communicate() -> None:
+        dist.all_reduce(torch.ones(1))
+
+    def communicate_and_tell() -> None:
+        communicate()
+        done.set()
+
+    done = threading.Event()
+    with watch_communication(lambda: entered.append(threading.get_ident()), lambda: None):
+        prepares = threading.Thread(target=communicate)
+        prepares.start()
+        prepares.join()
+        assert entered == []
+        communicate()
+        assert set(entered) == {threading.get_ident()}
+        autograds = _thread.start_new_thread(communicate_and_tell, ())  # as C++ does it: unknown to `threading`
+        done.wait()
+        assert set(entered) == {threading.get_ident(), autograds}
 
 
 class Head:
