@@ -161,6 +161,7 @@ def build(replicas: int, rank: int, sample_rate: float, options: argparse.Namesp
     )
     configs = {
         f"{source}_head": PartialFCConfig(
+            kind="partial_fc",
             source=source,
             num_classes=num_classes,
             labels_per_step=LABELS_PER_STEP,
