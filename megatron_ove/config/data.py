@@ -198,4 +198,4 @@ class DataConfig(StrictModel):
     """Share of the samples so far (of at least 1,000) that may be unreadable before the run stops with an error. Each
     is tried four times, then replaced by an empty sample without labels and written to the run folder's rejects/."""
     prefetch_steps: Annotated[int, Field(gt=0)] = 2
-    """Steps decoded ahead of training."""
+    """Steps that are decoded, or being decoded, beyond the one that comes next."""

@@ -12,7 +12,7 @@ of a network disk loses lines; most replicas write none.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from megatron_ove.errors import DataError
 from megatron_ove.rejects import append_lines, printable
 
 FOLDER_NAME = "rejects"
+_LINE_START = b'{"step": '
 
 
 @dataclass(frozen=True)
@@ -76,28 +77,34 @@ def record_bad_samples(run_dir: str | Path, replica: int, samples: Iterable[BadS
     return path
 
 
-def read_bad_samples(run_dir: str | Path) -> list[BadSample]:
-    """Returns all records of a run, file by file; a line that a kill cut off is left out.
+def read_bad_samples(run_dir: str | Path) -> Iterator[BadSample]:
+    """Yields all records of a run, file by file and line by line; one that a kill cut off is left out.
 
     Raises:
         DataError: a file holds something else, or cannot be read.
     """
-    samples = []
     for path in sorted((Path(run_dir) / FOLDER_NAME).glob("replica_*.jsonl")):
         try:
-            lines = path.read_bytes().splitlines()
+            with path.open("rb") as stream:
+                for number, line in enumerate(stream, start=1):
+                    sample = _parse(line, number, path)
+                    if sample is not None:
+                        yield sample
         except OSError as error:
             raise DataError(
                 f"{path} cannot be read ({error.strerror}), so the run could not be repeated; check the disk"
             ) from error
-        for number, line in enumerate(lines, start=1):
-            try:
-                samples.append(BadSample(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                if line.startswith(b'{"step": ') and not line.endswith(b"}"):
-                    continue
-                raise DataError(
-                    f"line {number} of {path} is no record of a bad sample, so the file was written by something else; "
-                    "move it out of the folder"
-                ) from error
-    return samples
+
+
+def _parse(line: bytes, number: int, path: Path) -> BadSample | None:
+    """Returns the record of a line; None for one that a kill or a full disk cut off."""
+    try:
+        return BadSample(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        start = line.strip()[: len(_LINE_START)]
+        if isinstance(error, ValueError) and _LINE_START.startswith(start):
+            return None
+        raise DataError(
+            f"line {number} of {path} is no record of a bad sample, so the file was written by something else; move it "
+            "out of the folder"
+        ) from error

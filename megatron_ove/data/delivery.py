@@ -106,7 +106,7 @@ class StepLoader:
             sources: in the planner's order.
             topology: which part of a step this rank gets.
             patch_size: p.
-            prefetch_steps: decoded steps that may wait.
+            prefetch_steps: steps that are decoded, or being decoded, besides the one that is prepared.
             read_threads: reads at a time.
             run_dir: where samples that cannot be read are recorded.
             start_step: first step that will be asked for; a resumed run passes its next step and needs nothing else.
@@ -137,7 +137,7 @@ class StepLoader:
                 known_bad=self._known_bad,
             )
             self._decoding = BackgroundSteps(
-                self._decoder.decode, **steps, ahead=prefetch_steps + 1, finishes=False, name="step-decoder"
+                self._decoder.decode, **steps, ahead=prefetch_steps, finishes=False, name="step-decoder"
             )
         self._preparing = BackgroundSteps(self._prepare_step, **steps, ahead=1, finishes=True, name="step-preparer")
         atexit.register(self.close)  # an interpreter that ends under a decoding thread can crash

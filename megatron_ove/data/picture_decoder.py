@@ -108,6 +108,8 @@ class PictureDecoder:
             pictures = self._run([encoded[i] for i in numbers], windows, numbers)
         except RuntimeError as error:
             self._pipeline = None  # a pipeline cannot be used after an error
+            if not _may_be_a_picture(error):
+                raise
             failure = error
         else:
             yield numbers, pictures
@@ -116,8 +118,10 @@ class PictureDecoder:
         for i in numbers:
             try:
                 pictures = self._run([encoded[i]], windows, [i])
-            except RuntimeError:
+            except RuntimeError as error:
                 self._pipeline = None
+                if not _may_be_a_picture(error):
+                    raise
                 is_explained = True
                 reject(
                     i,
@@ -141,6 +145,12 @@ class PictureDecoder:
             pipeline.feed_input("mirror", [np.array(m, np.int32) for m in windows.mirror[numbers]])
         (pictures,) = pipeline.run()
         return pictures
+
+
+def _may_be_a_picture(error: RuntimeError) -> bool:
+    """Whether a damaged picture can be the cause of an error of DALI; not what would hit any picture."""
+    text = str(error).lower()
+    return not any(sign in text for sign in ("out of memory", "memory allocation", "bad_alloc", "cuda runtime"))
 
 
 def _chunks(pixels: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -62,14 +62,15 @@ class ShardFiles:
         """Closes a file, so that the next read opens it anew: a handle of a network disk can go stale."""
         with self._lock:
             file = self._files.pop(number, None)
-            if file is not None:
-                self._discard(file)
+            unused = self._unused([file] if file else [])
+        _close(unused)
 
     def close(self) -> None:
         """Closes all files, those in use when their readers are done; reading opens them again."""
         with self._lock:
-            while self._files:
-                self._discard(self._files.popitem()[1])
+            unused = self._unused(list(self._files.values()))
+            self._files.clear()
+        _close(unused)
 
     def _borrow(self, number: int) -> _OpenFile:
         with self._lock:
@@ -80,27 +81,33 @@ class ShardFiles:
                 return file
         opened = _OpenFile(os.open(self._path_of(number), os.O_RDONLY))
         with self._lock:
-            file = self._files.get(number)
-            if file is None:
-                file = self._files[number] = opened
-                while len(self._files) > self._most_open:
-                    self._discard(self._files.popitem(last=False)[1])
-            else:  # another thread was faster
-                os.close(opened.handle)
+            file = self._files.setdefault(number, opened)
             file.readers += 1
-            return file
+            surplus = [self._files.popitem(last=False)[1] for _ in range(len(self._files) - self._most_open)]
+            if file is not opened:  # another thread was faster
+                surplus.append(opened)
+            unused = self._unused(surplus)
+        _close(unused)
+        return file
 
     def _give_back(self, file: _OpenFile) -> None:
         with self._lock:
             file.readers -= 1
-            if not file.is_wanted and not file.readers:
-                os.close(file.handle)
+            unused = [file] if not file.is_wanted and not file.readers else []
+        _close(unused)
 
     @staticmethod
-    def _discard(file: _OpenFile) -> None:
-        file.is_wanted = False
-        if not file.readers:
-            os.close(file.handle)
+    def _unused(files: Sequence[_OpenFile]) -> list[_OpenFile]:
+        """Marks files as no longer wanted; returns those to close now, the others are closed by their last readers."""
+        for file in files:
+            file.is_wanted = False
+        return [file for file in files if not file.readers]
+
+
+def _close(files: Sequence[_OpenFile]) -> None:
+    """Closes files, outside of any lock: on a network disk it takes as long as a read."""
+    for file in files:
+        os.close(file.handle)
 
 
 def raise_file_limit() -> None:

@@ -6,6 +6,8 @@ sent to another process.
 
 from __future__ import annotations
 
+import errno
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class ShardSet:
         self.info = info
         self.columns = columns
         self._column_of = {member: i for i, member in enumerate(info.members)}
-        self.files = ShardFiles(self.shard_path)
+        self.files = ShardFiles(partial(_shard_path, directory))
 
     @classmethod
     def open(cls, directory: str | Path) -> ShardSet:
@@ -89,7 +91,7 @@ class ShardSet:
 
     def shard_path(self, number: int) -> Path:
         """Returns the file of a shard."""
-        return self.directory / "shards" / layout.shard_name(number)
+        return _shard_path(self.directory, number)
 
     def describe(self, i: int) -> str:
         """Returns how messages name sample `i`: its key, number and file."""
@@ -100,12 +102,15 @@ class ShardSet:
 
         Raises:
             ReadError: the file is gone, cannot be read or ends early.
+            OSError: this process or the system has too many open files, which is no fault of the sample.
         """
         column, shard = self._column_of[member], int(self.columns["shard"][i])
         offset, size = int(self.columns["offsets"][i, column]), int(self.columns["sizes"][i, column])
         try:
             data = self.files.read(shard, size, offset)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             self.files.forget(shard)
             raise ReadError(
                 f"{member} of {self.describe(i)} cannot be read ({error.strerror}); check the disk"
@@ -148,6 +153,10 @@ def validate_shard_set(directory: str | Path, *, deep: bool) -> list[str]:
     except DataError as error:
         return str(error).split("\n")
     return deep_problems(shards) if deep else []
+
+
+def _shard_path(directory: Path, number: int) -> Path:
+    return directory / "shards" / layout.shard_name(number)
 
 
 def _map_column(path: Path) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from megatron_ove.data.patchify import empty_patches
 from megatron_ove.data.read_ahead import MemberReader, ReadAhead, StepReads
 from megatron_ove.data.source import DataSource
 from megatron_ove.data.step_share import StepShare, share_of
-from megatron_ove.errors import DataError
+from megatron_ove.errors import DataError, MegatronOveError
 
 if TYPE_CHECKING:
     from megatron_ove.parallel.topology import ParallelTopology
@@ -87,7 +87,7 @@ class StepDecoder:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             share, is_known, reads = self._begin(step)
             if self._end_step is None or step + 1 < self._end_step:
-                self._begun = {step + 1: self._begin(step + 1)}
+                self._begin_ahead(step + 1)
             decoded = self._decode(share, is_known, reads)
             if self._stream is not None:
                 self._stream.synchronize()
@@ -98,6 +98,11 @@ class StepDecoder:
         for _, _, reads in self._begun.values():
             reads.cancel()
         self._reads.close()
+
+    def _begin_ahead(self, step: int) -> None:
+        """Begins a step; leaves it alone if that fails: the error belongs to the step, and is met again there."""
+        with suppress(MegatronOveError):
+            self._begun = {step: self._begin(step)}
 
     def _begin(self, step: int) -> tuple[StepShare, np.ndarray, StepReads]:
         """Plans a step and starts reading it, unless that was done while the step before was decoded."""
@@ -139,9 +144,16 @@ class StepDecoder:
         """Fills in positions; returns the samples of `chosen` that have some."""
         share, usable = decoded.share, []
         assert decoded.positions is not None
-        for sample, place in zip(chosen.tolist(), places_of(share, chosen), strict=True):
+        places = zip(
+            chosen.tolist(),
+            share.rows[chosen].tolist(),
+            share.seeds[chosen].tolist(),
+            places_of(share, chosen),
+            strict=True,
+        )
+        for sample, row, seed, place in places:
             try:
-                positions = source.positions(int(share.rows[sample]), int(share.seeds[sample]), read)
+                positions = source.positions(row, seed, read)
             except DataError as error:
                 decoded.problems[sample] = str(error)
                 continue

@@ -7,6 +7,7 @@ temporal grid, all at grid size, so nothing is resized and pixels are exactly th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -101,13 +102,21 @@ class VideoSource(DataSource):
             problems.setdefault(pictures[i][0], reason)
 
         decoded = self._decoder.decode(
-            np.array([self._pixels(row_of[i], pictures[i][1]) for i in range(len(pictures))], dtype=np.int64),
+            np.array([prod(self._size(row_of[i], pictures[i][1])) for i in range(len(pictures))], dtype=np.int64),
             lambda i: read(row_of[i], pictures[i][1]),
             lambda i: f"{pictures[i][1]} of {self.shards.describe(row_of[i])}",
             reject,
         )
         for i, picture in decoded:
             _, member, target = pictures[i]
+            size = self._size(row_of[i], member)
+            if tuple(picture.shape[:2]) != size:
+                reject(
+                    i,
+                    f"{member} of {self.shards.describe(row_of[i])} has {picture.shape[1]} x {picture.shape[0]} pixels "
+                    f"where {size[1]} x {size[0]} were stored, so the shard is damaged; copy it again",
+                )
+                continue
             chosen = self._evenly_spaced(row_of[i], len(target)) if member == MOSAIC_MEMBER else None
             write_patches(picture, target, self.patch_size, chosen)
         return problems
@@ -119,11 +128,11 @@ class VideoSource(DataSource):
         """Returns `count` places, [count] int64 ascending, among the selected patches of a clip: all of its time."""
         return np.arange(count) * int(self.shards.num_patches[row]) // count
 
-    def _pixels(self, row: int, member: str) -> int:
+    def _size(self, row: int, member: str) -> tuple[int, int]:
+        """Returns (height, width) in pixels of a stored picture."""
         if member == MOSAIC_MEMBER:
-            height, width = mosaic_size(int(self.shards.num_patches[row]), self.patch_size)
-            return height * width
-        return int(self.shards.height[row]) * int(self.shards.width[row])
+            return mosaic_size(int(self.shards.num_patches[row]), self.patch_size)
+        return int(self.shards.height[row]), int(self.shards.width[row])
 
     def _selected_positions(self, row: int, read: MemberReader) -> np.ndarray:
         stored = read(row, POSITIONS_MEMBER)

@@ -209,7 +209,7 @@ def _initialize_communication(config: ParallelConfig, rank: int, world_size: int
 
 
 def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:
-    data_host_group, replica_host_group = _host_groups()
+    data_host_group, replica_host_group = _host_groups(timedelta(seconds=config.timeout_s))
     groups: dict[str, Any] = {
         "tensor_group": parallel_state.get_tensor_model_parallel_group(),
         "pipeline_group": parallel_state.get_pipeline_model_parallel_group(),
@@ -237,7 +237,7 @@ def _describe(config: ParallelConfig, device: torch.device) -> ParallelTopology:
     )
 
 
-def _host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def _host_groups(timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Returns this rank's replicas and this rank's replica, as groups for tensors on the CPU; collective."""
     data: Any = parallel_state.get_data_parallel_group()
     replica: Any = parallel_state.get_model_parallel_group()
@@ -245,14 +245,14 @@ def _host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     ranks = torch.arange(dist.get_world_size()).view(-1, data.size(), tensor)  # [pipeline, data, tensor]
     by_place = ranks.transpose(1, 2).reshape(-1, data.size())
     by_replica = ranks.transpose(0, 1).reshape(data.size(), -1)
-    return _host_group(data, by_place), _host_group(replica, by_replica)
+    return _host_group(data, by_place, timeout), _host_group(replica, by_replica, timeout)
 
 
-def _host_group(like: dist.ProcessGroup, ranks: torch.Tensor) -> dist.ProcessGroup:
+def _host_group(like: dist.ProcessGroup, ranks: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
     """Returns this rank's row of `ranks`, [groups, ranks of a group], as a group; `like` itself where it is alone."""
     if like.size() == 1:
         return like
-    groups: dict[tuple[int, ...], Any] = {
-        tuple(row): dist.new_group(row, backend="gloo") for row in ranks.tolist()
-    }  # all ranks make all of them
+    groups: dict[tuple[int, ...], Any] = {}
+    for row in ranks.tolist():  # all ranks make all of them
+        groups[tuple(row)] = dist.new_group(row, timeout=timeout, backend="gloo")
     return groups[tuple(dist.get_process_group_ranks(like))]

@@ -2,8 +2,9 @@
 
 Rank 0 takes it before it changes anything and removes it when it ends. A launch that was killed leaves it behind. The
 next one may take it over when the holder is certainly gone: on this machine, when no process has its number and start
-time; for an attempt of the same SLURM job, when this is the same attempt or a later one; from elsewhere, when the
-heartbeat is older than `DEAD_AFTER_S`. A thread writes the heartbeat, so neither a save nor a load stops it.
+time; for an earlier attempt of the same SLURM job, always; from elsewhere, when the heartbeat is older than
+`DEAD_AFTER_S`, within the same attempt of a SLURM job `STEP_DEAD_AFTER_S`. A thread writes the heartbeat, so neither a
+save nor a load stops it.
 
 Surprising: a holder can lose its lock while it lives (stopped for longer than that, or left over from an earlier
 attempt of its job). So it looks before every save whether the lock is still its own, and ends if it is not.
@@ -33,6 +34,8 @@ BEAT_INTERVAL_S = 30.0
 # Twenty heartbeats: far more than clocks of machines differ by, and than a file server is usually away for. Too short
 # a limit would cost a living holder its run, but no checkpoint: it looks before it saves.
 DEAD_AFTER_S = 600.0
+# Inside one attempt of a SLURM job the clocks are one cluster's, and who starts again is most often the same script.
+STEP_DEAD_AFTER_S = 90.0
 _PAUSE_S = 1.0
 _FILE_BYTES = 1024
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -86,7 +89,8 @@ class LockHolder:
             return self.restart < newcomer.restart  # SLURM has ended that attempt, or is about to
         if self.namespace == newcomer.namespace:
             return not _is_alive(self.pid, self.process_start)
-        return (self.job is not None and self.job == newcomer.job) or newcomer.since - self.beat > DEAD_AFTER_S
+        is_same_attempt = self.job is not None and self.job == newcomer.job
+        return newcomer.since - self.beat > (STEP_DEAD_AFTER_S if is_same_attempt else DEAD_AFTER_S)
 
     def to_text(self) -> str:
         """Returns the file's content, always of one length, so that a heartbeat can be written over the last one."""
@@ -283,8 +287,8 @@ def _is_alive(pid: int, start: int | None) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass  # it is somebody else's
+    except PermissionError:  # it is somebody else's, and the system may hide more of it
+        return start is None or _process_start(pid) in (start, None)
     return start is None or _process_start(pid) == start
 
 

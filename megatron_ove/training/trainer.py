@@ -119,6 +119,8 @@ class Trainer:
         """Trains to `num_steps`, or until a stop is asked for; saves at the end; returns the counters."""
         config, state = self.config, self.state
         first_step = state.step
+        if self._lock:
+            self._lock.beat()  # of several that found a dead holder at one moment, one has it by now
         try:
             with (
                 StopSignal(self._run_dir, watch_file=self._is_main) as stop,

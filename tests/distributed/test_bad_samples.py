@@ -161,8 +161,8 @@ def test_a_killed_run_with_a_bad_sample_ends_as_if_it_had_not_been_killed(source
     # A read that failed once succeeds from here on.
     again = run_distributed(train, world_size, cut, failure if times == float("inf") else None, False)
     assert again == seen
-    records = read_bad_samples(tmp_path / "whole")
-    assert read_bad_samples(tmp_path / "cut")[: len(records)] == records
+    records = list(read_bad_samples(tmp_path / "whole"))
+    assert list(read_bad_samples(tmp_path / "cut"))[: len(records)] == records
     first = min(records, key=lambda record: record.step)
     assert (first.step, first.source, first.row) == (BAD_STEP + 1, place["source"], failure["row"])
     assert (
@@ -190,7 +190,7 @@ def test_reads_that_fail_three_times_cost_nothing(sources, tmp_path):
     failure = {**PIXELS, "row": first_seen(data, "image"), "times": 3}
     (seen,) = run_distributed(train, 1, data, failure, False)
     assert seen["num_bad"] == 0
-    assert read_bad_samples(tmp_path / "run") == []
+    assert not list(read_bad_samples(tmp_path / "run"))
 
 
 def test_too_many_bad_samples_end_the_run_with_a_sentence(sources, tmp_path):

@@ -141,7 +141,7 @@ def test_what_one_rank_cannot_decode_is_empty_on_all_ranks_of_its_replica(direct
                 lost += is_page
                 assert torch.equal(batch.patches[place], whole.patches[place] * (not is_page))
                 assert torch.equal(batch.positions[place], whole.positions[place] * (not is_page))
-    records = read_bad_samples(directory / "lost")
+    records = list(read_bad_samples(directory / "lost"))
     assert sum(record.step <= STEPS for record in records) == lost > 0
 
 

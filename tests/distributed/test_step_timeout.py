@@ -13,7 +13,7 @@ from megatron_ove.errors import TrainingError
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import check, tiny_config, write_tiny_sources
 
-LONG_S, SHORT_S = 90, 3
+LONG_S, MIDDLE_S, SHORT_S = 90, 80, 3
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def config(sources: dict[str, str], run_dir: Path, **parallel: Any) -> dict[str, Any]:
-    timeouts = {"timeout_s": LONG_S, "step_timeout_s": SHORT_S}
+    timeouts = {"timeout_s": LONG_S, "step_timeout_s": MIDDLE_S}
     data = tiny_config(sources, run_dir, parallel={**timeouts, **parallel}, train={"num_steps": 3})
     data["checkpoint"] = {"interval_steps": 2, "save_initial": True}
     return data
@@ -48,13 +48,23 @@ def present_timeouts(topology) -> set[float]:
     return {backend.options._timeout / timedelta(seconds=1) for backend in backends}
 
 
+def host_timeouts(topology) -> set[float]:
+    """The timeouts, in seconds, of the groups of the thread that prepares steps."""
+    import torch
+
+    groups = [topology.data_host_group, topology.replica_host_group]
+    backends = [group._get_backend(torch.device("cpu")) for group in groups if group.size() > 1]
+    return {LONG_S, *(backend.options._timeout / timedelta(seconds=1) for backend in backends)}
+
+
 def note_timeouts(rank: int, world_size: int, data: dict[str, Any]) -> list[tuple[str, set[float]]]:
     """Runs; returns what happened with the timeouts that held then."""
     from megatron_ove.parallel.timeouts import set_collective_timeout
 
     trainer = make_trainer(data)
     topology, notes = trainer.train_step._topology, []
-    set_collective_timeout(LONG_S)  # the groups of this test's world were made with another one
+    assert host_timeouts(topology) == {LONG_S}
+    set_collective_timeout(LONG_S)  # the group of this test's world was made with another one
 
     def noting(name: str, call):
         def noted(*args: Any, **kwargs: Any):
@@ -78,9 +88,9 @@ def test_every_group_has_the_short_timeout_in_later_steps_only(sources, tmp_path
         assert notes == [
             ("save", {LONG_S}),
             ("step", {LONG_S}),
-            ("step", {SHORT_S}),
+            ("step", {MIDDLE_S}),
             ("save", {LONG_S}),
-            ("step", {SHORT_S}),
+            ("step", {MIDDLE_S}),
             ("save", {LONG_S}),
             ("end", {LONG_S}),
         ]
@@ -120,7 +130,7 @@ def hang_in_a_step(rank: int, world_size: int, data: dict[str, Any], told: str) 
 
 
 def test_a_rank_that_hangs_ends_the_others_with_a_sentence(sources, tmp_path):
-    data = config(sources, tmp_path / "run", use_distributed_optimizer=True)
+    data = config(sources, tmp_path / "run", use_distributed_optimizer=True, step_timeout_s=SHORT_S)
     first, _ = run_distributed(hang_in_a_step, 2, data, str(tmp_path / "told"))
     assert first == (
         "this rank waited 3 s for another one after step 1 and gave up (parallel.step_timeout_s = 3), so some rank "

@@ -26,13 +26,13 @@ def sample(step: int, ordinal: int, source: str = "pages") -> BadSample:
 
 
 def test_records_come_back_whatever_a_kill_cut_off(tmp_path: Path) -> None:
-    assert read_bad_samples(tmp_path) == []
+    assert list(read_bad_samples(tmp_path)) == []
     record_bad_samples(tmp_path, 0, [sample(3, 20), sample(3, 21)])
     path = record_bad_samples(tmp_path, 1, [sample(2, 9), sample(5, 40)])
     assert path == tmp_path / "rejects/replica_00001.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     record_bad_samples(tmp_path, 1, [sample(6, 41)])
-    assert read_bad_samples(tmp_path) == [sample(3, 20), sample(3, 21), sample(2, 9), sample(6, 41)]
+    assert list(read_bad_samples(tmp_path)) == [sample(3, 20), sample(3, 21), sample(2, 9), sample(6, 41)]
 
 
 def test_only_the_steps_to_come_are_known() -> None:
@@ -49,7 +49,7 @@ def test_another_file_is_not_taken_for_records(tmp_path: Path, line: bytes) -> N
     path = record_bad_samples(tmp_path, 0, [sample(3, 20)])
     path.write_bytes(path.read_bytes() + line)
     with pytest.raises(DataError, match=r"line 2 of .*replica_00000\.jsonl is no record of a bad sample, so the file"):
-        read_bad_samples(tmp_path)
+        list(read_bad_samples(tmp_path))
 
 
 def test_a_record_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:

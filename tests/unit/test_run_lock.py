@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from megatron_ove.errors import ConfigError, TrainingError
-from megatron_ove.training.run_lock import DEAD_AFTER_S, LockHolder, RunLock, require_unlocked
+from megatron_ove.training import run_lock
+from megatron_ove.training.run_lock import DEAD_AFTER_S, STEP_DEAD_AFTER_S, LockHolder, RunLock, require_unlocked
 
 HOLD = """
 import sys
@@ -147,7 +148,6 @@ def test_elsewhere_a_holder_that_has_long_been_silent_is_dead(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("job", "restart", "is_taken"),
     [
-        ("77", 2, True),  # a launch before this one in the same attempt, of which SLURM knows that it is over
         ("77", 1, True),  # the attempt before this one
         ("77", 3, False),  # this is a left-over of an earlier attempt
         ("78", 0, False),
@@ -166,6 +166,29 @@ def test_a_requeued_job_takes_over_at_once(
     else:
         with pytest.raises(ConfigError, match=r"4711 on node07( of SLURM job 7[78])?, since"):
             RunLock(tmp_path)
+
+
+def test_within_one_attempt_of_a_job_a_silent_holder_elsewhere_is_dead_sooner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    write_lock(tmp_path, holder(job="77", restart=0))
+    with pytest.raises(ConfigError, match="4711 on node07 of SLURM job 77, since"):
+        RunLock(tmp_path)
+    write_lock(tmp_path, holder(job="77", restart=0, beat=time.time() - STEP_DEAD_AFTER_S - 10))
+    with RunLock(tmp_path):
+        assert token(tmp_path) != "other"
+
+
+def test_a_process_of_somebody_else_that_the_system_hides_counts_as_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(run_lock.os, "kill", refuse)
+    monkeypatch.setattr(run_lock, "_process_start", lambda pid: None)
+    assert run_lock._is_alive(4711, 12)
+    monkeypatch.setattr(run_lock, "_process_start", lambda pid: 13)
+    assert not run_lock._is_alive(4711, 12)
 
 
 def test_within_one_attempt_of_a_job_a_live_process_of_this_machine_keeps_others_out(
