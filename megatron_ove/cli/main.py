@@ -22,7 +22,7 @@ from megatron_ove import __version__
 from megatron_ove.errors import ConfigError, MegatronOveError, file_system_sentence
 from megatron_ove.parallel.launcher import slurm_rank_variables
 
-_REPEAT_DELAY_S = 2.0
+_REPEAT_DELAY_S = 4.0
 
 SUBCOMMANDS = ("train", "plan", "convert", "evaluate", "inspect", "report")
 

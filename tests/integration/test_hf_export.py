@@ -235,7 +235,9 @@ def test_damaged_or_wrong_checkpoints_get_a_sentence(
         CheckpointError, match=r"cannot be used as a checkpoint: its file \S+ has the checksum \w+ inst"
     ):
         export_checkpoint(damaged, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json, which is written last; name a finished folder"):
+    with pytest.raises(
+        CheckpointError, match=r"has no manifest\.json, which is written last and deleted first; name a finished folder"
+    ):
         export_checkpoint(checkpoint.parent, tmp_path / "out")
     assert main(["convert", "export", "--checkpoint", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 2
     assert "name a finished folder like runs/NAME/checkpoints/step_00000100" in capsys.readouterr().err

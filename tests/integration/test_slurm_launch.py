@@ -162,7 +162,7 @@ def test_srun_on_two_nodes_gives_one_process_losses(stopped_run, one_process):
 
 
 def test_torchrun_on_two_nodes_gives_one_process_losses(cluster, config, one_process, tmp_path):
-    job = submit(cluster, config, ["--time=5"], f"run_dir={tmp_path}", f"train.num_steps={COMPARED_STEPS}")
+    job = submit(cluster, config, ["--time=30"], f"run_dir={tmp_path}", f"train.num_steps={COMPARED_STEPS}")
     assert cluster.wait(job, 120) == "COMPLETED", cluster.output(job)
     assert losses(tmp_path) == pytest.approx(one_process, rel=1e-5)
     assert json.loads((tmp_path / "done").read_text())["step"] == COMPARED_STEPS
