@@ -37,6 +37,7 @@ DEAD_AFTER_S = 600.0
 # Inside one attempt of a SLURM job the clocks are one cluster's, and who starts again is most often the same script.
 STEP_DEAD_AFTER_S = 90.0
 _PAUSE_S = 1.0
+_GUARD_PAUSE_S, _GUARD_DEAD_AFTER_S = 0.05, 60.0
 _FILE_BYTES = 1024
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -192,24 +193,35 @@ class RunLock:
 
     def _create(self) -> bool:
         """Puts the lock in place whole, or not at all; returns whether it is there."""
+        return self._put(self._path) or self._is_own()  # NFS may repeat a request whose answer was lost
+
+    def _put(self, path: Path) -> bool:
+        """Makes a file with this launch's content, unless there is one; returns whether it was made."""
         partial = self._path.with_name(f"{LOCK_FILE_NAME}.{self._holder.token}.tmp")
         partial.write_text(self._holder.to_text(), encoding="utf-8")
         try:
-            return _link(partial, self._path) or self._is_own()  # NFS may repeat a request whose answer was lost
+            return _link(partial, path)
         finally:
             partial.unlink()
 
     def _clear_dead(self) -> None:
-        found = require_unlocked(self._run_dir, self._holder)
-        # Another newcomer may have come to the same end, and have its own lock here by now: move away, look, put back.
-        moved = self._path.with_name(f"{LOCK_FILE_NAME}.{self._holder.token}.dead")
-        try:
-            self._path.rename(moved)
-        except FileNotFoundError:
+        """Removes the lock of a dead holder; raises for one that may be alive.
+
+        Of several newcomers one at a time may do that, and looks again: the others' lock may be there by now.
+        """
+        require_unlocked(self._run_dir, self._holder)
+        guard = self._path.with_name(f"{LOCK_FILE_NAME}.takeover")
+        if not self._put(guard):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - guard.stat().st_mtime > _GUARD_DEAD_AFTER_S:
+                    guard.unlink()
+            time.sleep(_GUARD_PAUSE_S)
             return
-        if _read(moved) != found:
-            _link(moved, self._path)
-        moved.unlink()
+        try:
+            require_unlocked(self._run_dir, self._holder)
+            self._path.unlink(missing_ok=True)
+        finally:
+            guard.unlink(missing_ok=True)
 
     def _is_own(self) -> bool:
         found = _read(self._path)

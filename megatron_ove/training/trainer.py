@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.bad_samples import FOLDER_NAME, KnownBad, known_bad, read_bad_samples
 from megatron_ove.data.build import build_loader
+from megatron_ove.data.delivery import StepLoader
 from megatron_ove.errors import DataError, TrainingError
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.optim.optimizer import build_encoder_optimizer
@@ -92,22 +93,10 @@ class Trainer:
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             process_groups=topology.process_groups,
         )
-        self.train_step = TrainStep(
-            topology,
-            self.chunks,
-            self.objectives,
-            self.optimizer,
-            self.timers,
-        )
+        self.train_step = TrainStep(topology, self.chunks, self.objectives, self.optimizer, self.timers)
         self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer)
         self._restore()
-        self.loader = build_loader(
-            config,
-            topology,
-            start_step=self.state.step,
-            known_bad=self._known_bad(),
-            prepare=self.objectives.prepare_step if self.objectives else None,
-        )
+        self.loader = self._start_loading(topology)
         if self._is_main:
             for sentence in self.checkpoints.size_warnings(self.loader.source_sizes):
                 logger.warning("%s", sentence)
@@ -223,6 +212,15 @@ class Trainer:
                 logger.info("No checkpoint in %s: starting at step 0 with %s.", self._run_dir, weights)
             else:
                 logger.info("Resumed from %s at step %d.", path, self.state.step)
+
+    def _start_loading(self, topology: ParallelTopology) -> StepLoader:
+        return build_loader(
+            self.config,
+            topology,
+            start_step=self.state.step,
+            known_bad=self._known_bad(),
+            prepare=self.objectives.prepare_step if self.objectives else None,
+        )
 
     def _known_bad(self) -> KnownBad:
         """Returns the recorded bad samples of the steps to come; rank 0 reads them for all."""

@@ -66,8 +66,8 @@ def flip_bit(path: Path) -> None:
         ),
         (
             ["convert", "export", "--checkpoint", "{s}", "--output", "{d}/out"],
-            "{s} cannot be used as a checkpoint: it has no manifest.json, which is written last and deleted first; name a "
-            "finished",
+            "{s} cannot be used as a checkpoint: it has no manifest.json, which is written last and deleted first; "
+            "name a finished",
         ),
         (
             ["convert", "import", "--source", "{s}", "--output", "{d}/out"],
