@@ -55,7 +55,7 @@ $(TRITON): setup.py | $(STAMP)
 
 # Two files of tests at a time, in the order of their folders, which begins with the longest and ends with the shortest.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 test: $(STAMP) $(TRANSFORMERS5)/.installed $(TRITON) ## what every change has to pass, on a CPU
 	$(PYTEST) -m "not gpu and not full"

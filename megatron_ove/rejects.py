@@ -16,26 +16,28 @@ from megatron_ove.errors import DataError
 
 
 class RejectsFile:
-    """Append-only JSON lines {"stage", "file", "reason"} with counts per stage."""
+    """Append-only JSON lines {"stage", "file", "reason"}; `count` and `first_reason` are of what was added here."""
 
     def __init__(self, path: str | Path, *, stage: str) -> None:
         """Opens `path` for appending (folders are made); `stage` names the step that rejects, e.g. "ocr"."""
         self.path = Path(path)
         self.stage = stage
         self.count = 0
+        self.first_reason = ""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_cut_off = self.path.is_file() and not _ends_with_newline(self.path)
         self._stream = self.path.open("a", encoding="utf-8")
         if is_cut_off:  # by a kill: the next record must not be glued to it
             self._stream.write("\n")
 
-    def add(self, file: str | Path, reason: str) -> None:
-        """Records that `file` was not used because of `reason`."""
+    def add(self, file: object, reason: str) -> None:
+        """Records that `file`, a path or what has one as its text, was not used because of `reason`."""
         record = {"stage": self.stage, "file": printable(str(file)), "reason": printable(reason)}
         line = json.dumps(record, ensure_ascii=False)
         self._stream.write(line + "\n")
         self._stream.flush()
         self.count += 1
+        self.first_reason = self.first_reason or record["reason"]
 
     def close(self) -> None:
         self._stream.close()

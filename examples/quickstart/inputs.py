@@ -8,8 +8,9 @@ to what it makes of the other.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from phases import DemoError, run_tool, say
 from sizes import DemoSizes
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.folders import list_clips, list_pictures
+from megatron_ove.preprocess.folders import list_inputs
 
 KINDS = ("images", "pages", "clips")
 SPLITS = ("train", "held_out")
@@ -56,16 +57,24 @@ def prepare_inputs(
     return folders
 
 
-def list_usable(folder: Path, kind: str) -> list[Path]:
-    """Lists a user's files by their names; whether they can be decoded is for preprocessing to find out.
+def list_usable(folder: Path, kind: str) -> dict[str, Path]:
+    """Lists a user's files that look like the kind; whether they can be decoded is for preprocessing to find out.
+
+    Returns:
+        Name below the folder -> file. What else the folder holds is counted on the screen.
 
     Raises:
         DemoError: no such folder, or fewer than `MIN_FILES` files of the kind.
     """
     try:
-        files = list_clips(folder) if kind == "clips" else list_pictures(folder)
+        listing = list_inputs(folder, "video" if kind == "clips" else "picture")
     except DataError as error:
         raise DemoError(str(error)) from error
+    if sentence := listing.ignored_sentence():
+        say(f"      {sentence}")
+    for reason in listing.unreadable.values():
+        say(f"      {reason}")
+    files = {item.name: item.path for item in listing.inputs}
     if len(files) < MIN_FILES:
         raise DemoError(
             f"{_OPTION[kind]}={folder} holds {len(files)} usable file names, but the demo needs at least {MIN_FILES} "
@@ -74,34 +83,34 @@ def list_usable(folder: Path, kind: str) -> list[Path]:
     return files
 
 
-def split_files(files: Sequence[Path], folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns (training, held-out) files: the fifth with the smallest hashes of their relative paths is held out."""
+def split_files(names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Returns (training, held-out) names below the folder: the fifth with the smallest hashes is held out."""
 
-    def rank(path: Path) -> str:
-        return hashlib.sha256(path.relative_to(folder).as_posix().encode()).hexdigest()
+    def rank(name: str) -> str:
+        return hashlib.sha256(os.fsencode(name)).hexdigest()
 
-    held_out = set(sorted(files, key=rank)[: max(2, len(files) // _HELD_OUT_SHARE)])
-    return [file for file in files if file not in held_out], [file for file in files if file in held_out]
+    held_out = set(sorted(names, key=rank)[: max(2, len(names) // _HELD_OUT_SHARE)])
+    return [name for name in names if name not in held_out], [name for name in names if name in held_out]
 
 
-def _split_user_folder(kind: str, files: Sequence[Path], folder: Path, targets: Mapping[str, Path]) -> None:
-    train, held_out = split_files(files, folder)
+def _split_user_folder(kind: str, files: Mapping[str, Path], folder: Path, targets: Mapping[str, Path]) -> None:
+    train, held_out = ({name: files[name] for name in names} for names in split_files(files))
     for target in targets.values():
         shutil.rmtree(target, ignore_errors=True)
-    _link_files(train, folder, targets["train"])
+    _link_files(train, targets["train"])
     if kind == "clips":
-        _cut_clips(held_out, targets["held_out"])
+        _cut_clips(list(held_out.values()), targets["held_out"])
     else:
-        _link_files(held_out, folder, targets["held_out"])
+        _link_files(held_out, targets["held_out"])
     say(f"      {folder}: {len(train)} {kind} to train on, {len(held_out)} held out")
 
 
-def _link_files(files: Sequence[Path], folder: Path, target: Path) -> None:
-    """Links `files` below `target` at the place they have below `folder`."""
-    for file in files:
-        link = target / file.relative_to(folder)
+def _link_files(files: Mapping[str, Path], target: Path) -> None:
+    """Links files below `target` at the place they have below their folder."""
+    for name, file in files.items():
+        link = target / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file.resolve())
+        link.symlink_to(file)
 
 
 def _cut_clips(files: Sequence[Path], target: Path) -> None:

@@ -56,7 +56,7 @@ SIZES = {
         image_clusters=40,
         clip_clusters=30,
         vocabulary=300,
-        steps=150,
+        steps=100,
     ),
     "tiny": DemoSizes(
         images=40,

@@ -21,6 +21,8 @@ from megatron_ove.errors import DataError
 MAX_PICTURE_PIXELS = 64 * 1024 * 1024
 """Largest accepted picture: 192 MiB decoded. An A4 page at 600 dpi has half of it."""
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_KNOWN_FORMATS = (*_FORMATS, "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""What Pillow may try (its JPEG includes MPO): some of its other formats start another program."""
 _BATCH = 72
 
 
@@ -97,15 +99,15 @@ def _header_problem(picture: bytes) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size has its own sentence below
-            image = Image.open(io.BytesIO(picture))
+            image = Image.open(io.BytesIO(picture), formats=_KNOWN_FORMATS)
     except Image.DecompressionBombError:
         return f"it has more than {MAX_PICTURE_PIXELS} pixels; scale it down"
     except Exception:  # Pillow raises many kinds of errors for what is no picture
         return "it is not a picture (no known format); check what the file really is"
     width, height = image.size
-    if image.format not in _FORMATS:
+    if image.format not in (*_FORMATS, "MPO"):
         return f"its format {image.format} is not one of {', '.join(_FORMATS)}; re-encode it as JPEG"
-    if getattr(image, "n_frames", 1) > 1:
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a phone's JPEG carries a preview behind it
         return f"it is an animation of {image.n_frames} frames; re-encode one frame as JPEG"
     if image.format == "PNG" and picture[24] == 16:  # IHDR bit depth: signature 8 + length 4 + type 4 + size 8
         return "it has 16 bits per channel; re-encode it with 8"

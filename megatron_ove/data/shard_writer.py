@@ -1,15 +1,13 @@
 """`ShardWriter`: tar shards and their index, written together; a bad picture or label never gets in.
 
-Everything goes to a temporary folder beside the target, which is renamed when complete: a shard set that can be seen
-is whole. Not for concurrent writers: each process writes its own shard set.
+Everything goes to a temporary folder beside the target, which is renamed when complete (see `new_folder`): a shard set
+that can be seen is whole. Not for concurrent writers: each process writes its own shard set.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import os
-import shutil
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +18,14 @@ import numpy as np
 from megatron_ove.data import shard_format as layout
 from megatron_ove.data.picture_check import PictureChecker, UnusablePictureError
 from megatron_ove.errors import DataError
+from megatron_ove.new_folder import NewFolder
 from megatron_ove.rejects import RejectsFile
 
 _log = logging.getLogger(__name__)
 
+PARTS = ("shards", "index")
+COMPANIONS = ("codec_settings.json", "vocabulary.json")
+"""Files that may lie beside a shard set's own."""
 INDEX_FILES = ("offsets", "sizes", "shard", "labels", "width", "height", "num_patches", "keys")
 
 
@@ -43,11 +45,12 @@ class ShardWriter:
         frames: int = 64,
         grid_height: int | None = None,
         grid_width: int | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Starts a shard set.
 
         Args:
-            directory: target folder; must not exist.
+            directory: target folder; must not exist or be empty, but see `overwrite`.
             kind: image, ocr or video.
             num_classes: label ids are 0 .. num_classes - 1; -1 = none.
             label_width: labels per sample.
@@ -57,13 +60,16 @@ class ShardWriter:
             frames: frames of a clip's temporal grid (video only).
             grid_height: patches of a frame from top to bottom (video only).
             grid_width: patches of a frame from left to right (video only).
+            overwrite: whether an earlier shard set may be replaced, once the new one is whole; never another folder.
 
         Raises:
             DataError: the folder exists, or a value makes no shard set.
         """
         self.directory = Path(directory)
-        self._temporary = self.directory.with_name(f"{self.directory.name}.tmp-{os.getpid()}")
-        _check_target(self.directory, samples_per_shard)
+        if samples_per_shard < 1:
+            raise DataError(
+                f"samples_per_shard = {samples_per_shard} must be at least 1; correct it for {self.directory}"
+            )
         is_video = kind == "video"
         self._info = layout.DatasetInfo(
             kind=kind,
@@ -85,7 +91,9 @@ class ShardWriter:
         self._columns = {name: array(code) for name, code in zip(INDEX_FILES[:-1], "QIIiiii", strict=True)}
         self._shard: _OpenShard | None = None
         self._first_reason = ""
-        _make_folders(self._temporary)
+        self._folder = NewFolder(self.directory, replace_if=is_shard_set if overwrite else None)
+        for part in PARTS:
+            (self._folder.path / part).mkdir()
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -128,7 +136,8 @@ class ShardWriter:
         """
         if not self._keys:
             self.discard()
-            reason = f"; the first one was refused because: {self._first_reason}" if self._first_reason else ""
+            first = self._first_reason or (self._rejects.first_reason if self._rejects is not None else "")
+            reason = f"; the first one was refused because: {first}" if first else ""
             raise DataError(
                 f"no sample was accepted for {self.directory}, and an empty shard set cannot be trained on{reason}"
             )
@@ -137,16 +146,16 @@ class ShardWriter:
         shapes = {"offsets": (count, columns), "sizes": (count, columns), "labels": (count, self._info.label_width)}
         for name, column in self._columns.items():
             values = np.asarray(column).reshape(shapes.get(name, (count,)))
-            np.save(self._temporary / "index" / f"{name}.npy", values)
-        np.save(self._temporary / "index" / "keys.npy", np.array([key.encode() for key in self._keys]))
+            np.save(self._folder.path / "index" / f"{name}.npy", values)
+        np.save(self._folder.path / "index" / "keys.npy", np.array([key.encode() for key in self._keys]))
         info = layout.DatasetInfo(**{**vars(self._info), "num_samples": count})
-        info.write(self._temporary)
-        self._temporary.rename(self.directory)
+        info.write(self._folder.path)
+        self._folder.publish()
 
     def discard(self) -> None:
         """Removes everything written so far."""
         self._close_shard()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._folder.discard()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -217,7 +226,7 @@ class ShardWriter:
         number, place = divmod(len(self._keys), self._samples_per_shard)
         if self._shard is None or place == 0:
             self._close_shard()
-            self._shard = _OpenShard(self._temporary / "shards" / layout.shard_name(number))
+            self._shard = _OpenShard(self._folder.path / "shards" / layout.shard_name(number))
         for offset, size in self._shard.write(key, [(name, members[name]) for name in self._info.members]):
             self._columns["offsets"].append(offset)
             self._columns["sizes"].append(size)
@@ -229,17 +238,14 @@ class ShardWriter:
             self._shard = None
 
 
-def _check_target(directory: Path, samples_per_shard: int) -> None:
-    if directory.exists():
-        raise DataError(f"{directory} exists already and is not overwritten; remove it or write elsewhere")
-    if samples_per_shard < 1:
-        raise DataError(f"samples_per_shard = {samples_per_shard} must be at least 1; correct it for {directory}")
-
-
-def _make_folders(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "shards").mkdir(parents=True)
-    (temporary / "index").mkdir()
+def is_shard_set(directory: Path) -> bool:
+    """Whether `directory` holds a shard set and nothing else, so that replacing it loses nothing of a user's."""
+    try:
+        layout.DatasetInfo.read(directory)
+        names = {entry.name for entry in directory.iterdir()}
+    except (DataError, OSError):
+        return False
+    return names <= {layout.INFO_FILE, *PARTS, *COMPANIONS}
 
 
 def _check_settings(info: layout.DatasetInfo, directory: Path) -> None:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -41,17 +40,17 @@ class _Process:
 
 def run_over_files(
     make_task: Callable[[], Task],
-    files: Sequence[Path],
+    files: Sequence[_Item],
     *,
     title: str,
     workers: int,
     rejects: RejectsFile,
-) -> Iterator[tuple[Path, Any]]:
+) -> Iterator[tuple[_Item, Any]]:
     """Calls the task on every file and yields the results in the order of `files`.
 
     Args:
         make_task: makes the task; called once in every process, so it must be picklable.
-        files: what to work on.
+        files: what to work on: paths, or what has one as its text.
         title: shown beside the progress.
         workers: processes; 1 works in this one.
         rejects: gets the files that the task refuses.
@@ -73,7 +72,7 @@ def run_over_files(
             rejects.add(file, reason)
 
 
-def _outcomes(make_task: Callable[[], Task], files: Sequence[Path], workers: int) -> Iterator[tuple[Any, str | None]]:
+def _outcomes(make_task: Callable[[], Task], files: Sequence[Any], workers: int) -> Iterator[tuple[Any, str | None]]:
     if workers == 1:
         task = make_task() if files else None
         for file in files:
@@ -97,12 +96,12 @@ def _start_worker(make_task: Callable[[], Task]) -> None:
     _Process.task = make_task()
 
 
-def _call_worker(file: Path) -> tuple[Any, str | None]:
+def _call_worker(file: Any) -> tuple[Any, str | None]:
     assert _Process.task is not None
     return _outcome(_Process.task, file)
 
 
-def _outcome(task: Task, file: Path) -> tuple[Any, str | None]:
+def _outcome(task: Task, file: Any) -> tuple[Any, str | None]:
     if printable(str(file)) != str(file):
         return None, f"the name of {printable(str(file))} is not UTF-8, so records cannot hold it; rename the file"
     try:

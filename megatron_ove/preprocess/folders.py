@@ -1,69 +1,170 @@
-"""A user's folder as a list of files, always in the same order, and a stable key for each file."""
+"""A user's folder as a list of inputs, always in the same order; what is not one is counted, nothing is passed over."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-from collections.abc import Sequence
+import stat
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.pictures import PICTURE_SUFFIXES
+from megatron_ove.preprocess.file_kinds import HEAD_BYTES, SUFFIXES, FileKind, looks_like
+from megatron_ove.preprocess.input_files import InputFile, real_path, sample_key
+from megatron_ove.preprocess.pictures import sheets_of
+from megatron_ove.rejects import printable
 
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".mkv",
-    ".mov",
-    ".webm",
-    ".avi",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".ogv",
-    ".wmv",
-    ".flv",
-    ".3gp",
-)
+_NAMES: dict[FileKind, str] = {"picture": "picture", "video": "clip"}
+_MOST_SUFFIXES_NAMED = 12
 
 
-def list_pictures(folder: str | Path) -> list[Path]:
-    """Returns the picture files under `folder`, recursively, sorted by their relative path; see `list_files`."""
-    return list_files(folder, suffixes=PICTURE_SUFFIXES, kind="picture")
+@dataclass
+class Listing:
+    """What a folder holds.
+
+    Attributes:
+        folder: as given.
+        kind: what was looked for.
+        inputs: what a tool tries, sorted by name; one for each sheet of a file with several.
+        other_files: suffix -> files that are of another kind, by their suffix and their first bytes.
+        skipped: why -> number of entries that are not looked into or are there already.
+        unreadable: folders and files that could not be looked at -> the reason.
+    """
+
+    folder: Path
+    kind: FileKind
+    inputs: list[InputFile] = field(default_factory=list)
+    other_files: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def num_ignored(self) -> int:
+        """Files (and hidden folders, each as one) that are neither inputs nor unreadable."""
+        return self.other_files.total() + self.skipped.total()
+
+    def ignored_sentence(self) -> str:
+        """Says what was left aside, with a count per suffix; "" if nothing was."""
+        parts = []
+        if self.other_files:
+            by_count = sorted(self.other_files.items(), key=lambda item: (-item[1], item[0]))
+            common = by_count[:_MOST_SUFFIXES_NAMED]
+            counts = [f"{printable(suffix) or 'without suffix'} {count}" for suffix, count in common]
+            rest = self.other_files.total() - sum(count for _, count in common)
+            counts += [f"other suffixes {rest}"] if rest else []
+            parts.append(f"{self.other_files.total()} files that hold no {_NAMES[self.kind]} ({', '.join(counts)})")
+        parts += [f"{count} {why}" for why, count in sorted(self.skipped.items())]
+        return f"ignored below {self.folder}: {'; '.join(parts)}" if parts else ""
 
 
-def list_clips(folder: str | Path) -> list[Path]:
-    """Returns the video files under `folder`, recursively, sorted by their relative path; see `list_files`."""
-    return list_files(folder, suffixes=VIDEO_SUFFIXES, kind="video")
+def list_inputs(folder: str | Path, kind: FileKind) -> Listing:
+    """Looks through `folder`, its subfolders and the folders that links in it lead to.
 
-
-def list_files(folder: str | Path, *, suffixes: Sequence[str], kind: str) -> list[Path]:
-    """Returns the files under `folder` whose name ends in one of `suffixes` (any case); hidden ones are skipped.
+    Every regular file becomes an input, or is counted as ignored: one with a suffix of the kind is an input, any other
+    one if its first bytes are those of the kind. Hidden files and folders are left aside. A folder or file that can be
+    reached in several ways counts once, so links in a circle do no harm.
 
     Raises:
-        DataError: `folder` does not exist, is a file, or holds no such file.
+        DataError: `folder` does not exist, is a file, or holds no input.
     """
     root = Path(folder)
     if not root.is_dir():
         state = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(f"the {kind} folder {root} {state}; give the folder that holds your {kind} files")
-    found = []
-    for parent, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent) / name for name in names if name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
-        ]
-    if not found:
+        raise DataError(f"the {_NAMES[kind]} folder {root} {state}; give the folder that holds your {_NAMES[kind]}s")
+    listing = Listing(root, kind)
+    seen: set[Path] = set()
+    files: list[tuple[str, Path]] = []
+    for name, path in _walk(root, listing):
+        if path in seen:
+            listing.skipped["more paths to the same file"] += 1
+            continue
+        seen.add(path)
+        if _is_input(path, Path(name).suffix.lower(), listing):
+            files.append((name, path))
+    for name, path in sorted(files):
+        sheets = sheets_of(path) if kind == "picture" else (0,)
+        listing.inputs += [InputFile(path, name, sample_key(name, sheet), sheet) for sheet in sheets]
+    if not listing.inputs:
+        ignored = listing.ignored_sentence() or "it is empty"
+        problem = "".join(f"; {reason}" for reason in list(listing.unreadable.values())[:1])
         raise DataError(
-            f"the {kind} folder {root} holds no {kind} file, not even in its subfolders (looked for "
-            f"{', '.join(suffixes)}); put {kind} files there or give another folder"
+            f"the {_NAMES[kind]} folder {root} holds no {_NAMES[kind]}, not even in its subfolders{problem}; "
+            f"{ignored}; put {_NAMES[kind]}s there or give another folder"
         )
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    return listing
 
 
-def sample_key(path: Path, root: str | Path) -> str:
-    """Returns a key for `path` that is unique under `root`, free of dots, and the same wherever `root` lies."""
-    relative = path.relative_to(root).as_posix()
-    readable = re.sub(r"[^0-9A-Za-z_-]+", "_", relative.rsplit(".", 1)[0])[-40:].strip("_")
-    return f"{readable}-{hashlib.sha256(os.fsencode(relative)).hexdigest()[:10]}"
+def _walk(root: Path, listing: Listing) -> Iterator[tuple[str, Path]]:
+    """Yields (name below the root, real path) of every entry that is no folder.
+
+    What is behind links comes last, so that a file's own name wins. Only links are followed to the end one by one;
+    everything else in a real folder has a real path.
+    """
+    visited: set[tuple[int, int]] = set()
+    folders, links = deque([("", real_path(root))]), deque[tuple[str, Path]]()
+    linked_files: list[tuple[str, Path]] = []
+
+    def visit(prefix: str, folder: Path) -> Iterator[tuple[str, Path]]:
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in visited:
+                listing.skipped["links to folders that are looked through already"] += 1
+                return
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            reason = f"the folder {folder} cannot be looked through ({error.strerror}); check its permissions"
+            listing.unreadable[folder] = reason
+            return
+        for entry in found:
+            is_folder = _is_folder(entry)
+            if entry.name.startswith("."):
+                listing.skipped["hidden folders" if is_folder else "hidden files"] += 1
+                continue
+            is_link = entry.is_symlink()
+            path = real_path(Path(entry.path)) if is_link else Path(entry.path)
+            if is_folder:
+                (links if is_link else folders).append((f"{prefix}{entry.name}/", path))
+            elif is_link:
+                linked_files.append((prefix + entry.name, path))
+            else:
+                yield prefix + entry.name, path
+
+    while folders or links:
+        yield from visit(*(folders or links).popleft())
+    yield from linked_files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _is_input(path: Path, suffix: str, listing: Listing) -> bool:
+    """Whether a tool should try the file at `path`, whose name ends in `suffix`; else it is counted here."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        if suffix in SUFFIXES[listing.kind]:
+            return True  # a link to nothing: whoever reads it gives the reason
+        listing.skipped["links to nothing"] += 1
+        return False
+    if not stat.S_ISREG(mode):
+        listing.skipped["pipes, sockets and devices"] += 1
+        return False
+    if suffix in SUFFIXES[listing.kind]:
+        return True
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+    except OSError as error:
+        listing.unreadable[path] = f"{path} cannot be read ({error.strerror}); check its permissions"
+        return False
+    if looks_like(head, listing.kind):
+        return True
+    listing.other_files[suffix] += 1
+    return False

@@ -1,72 +1,132 @@
 """Reads any picture a user may have as RGB uint8, and writes JPEG for shards.
 
-What a picture file can hold (rotation tags, CMYK, 16 bits, palettes, transparency, animation) is settled here once, so
-that everything behind it sees [height, width, 3] uint8. A file that is no picture, or only part of one, raises
-`DataError` with one sentence that says which and why.
+What a picture file can hold (rotation tags, CMYK, deep greys, palettes, transparency, animation, several sheets) is
+settled here once, so that everything behind it sees [height, width, 3] uint8. A file that is no picture, or only part
+of one, raises `DataError` with one sentence that says which and why. Only the formats of `file_kinds` are tried: Pillow
+knows some that start other programs.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import io
+import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess.file_kinds import (
+    HEAD_BYTES,
+    PICTURE_FORMATS,
+    PICTURE_SUFFIXES,
+    WEAKLY_MARKED,
+    looks_like,
+    unreadable_form,
+)
+from megatron_ove.preprocess.input_files import InputFile
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 178_956_970  # Pillow's own warning limit: a quarter of 2 GiB at 3 bytes a pixel
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _EXIF_ORIENTATION = 0x0112
-_WHITE = (255, 255, 255)
+_JPEG_START = b"\xff\xd8\xff"
+_TIFF_SUFFIXES = (".tif", ".tiff")
+_NEW_SUBFILE_TYPE, _REDUCED = 254, 1
+_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+_LIGHT = 192  # grey level from which what is visible of a transparent picture would be lost on white
 
 
-def load_picture(path: str | Path) -> np.ndarray:
-    """Reads the picture at `path` completely.
+def load_picture(path: str | Path, sheet: int = 0) -> np.ndarray:
+    """Reads the picture at `path` completely; `sheet` chooses one of a TIFF's (see `sheets_of`).
 
     Returns:
-        [height, width, 3] uint8 RGB: EXIF rotation applied, CMYK converted, 16 bits scaled to 8, transparent parts on
-        white, the first frame of an animation.
+        [height, width, 3] uint8 RGB: EXIF rotation applied, CMYK converted, deep greys scaled to 8 bits, transparent
+        parts on white (on black if what is visible is light), the first frame of an animation.
 
     Raises:
-        DataError: the file is empty, no picture, truncated, or larger than `MAX_PIXELS`.
+        DataError: the file is empty, no picture, of a form that is not read, truncated, or larger than `MAX_PIXELS`.
     """
-    file = Path(path)
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); check the path and its permissions") from error
-    return decode_picture(content, name=str(file))
+    return decode_picture(_read_bytes(Path(path)), name=str(path), sheet=sheet)
 
 
-def decode_picture(content: bytes, *, name: str) -> np.ndarray:
+def decode_picture(content: bytes, *, name: str, sheet: int = 0) -> np.ndarray:
     """Decodes a picture file's `content`; `name` is used in error sentences. As `load_picture` otherwise."""
     if not content:
         raise DataError(f"{name} is empty (0 bytes), so it is not a picture; remove it or copy it again")
+    suffix, head = Path(name).suffix.lower(), content[:HEAD_BYTES]
+    form = unreadable_form(head, suffix)
+    if form:
+        raise DataError(f"{name} {form}")
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with _open(content, suffix) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise DataError(
                     f"{name} has {width} x {height} pixels, more than the limit of {MAX_PIXELS}; scale it down first"
                 )
-            picture.seek(0)
+            picture.seek(sheet)
             picture.load()
-            return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(picture)))
+            return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(picture), is_png=picture.format == "PNG"))
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        if content.startswith(_SIGNATURES) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP"):
+        if looks_like(head, "picture") or suffix in WEAKLY_MARKED:
             raise DataError(_truncated(name, len(content), "its header is cut off")) from error
         raise DataError(
-            f"{name} is not a picture: its content begins with {content[:12]!r}, which no picture format does, "
-            "whatever the file is called; remove it"
+            f"{name} is not a picture: its content begins with {content[:12]!r}, which no picture format that is read "
+            "here does, whatever the file is called; remove it or convert it to PNG"
         ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} has more pixels than the limit of {MAX_PIXELS}; scale it down first") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, OverflowError) as error:
         raise DataError(_truncated(name, len(content), str(error))) from error
+
+
+def sheets_of(path: str | Path) -> tuple[int, ...]:
+    """Returns the places of a file's pictures: (0,), or those of all sheets of a TIFF but reduced copies of others.
+
+    Frames of an animation and previews of a phone's picture are no sheets. A damaged file gives (0,); reading it says
+    what is wrong.
+    """
+    file = Path(path)
+    if file.suffix.lower() in PICTURE_SUFFIXES and file.suffix.lower() not in _TIFF_SUFFIXES:
+        return (0,)
+    sheets = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd tags; reading warns again
+            with Image.open(file, formats=("TIFF",)) as picture:
+                for sheet in range(getattr(picture, "n_frames", 1)):
+                    picture.seek(sheet)
+                    if not int(picture.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & _REDUCED:  # type: ignore[attr-defined]
+                        sheets.append(sheet)
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error):
+        pass
+    return tuple(sheets) or (0,)
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); check the path and its permissions") from error
+
+
+def _open(content: bytes, suffix: str) -> Image.Image:
+    _register_heif()
+    formats = (*PICTURE_FORMATS, *({"HEIF"} & set(Image.OPEN)))
+    formats += (WEAKLY_MARKED[suffix],) if suffix in WEAKLY_MARKED else ()
+    return Image.open(io.BytesIO(content), formats=formats)
+
+
+@functools.lru_cache(maxsize=1)
+def _register_heif() -> None:
+    """Teaches Pillow HEIC pictures if the package for that is installed."""
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
 
 
 def _truncated(name: str, size: int, detail: str) -> str:
@@ -76,25 +136,51 @@ def _truncated(name: str, size: int, detail: str) -> str:
     )
 
 
-def _to_rgb(picture: Image.Image) -> np.ndarray:
+def _to_rgb(picture: Image.Image, *, is_png: bool) -> np.ndarray:
     """Converts any Pillow mode to [height, width, 3] uint8 without clipping deep greys."""
     mode = picture.mode
-    if mode.startswith("I"):  # "I;16", "I;16B", "I": 16-bit greys, where Pillow's own conversion would clip at 255
-        grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
-        return np.repeat((grey // 257).astype(np.uint8)[..., None], 3, axis=-1)
-    if mode == "F":  # float greys: 0..1 by convention
-        grey = np.nan_to_num(np.asarray(picture, dtype=np.float32))
-        return np.repeat((np.clip(grey, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)[..., None], 3, axis=-1)
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+    if mode == "F" or mode.startswith("I"):  # "I;16", "I;16B", "I": Pillow's own conversion would clip at 255
+        grey = np.asarray(picture)
+        levels = _float_levels(grey) if mode == "F" else _integer_levels(grey.astype(np.int64), is_png=is_png)
+        return np.repeat(levels[..., None], 3, axis=-1)
+    if picture.has_transparency_data:
         with_alpha = picture.convert("RGBA")
-        canvas = Image.new("RGB", picture.size, _WHITE)
+        canvas = Image.new("RGB", picture.size, _ground(np.asarray(with_alpha)))
         canvas.paste(with_alpha, mask=with_alpha.getchannel("A"))
         return np.asarray(canvas)
     return np.asarray(picture.convert("RGB"))
 
 
+def _integer_levels(grey: np.ndarray, *, is_png: bool) -> np.ndarray:
+    """Scales [height, width] int64 to 0..255 by the depth that holds them, as scanners store 8 to 14 bits in 16 or 32.
+
+    A PNG's 16 bits are all meant.
+    """
+    largest = int(grey.max(initial=0))
+    depth = 16 if is_png else next((bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits), None)
+    white = largest if depth is None else 2**depth - 1
+    return (np.clip(grey, 0, white) * 255 // white).astype(np.uint8)
+
+
+def _float_levels(grey: np.ndarray) -> np.ndarray:
+    """Scales [height, width] float32 to 0..255: from 0..1 by convention, from 0..255, or from what the largest is."""
+    finite = np.nan_to_num(grey.astype(np.float64), posinf=0.0, neginf=0.0)
+    largest = float(finite.max(initial=0.0))
+    white = 1.0 if largest <= 1.0 else 255.0 if largest <= 255.0 else largest
+    return (np.clip(finite / white, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
+def _ground(pixels: np.ndarray) -> tuple[int, int, int]:
+    """Returns what to put under [height, width, 4] uint8 RGBA: white, or black if what is visible is nearly white."""
+    weight = pixels[..., 3].astype(np.float32)
+    luma = pixels[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    total = float(weight.sum(dtype=np.float64))
+    light = total > 0 and float((luma * weight).sum(dtype=np.float64)) / total >= _LIGHT
+    return _BLACK if light and weight.min() < 255 else _WHITE
+
+
 class JpegPreparer:
-    """Path of any picture -> the bytes of an RGB or grey JPEG that fits a shard.
+    """Any picture -> the bytes of an RGB or grey JPEG that fits a shard.
 
     A JPEG that already is one, upright and small enough, is passed on byte by byte, so it loses nothing.
     """
@@ -103,14 +189,17 @@ class JpegPreparer:
         """`longest_side` in pixels; larger pictures are scaled down."""
         self._longest_side, self._quality = longest_side, quality
 
-    def __call__(self, path: Path) -> bytes:
+    def __call__(self, file: InputFile) -> bytes:
         """Raises `DataError` when the file is no usable picture."""
-        picture = load_picture(path)  # also proves that the file decodes to its end
-        with Image.open(path) as original:
-            is_plain = original.format == "JPEG" and original.mode in ("RGB", "L")
-            is_upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
-        if is_plain and is_upright and max(picture.shape[:2]) <= self._longest_side:
-            return path.read_bytes()
+        content = _read_bytes(file.path)
+        # Decoded in any case, which proves that it can be, to its end.
+        picture = decode_picture(content, name=str(file.path), sheet=file.sheet)
+        if content.startswith(_JPEG_START):
+            with Image.open(io.BytesIO(content), formats=("JPEG",)) as original:
+                is_plain = original.format == "JPEG" and original.mode in ("RGB", "L")
+                is_upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
+            if is_plain and is_upright and max(picture.shape[:2]) <= self._longest_side:
+                return content
         return encode_jpeg(fit_longest_side(picture, self._longest_side), quality=self._quality)
 
 

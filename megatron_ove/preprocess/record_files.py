@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess.input_files import InputFile, real_path
 from megatron_ove.rejects import RejectsFile, printable, read_rejects
 
 
@@ -49,6 +50,102 @@ def read_records(path: str | Path, *, made_by: str, fields: Sequence[str] = ()) 
     return records
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """What is left to do of a folder when earlier records are continued.
+
+    Attributes:
+        elsewhere: earlier records of none of the inputs, which stay.
+        kept: earlier records of inputs that are unchanged.
+        todo: inputs without a current record, with keys that no other record has.
+    """
+
+    elsewhere: list[Mapping[str, Any]]
+    kept: list[Mapping[str, Any]]
+    todo: list[InputFile]
+
+    def counts(self, num_new: int) -> str:
+        """Says how many are new, were kept, and are of elsewhere."""
+        parts = [f"{num_new} new", f"{len(self.kept)} kept"]
+        return ", ".join(parts + ([f"{len(self.elsewhere)} of elsewhere kept"] if self.elsewhere else []))
+
+
+def continue_records(earlier: Iterable[Mapping[str, Any]], inputs: Sequence[InputFile]) -> Continuation:
+    """Compares the inputs with earlier records, so that finished work of this and of any other folder stays.
+
+    An input is the same by whatever path it is found; it keeps its key. A file that has changed since is done again.
+
+    Args:
+        earlier: records with `key`, `file`, `file_state`, and `sheet` if it is not the first.
+        inputs: what the folder holds now.
+    """
+    known: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for record in earlier:
+        known[str(real_path(Path(record["file"]))), record.get("sheet", 0)] = record
+    keys = {record["key"] for record in known.values()}
+    here = {item.identity for item in inputs}
+    elsewhere = [record for identity, record in known.items() if identity not in here]
+    kept, todo = [], []
+    for item in inputs:
+        record = known.get(item.identity)
+        if record is not None and record["file_state"] == file_state(item.path):
+            kept.append(record)
+        elif record is not None:
+            todo.append(replace(item, key=record["key"]))
+        else:
+            todo.append(replace(item, key=_free_key(item.key, keys)))
+            keys.add(todo[-1].key)
+    return Continuation(elsewhere, kept, todo)
+
+
+def as_record(item: InputFile, state: Sequence[int]) -> dict[str, Any]:
+    """Returns the part of a record that says which input it is of; `state` as it was before the input was read."""
+    sheet = {"sheet": item.sheet} if item.sheet else {}
+    return {"key": item.key, "file": str(item.path), **sheet, "file_state": list(state)}
+
+
+def stale_reason(file: str, state: Sequence[int], step: str) -> str | None:
+    """Returns why an input must not be used with what was found in it earlier, or None.
+
+    Args:
+        file: its path.
+        state: its `file_state` then.
+        step: the script that looked at it, which has to be run again.
+    """
+    now = file_state(Path(file))
+    if now == list(state):
+        return None
+    if now == [-1, -1]:
+        return f"{file} is not there any more; put it back, or run {step} again"
+    return f"{file} has changed since {step} looked at it, so what was found may not be in it; run that step again"
+
+
+def _free_key(key: str, taken: Collection[str]) -> str:
+    """Returns `key`, or with a number if a file of the same name in another folder has it."""
+    if key not in taken:
+        return key
+    return next(free for number in itertools.count(2) if (free := f"{key}-{number}") not in taken)
+
+
+def require_same_settings(
+    earlier: Sequence[Mapping[str, Any]], field: str, settings: Mapping[str, Any], path: Path
+) -> None:
+    """Refuses to continue records that were made with other settings: they would not match, or be lost.
+
+    Raises:
+        DataError: naming the settings that differ.
+    """
+    for record in earlier:
+        before = record[field]
+        if before != settings:
+            names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+            differences = "; ".join(f"{name} {before.get(name)} there, {settings.get(name)} now" for name in names)
+            raise DataError(
+                f"{path} holds results for {len(earlier)} files, made with other settings ({differences}), which "
+                "do not go together with new ones; use those settings, or write to another place"
+            )
+
+
 class RecordFile:
     """A JSON-lines file that is continued: records of unchanged inputs are kept, others are made anew."""
 
@@ -56,7 +153,7 @@ class RecordFile:
         """Starts the file with the records to keep, in one rename, and appends to it."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, "".join(_line(record) for record in keep).encode())
+        write_records(self.path, keep)
         self._stream = self.path.open("a", encoding="utf-8")
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -71,6 +168,11 @@ class RecordFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.close()
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a JSON-lines file in one rename."""
+    write_whole(path, "".join(map(_line, records)).encode())
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -97,31 +199,12 @@ def file_state(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def open_rejects(path: str | Path, *, stage: str, files: Collection[str | Path]) -> RejectsFile:
+def open_rejects(path: str | Path, *, stage: str, files: Collection[object]) -> RejectsFile:
     """Opens a rejects file for a stage that judges `files` (again): their earlier lines of this stage are taken out."""
     target = Path(path)
     judged = {printable(str(file)) for file in files}
     records = read_rejects(target)
     kept = [record for record in records if record["stage"] != stage or record["file"] not in judged]
     if len(kept) < len(records):
-        write_whole(target, "".join(map(_line, kept)).encode())
+        write_records(target, kept)
     return RejectsFile(target, stage=stage)
-
-
-@contextmanager
-def replacement_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields the path to write a new folder to; with `overwrite` it takes the place of `target` once it is whole.
-
-    Without `overwrite` the path is `target` itself, and the writer refuses an existing folder.
-    """
-    if not overwrite:
-        yield target
-        return
-    new, old = (target.with_name(f"{target.name}.{suffix}") for suffix in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    yield new
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

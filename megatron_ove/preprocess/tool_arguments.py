@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_ove.errors import MegatronOveError, file_system_sentence
+from megatron_ove.preprocess.folders import Listing
+from megatron_ove.rejects import RejectsFile
 
 
 def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
@@ -102,6 +104,14 @@ def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Nam
 def _show_error(sentence: str) -> int:
     Console(stderr=True, soft_wrap=True).print(f"error: {sentence}", highlight=False, markup=False)
     return 2
+
+
+def report_listing(listing: Listing, rejects: RejectsFile) -> None:
+    """Says what of a folder was left aside, and records what could not be looked at."""
+    for path, reason in listing.unreadable.items():
+        rejects.add(path, reason)
+    if sentence := listing.ignored_sentence():
+        report(sentence)
 
 
 def report(message: str) -> None:

@@ -21,7 +21,7 @@ def data_uri(path: Path) -> str:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Returns (width, height) in pixels without decoding."""
-    with Image.open(path) as picture:
+    with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as picture:
         return picture.size
 
 

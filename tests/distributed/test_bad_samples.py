@@ -141,9 +141,9 @@ POSITIONS_OF_THE_LAST_STAGE = {"source": "video", "member": "positions.npy", "st
 @pytest.mark.parametrize(
     ("layout", "place", "times"),
     [
-        ("dp2", PIXELS, float("inf")),
+        pytest.param("dp2", PIXELS, float("inf"), marks=pytest.mark.full),
         ("dp2", PIXELS, 4),
-        ("tp2_pp2", PIXELS, 4),
+        pytest.param("tp2_pp2", PIXELS, 4, marks=pytest.mark.full),
         ("tp2_pp2", POSITIONS_OF_THE_LAST_STAGE, float("inf")),
     ],
     ids=["dp2-for-good", "dp2-once", "tp2_pp2-once", "tp2_pp2-positions"],

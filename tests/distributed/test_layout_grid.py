@@ -1,13 +1,14 @@
 """Every layout of up to four ranks is one rank: losses, gradients of all parameters and of all class-center rows.
 
 Three heads, over gloo. A few steps show a wrong gradient, and a wrong update by the gradients after it; twenty show
-what adds up, in three layouts or, with `make test-full`, in all. A group of processes walks many layouts.
+what adds up. `make test` runs as few layouts as hold every pair of features, three of them over twenty steps;
+`make test-full` runs all of them over twenty. A group of processes walks many layouts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, combinations
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from tests.support.layout_grid import NUM_STEPS, RunRecord, compare_gradients, compare_losses, run_layouts
 from tests.support.tiny_run import write_tiny_sources
 
-pytestmark = pytest.mark.timeout(600)  # the first test of a world size waits for all its layouts
+pytestmark = pytest.mark.timeout(1500)  # the first test of a world size waits for all its layouts
 
 TOLERANCE = 1e-5
 FEW_STEPS = 4
@@ -101,6 +102,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 
 REFERENCES = ("one", "one_deep")
 ALWAYS_LONG = (*REFERENCES, "tp2_sp_pp2_vpp2", "dp2_optimizer", "everything")
+# With the three above every two features that are together in any layout are together in one of these.
+FEW_STEP_LAYOUTS = (
+    *("one_optimizer", "dp2_tables_over_tensor", "dp2_reduce", "dp2_optimizer_reduce_gather", "tp2_sp"),
+    *("pp2_vpp2_uneven", "pp3_uneven", "pp3_vpp2_uneven", "dp3_optimizer"),
+    *("tp4_sp", "pp4_vpp2", "dp4_optimizer", "tp2_sp_pp2_uneven", "tp2_dp2_tables_over_tensor"),
+    "tp2_sp_dp2_optimizer_reduce_gather",
+)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +138,9 @@ class Grid:
                     other: {**layout, "stop_after": num_steps}
                     for other, layout in LAYOUTS[world_size].items()
                     if (other in ALWAYS_LONG) == is_always_long
+                    and (num_steps == NUM_STEPS or other in (*REFERENCES, *FEW_STEP_LAYOUTS))
                 },
-                timeout_s=580,
+                timeout_s=1450,
             )
         return self._records[group][name]
 
@@ -151,7 +160,7 @@ def compared_runs() -> Iterator[Any]:
     for name in chain(*LAYOUTS.values()):
         if name in REFERENCES:
             continue
-        if name not in ALWAYS_LONG:
+        if name in FEW_STEP_LAYOUTS:
             yield pytest.param(name, FEW_STEPS, id=f"{name}-{FEW_STEPS}")
         marks = () if name in ALWAYS_LONG else pytest.mark.full
         yield pytest.param(name, NUM_STEPS, id=f"{name}-{NUM_STEPS}", marks=marks)
@@ -166,6 +175,30 @@ def test_the_reference_run_moves_and_sees_everything(runs: Grid) -> None:
     for gradients in one.gradients.values():
         assert {"image_labels rows", "ocr_labels rows", "video_labels rows", "head.probe"} <= set(gradients)
         assert sum(name.startswith("decoder.layers.3.") for name in gradients) == 12
+
+
+def test_the_few_layouts_hold_every_pair_of_features() -> None:
+    held = set().union(*(pairs(name) for name in (*ALWAYS_LONG, *FEW_STEP_LAYOUTS)))
+    assert held == set().union(*map(pairs, chain(*LAYOUTS.values())))
+
+
+def pairs(name: str) -> set[tuple[tuple[str, Any], ...]]:
+    """Returns every two features of a layout: what it has and has not, and the size of each of its dimensions."""
+    world_size, layout = next((size, layouts[name]) for size, layouts in LAYOUTS.items() if name in layouts)
+    tensor, pipeline = (layout[f"{way}_model_parallel_size"] for way in ("tensor", "pipeline"))
+    flags = ("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+    features = {
+        "tensor": tensor > 1,
+        "stages": pipeline > 1,
+        "chunks": layout["virtual_pipeline_model_parallel_size"] is not None,
+        "replicas": world_size > tensor * pipeline,
+        "uneven": layout["num_layers_in_first_stage"] is not None or layout["num_layers_in_last_stage"] is not None,
+        "class group": layout.get("class_group", "stage"),
+        "ranks": world_size,
+        **{flag: layout.get(flag, False) for flag in flags},
+    }
+    sizes = {("size", (tensor, 1, 1)), ("size", (1, pipeline, 1)), ("size", (1, 1, world_size // (tensor * pipeline)))}
+    return set(combinations(sorted(features.items(), key=str), 2)) | {(size,) for size in sizes}
 
 
 def test_few_steps_are_the_first_of_many(runs: Grid) -> None:

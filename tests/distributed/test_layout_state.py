@@ -59,9 +59,10 @@ BF16_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2_overlap": (2, {**OPTIMIZER, **OVERLAP}),
     "everything": (4, EVERYTHING),
 }
+QUICK_BF16, MORE_BF16 = ("tp2_sp", "everything"), ("other microbatches", "dp2_overlap")
 
 
-@pytest.mark.parametrize("layout", BF16_LAYOUTS)
+@pytest.mark.parametrize("layout", [*QUICK_BF16, *(pytest.param(name, marks=pytest.mark.full) for name in MORE_BF16)])
 def test_bf16_differs_by_rounding_only(sources, tmp_path, bf16_reference, layout):
     world_size, parallel = BF16_LAYOUTS[layout]
     reference = bf16_reference["uneven" if "layers" in parallel else "one"]
@@ -86,7 +87,7 @@ def spoil_a_step(trainer: Any, topology: Any) -> None:
     trainer.optimizer.gradient_norm = spoilt
 
 
-@pytest.mark.parametrize("layout", ["everything", "tp2_pp2"])
+@pytest.mark.parametrize("layout", ["everything", pytest.param("tp2_pp2", marks=pytest.mark.full)])
 def test_a_refused_step_is_one_under_every_layout(sources, tmp_path, layout):
     parallel = EVERYTHING if layout == "everything" else {**TP2, **PP2, "layers": 6}
     expected = run_one(sources, tmp_path / "one", 1, {"layers": 6, **FEW}, change=spoil_a_step)
@@ -104,7 +105,7 @@ def disturb_a_rank(trainer: Any, topology: Any) -> None:
                 parameter.register_hook(lambda gradient: gradient * 1.01)
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [pytest.param(False, marks=pytest.mark.full), True])
 def test_copies_on_tensor_ranks_cannot_drift_apart(sources, tmp_path, sequence):
     """That copies are equal to the bit is checked wherever records are put together."""
     layout = {**TP2, "sequence_parallel": sequence, **FEW}
@@ -133,7 +134,7 @@ def test_several_buckets_change_nothing(sources, tmp_path, reference, gather):
     assert max(compare_gradients(record, reference["one"]).values()) < TOLERANCE
 
 
-@pytest.mark.parametrize("later", ["one", "pp3"])
+@pytest.mark.parametrize("later", [pytest.param("one", marks=pytest.mark.full), "pp3"])
 def test_a_run_goes_on_under_another_layout(sources, tmp_path, reference, later):
     """Ten steps in uneven interleaved stages with overlapped exchange, ten in another split."""
     world_size, layout = {"one": (1, OPTIMIZER), "pp3": (3, {"pipeline_model_parallel_size": 3, **OPTIMIZER})}[later]

@@ -59,7 +59,7 @@ def padded(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     return rows(sources, tmp_path_factory.mktemp("padded"), 1, data, {})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["small_budget", "replicas", pytest.param("stages", marks=pytest.mark.full)])
 def test_losses_do_not_depend_on_packing(
     sources: dict[str, str], padded: list[dict[str, float]], tmp_path: Path, case: str
 ) -> None:

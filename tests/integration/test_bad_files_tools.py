@@ -40,7 +40,7 @@ def write_pictures(folder: Path) -> None:
 
 PICTURE_REASONS = {
     "cut_off.jpg": "is a truncated or damaged picture (",
-    "notes.jpg": "is not a picture: its content begins with b'not a pictur', which no picture format does",
+    "notes.jpg": "is not a picture: its content begins with b'not a pictur', which no picture format that is read",
     "nothing.png": "is empty (0 bytes), so it is not a picture; remove it or copy it again",
     "link.jpg": "cannot be read (No such file or directory); check the path and its permissions",
     r"bad\udcff.jpg": "is not UTF-8, so records cannot hold it; rename the file",
@@ -52,7 +52,7 @@ def test_a_folder_of_all_kinds_of_pictures(tmp_path: Path, capsys: pytest.Captur
     write_pictures(folder)
     common = ["--workers", 1, "--rejects", rejects]
     assert run_script("clustering/1_describe_pictures.py", folder, tmp_path / "d.npz", *common) == 0
-    assert "5 pictures described by colour-and-gradient-1, 5 rejected" in capsys.readouterr().out
+    assert "5 pictures described by colour-and-gradient-1 (5 new, 0 kept), 5 rejected" in capsys.readouterr().out
     reasons = reject_reasons(rejects)
     assert set(reasons) == set(PICTURE_REASONS)
     for name, reason in PICTURE_REASONS.items():
@@ -110,7 +110,7 @@ def test_a_folder_of_all_kinds_of_clips(tmp_path: Path, capsys: pytest.CaptureFi
     common = ["--workers", 1, "--rejects", rejects]
     size = ["--frame-height", 56, "--frame-width", 56, "--patch-budget", 32]
     assert run_script("codec/1_select_patches.py", clips, stored, *size, *common) == 0
-    assert "5 clips, " in capsys.readouterr().out
+    assert "5 clips (5 new, 0 kept), " in capsys.readouterr().out
     reasons = reject_reasons(rejects)
     assert set(reasons) == set(CLIP_REASONS)
     for name, reason in CLIP_REASONS.items():

@@ -76,7 +76,7 @@ def test_pages_become_a_shard_set(demo: Path, tmp_path: Path, capsys) -> None:
     vocabulary = Vocabulary.load(tmp_path / "vocabulary.json")
     reasons = reject_reasons(rejects)
     assert set(reasons) == {"notes.jpg", "cut_off.jpg", "blank.png"}
-    assert reasons["notes.jpg"].endswith("which no picture format does, whatever the file is called; remove it")
+    assert reasons["notes.jpg"].endswith("whatever the file is called; remove it or convert it to PNG")
     assert "is a truncated or damaged picture (2000 bytes" in reasons["cut_off.jpg"]
     assert reasons["blank.png"] == "the page has no text: no line was recognized"
 
@@ -96,9 +96,9 @@ def test_pages_become_a_shard_set(demo: Path, tmp_path: Path, capsys) -> None:
 
     capsys.readouterr()
     _ok("ocr/1_recognize_pages.py", pages, lines, *common)
-    assert "11 pages: 0 read now, 9 kept, 2 rejected" in capsys.readouterr().out
+    assert "9 pages (0 new, 9 kept), 2 rejected" in capsys.readouterr().out
     assert run_script("ocr/3_write_page_shards.py", *shards) == 2
-    assert "exists already and is not overwritten" in capsys.readouterr().err
+    assert "exists already and would be overwritten" in capsys.readouterr().err
     _ok("ocr/3_write_page_shards.py", *shards, "--overwrite")
     assert len(reject_reasons(rejects)) == 3
     assert len(rejects.read_text().splitlines()) == 3  # judged again, not counted twice
@@ -169,7 +169,7 @@ def test_clips_become_a_shard_set(demo: Path, tmp_path: Path) -> None:
     [
         ("ocr/1_recognize_pages.py", ["IN", "OUT"], "the picture folder"),
         ("clustering/1_describe_pictures.py", ["IN", "OUT"], "the picture folder"),
-        ("codec/1_select_patches.py", ["IN", "OUT"], "the video folder"),
+        ("codec/1_select_patches.py", ["IN", "OUT"], "the clip folder"),
     ],
 )
 def test_empty_folders(script: str, arguments: list[str], sentence: str, tmp_path: Path, capsys) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.clustering import kmeans
-from megatron_ove.preprocess.clustering.descriptor_sets import Centers, DescriptorSet, LabelSet
+from megatron_ove.preprocess.clustering.descriptor_sets import Centers, DescriptorSet, LabelSet, SampleFiles
 from megatron_ove.preprocess.clustering.descriptors import (
     ColourAndGradientDescriber,
     FolderModelDescriber,
@@ -166,16 +166,16 @@ def test_descriptors_of_another_describer_are_refused() -> None:
 
 def test_result_files_round_trip_and_name_their_maker(tmp_path: Path) -> None:
     points, _ = _blobs(2, 2)
-    keys, files = np.array(["a", "b", "c", "d"]), np.array(["é/a.jpg"] * 4)
-    described = DescriptorSet(keys, files, points, "colours")
+    records = [{"key": key, "file": "é/a.jpg", "sheet": 1, "file_state": [5, 2**60]} for key in "abcd"]
+    described = DescriptorSet(SampleFiles.from_records(records), points, "colours")
     described.save(tmp_path / "d.npz")
     loaded = DescriptorSet.load(tmp_path / "d.npz")
     np.testing.assert_array_equal(loaded.descriptors, points)
-    assert (loaded.describer, loaded.files[0]) == ("colours", "é/a.jpg")
+    assert (loaded.describer, loaded.samples.records()) == ("colours", records)
     Centers(points[:2], "colours", 5, 4).save(tmp_path / "c.npz")
     assert Centers.load(tmp_path / "c.npz").seed == 5
     labels, similarities = nearest_centers(points, points[:2])
-    LabelSet(keys, files, labels, similarities, 2).save(tmp_path / "l.npz")
+    LabelSet(loaded.samples, labels, similarities, 2).save(tmp_path / "l.npz")
     assert LabelSet.load(tmp_path / "l.npz").num_classes == 2
     with pytest.raises(DataError, match=r"absent\.npz does not exist; make it with tools/clustering/2_cluster_desc"):
         Centers.load(tmp_path / "absent.npz")

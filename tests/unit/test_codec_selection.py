@@ -16,6 +16,7 @@ from megatron_ove.preprocess.codec.motion_chain import decode_chain, encode_chai
 from megatron_ove.preprocess.codec.saliency import fit_camera, patch_scores
 from megatron_ove.preprocess.codec.selection import select_clip, select_patches
 from megatron_ove.preprocess.codec.settings import CodecSettings
+from megatron_ove.preprocess.input_files import InputFile
 from tests.support.clips import moving_square, panning_camera, textured_background, write_video
 
 _SETTINGS = CodecSettings(frame_height=112, frame_width=112, patch_budget=512)
@@ -166,8 +167,8 @@ def test_contact_sheet_lights_selected_patches() -> None:
 def test_stored_clip_round_trip_and_rerun(tmp_path: Path) -> None:
     frames, _ = moving_square(70)
     path = write_video(tmp_path / "clip.mp4", frames, options={"crf": "10"})
-    selector = ClipSelector(tmp_path, tmp_path / "out", _SETTINGS)
-    stored = tmp_path / "out" / selector(path)
+    selector, item = ClipSelector(tmp_path / "out", _SETTINGS), InputFile(path, "clip.mp4", "clip-1")
+    stored = tmp_path / "out" / selector(item)
     clip = load_clip(stored)
     selected = select_clip(path, _SETTINGS)
     np.testing.assert_array_equal(clip.positions, selected.positions)
@@ -179,10 +180,10 @@ def test_stored_clip_round_trip_and_rerun(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(io.BytesIO(clip.positions_npy())), selected.positions)
     assert clip.info["settings"] == _SETTINGS.as_record()
     content, time = stored.read_bytes(), stored.stat().st_mtime_ns
-    selector(path)
+    selector(item)
     assert stored.stat().st_mtime_ns == time  # unchanged clip and settings: left alone
     stored.write_bytes(content[:100])
-    selector(path)
+    selector(item)
     assert stored.read_bytes() == content  # damaged: made again, to the same bytes
 
 

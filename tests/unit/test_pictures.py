@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
+from megatron_ove.data.picture_check import PictureChecker, UnusablePictureError
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.folders import list_clips, list_pictures, sample_key
+from megatron_ove.preprocess.folders import list_inputs
+from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import JpegPreparer, encode_jpeg, fit_longest_side, load_picture
 
 
@@ -135,7 +137,9 @@ def test_fit_longest_side_keeps_aspect_and_never_enlarges() -> None:
 
 
 def test_preparer_passes_plain_jpeg_on_and_reencodes_the_rest(tmp_path: Path) -> None:
-    prepare = JpegPreparer(longest_side=100, quality=90)
+    def prepare(path: Path) -> bytes:
+        return JpegPreparer(longest_side=100, quality=90)(InputFile(path, path.name, "key"))
+
     plain = _save(tmp_path / "plain.jpg", _photo())
     assert prepare(plain) == plain.read_bytes()
     exif = Image.Exif()
@@ -146,27 +150,122 @@ def test_preparer_passes_plain_jpeg_on_and_reencodes_the_rest(tmp_path: Path) ->
     assert Image.open(io.BytesIO(large)).size == (100, 67)
 
 
-def test_folder_is_listed_recursively_in_order(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a.jpg", "sub/c.webp", ".hidden.jpg", ".cache/x.jpg", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [p.relative_to(tmp_path).as_posix() for p in list_pictures(tmp_path)] == ["a.jpg", "b.PNG", "sub/c.webp"]
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("a.jfif", "JPEG"),
+        ("b.jpe", "JPEG"),
+        ("c.avif", "AVIF"),
+        ("d.jp2", "JPEG2000"),
+        ("e.ppm", "PPM"),
+        ("h.tga", "TGA"),
+        ("i.pcx", "PCX"),
+        ("j.ico", "ICO"),
+        ("k.qoi", "QOI"),
+        ("no_suffix", "JPEG"),
+        ("f.jpg.bak", "PNG"),
+        ("really_png.jpg", "PNG"),
+    ],
+)
+def test_what_pillow_reads_is_read_whatever_it_is_called(tmp_path: Path, name: str, form: str) -> None:
+    Image.fromarray(_photo()).save(tmp_path / name, format=form)
+    (item,) = list_inputs(tmp_path, "picture").inputs
+    picture = load_picture(item.path, item.sheet)
+    assert picture.shape[0] / picture.shape[1] == pytest.approx(40 / 60, abs=0.05)
+    middle = picture[len(picture) // 2, picture.shape[1] // 2].astype(int)
+    assert np.abs(middle - [127, 127, 90]).max() < 30
 
 
-@pytest.mark.parametrize("lister, kind", [(list_pictures, "picture"), (list_clips, "video")])
-def test_folder_without_files(tmp_path: Path, lister, kind: str) -> None:
-    with pytest.raises(DataError, match=rf"the {kind} folder .* holds no {kind} file, not even in its subfolders"):
-        lister(tmp_path)
-    with pytest.raises(DataError, match=rf"the {kind} folder .*absent does not exist"):
-        lister(tmp_path / "absent")
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=rf"the {kind} folder .*file is a file, not a folder"):
-        lister(tmp_path / "file")
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (
+            "IMG_1.HEIC",
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200),
+            "a HEIC picture, which needs the package pillow-heif",
+        ),
+        ("a.pdf", b"%PDF-1.7\n", "a PDF document, which is not rendered here; write its pages as PNG"),
+        ("scan.jpg", b"%PDF-1.7\n", "a PDF document"),
+        ("photo.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript program, which is never run here"),
+        ("x.svg", b"<?xml version='1.0'?>\n<!-- made by hand -->\n<svg>", "an SVG drawing"),
+        ("x.dng", b"II*\0" + bytes(100), "a camera's raw file"),
+        ("x.png", b"\0\0\0\x20ftypisom" + bytes(100), "a video, not a picture"),
+    ],
+)
+def test_forms_that_are_not_read_are_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    (item,) = list_inputs(tmp_path, "picture").inputs
+    with pytest.raises(DataError, match=rf"{name} is {reason}"):
+        load_picture(item.path)
 
 
-def test_sample_keys_are_unique_dotless_and_independent_of_the_root(tmp_path: Path) -> None:
-    names = ["a.b/photo.jpg", "a_b/photo.jpg", "a b/photo.jpg", "日本語.png"]
-    keys = [sample_key(tmp_path / name, tmp_path) for name in names]
-    assert len(set(keys)) == len(names)
-    assert all(key.replace("-", "").replace("_", "").isalnum() and key.isascii() for key in keys)
-    assert keys == [sample_key(Path("/elsewhere") / name, "/elsewhere") for name in names]
+def test_postscript_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of PostScript under any name must not reach Ghostscript, which runs it as a program."""
+    bait = tmp_path / "bin" / "gs"
+    bait.parent.mkdir()
+    bait.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    bait.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bait.parent}:/usr/bin:/bin")
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
+    for name in ("photo.jpg", "photo.eps", "photo"):
+        (tmp_path / name).write_bytes(program)
+        with pytest.raises(DataError, match="PostScript"):
+            load_picture(tmp_path / name)
+    with pytest.raises(UnusablePictureError, match="no known format"):
+        PictureChecker().measure([program])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("ink", "ground"), [(255, 0), (230, 0), (0, 255), (120, 255)])
+def test_transparent_parts_get_the_ground_that_contrasts(tmp_path: Path, ink: int, ground: int) -> None:
+    pixels = np.zeros((20, 20, 4), np.uint8)
+    pixels[5:9, 5:15] = (ink, ink, ink, 255)
+    picture = load_picture(_save(tmp_path / "text.png", Image.fromarray(pixels, "RGBA")))
+    assert (picture[0, 0] == ground).all()
+    assert (picture[6, 6] == ink).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "name", "expected"),
+    [
+        (np.linspace(0, 255, 64), np.int32, "a.tif", np.linspace(0, 255, 64)),
+        (np.linspace(0, 4000, 64), np.uint16, "a.tif", np.linspace(0, 4000, 64) / 4095 * 255),
+        (np.linspace(0, 65535, 64), np.uint16, "a.tif", np.linspace(0, 255, 64)),
+        (np.linspace(0, 10**6, 64), np.int32, "a.tif", np.linspace(0, 255, 64)),
+        (np.linspace(0, 4000, 64), np.uint16, "a.png", np.linspace(0, 4000, 64) / 65535 * 255),
+        (np.linspace(0, 1, 64), np.float32, "a.tif", np.linspace(0, 255, 64)),
+        (np.linspace(0, 255, 64), np.float32, "a.tif", np.linspace(0, 255, 64)),
+        (np.linspace(0, 900, 64), np.float32, "a.tif", np.linspace(0, 255, 64)),
+        (np.full(64, np.nan), np.float32, "a.tif", np.zeros(64)),
+    ],
+)
+def test_deep_greys_keep_their_contrast(tmp_path: Path, values, dtype, name: str, expected) -> None:
+    path = _save(tmp_path / name, Image.fromarray(values.astype(dtype).reshape(8, 8)))
+    assert np.abs(load_picture(path)[..., 1].ravel() - expected).max() <= 1.5
+
+
+def test_sheets_of_a_tiff_are_pictures_of_their_own(tmp_path: Path) -> None:
+    colours = ("red", "lime", "blue")
+    sheets = [Image.new("RGB", (20, 10), colour) for colour in colours]
+    sheets[0].save(tmp_path / "scan.tif", save_all=True, append_images=sheets[1:])
+    items = list_inputs(tmp_path, "picture").inputs
+    assert [str(item) for item in items] == [f"{tmp_path}/scan.tif{end}" for end in ("", " (sheet 2)", " (sheet 3)")]
+    assert len({item.key for item in items}) == 3
+    pixels = [load_picture(item.path, item.sheet)[0, 0].tolist() for item in items]
+    assert pixels == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    assert JpegPreparer(longest_side=99, quality=90)(items[1]) != JpegPreparer(longest_side=99, quality=90)(items[2])
+
+
+def test_frames_and_previews_are_no_sheets(tmp_path: Path) -> None:
+    first, other = Image.new("RGB", (20, 10), "red"), Image.new("RGB", (20, 10), "blue")
+    for name, form in (("a.gif", "GIF"), ("b.webp", "WEBP"), ("c.png", "PNG"), ("d.jpg", "MPO"), ("e.avif", "AVIF")):
+        first.save(tmp_path / name, format=form, save_all=True, append_images=[other])
+    reduced = TiffImagePlugin.ImageFileDirectory_v2()
+    reduced[254] = 1
+    with TiffImagePlugin.AppendingTiffWriter(str(tmp_path / "f.tif"), True) as out:
+        first.save(out, format="TIFF")
+        out.newFrame()
+        other.resize((10, 5)).save(out, format="TIFF", tiffinfo=reduced)
+        out.newFrame()
+    items = list_inputs(tmp_path, "picture").inputs
+    assert [item.sheet for item in items] == [0] * 6

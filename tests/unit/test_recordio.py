@@ -129,7 +129,7 @@ def test_the_import_tool_converts_pages(tmp_path: Path) -> None:
     assert validate_shard_set(tmp_path / "set", deep=True) == []
     again = run_tool("import_recordio.py", *options, first)
     assert again.returncode == 2
-    assert "exists already and is not overwritten" in again.stderr
+    assert "exists already and would be overwritten" in again.stderr
     assert "Traceback" not in again.stderr
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import run_over_files
-from megatron_ove.preprocess.folders import list_pictures, sample_key
+from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.record_files import file_state, open_rejects, read_records
 from megatron_ove.rejects import RejectsFile, count_rejects, read_rejects
 
@@ -101,9 +101,9 @@ def make_fail():
 def test_a_name_that_is_not_utf8_is_rejected_and_the_others_go_on(tmp_path: Path) -> None:
     for name in (b"bad\xff.jpg", "gr\u00fc\u00df e [1].jpg".encode()):
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
-    files = list_pictures(tmp_path)
-    assert len({sample_key(file, tmp_path) for file in files}) == 2
-    assert run(make_touch, files, tmp_path / "rejects.jsonl") == ["gr\u00fc\u00df e [1].jpg"]
+    files = list_inputs(tmp_path, "picture").inputs
+    assert len({file.key for file in files}) == 2
+    assert run(make_touch, [file.path for file in files], tmp_path / "rejects.jsonl") == ["gr\u00fc\u00df e [1].jpg"]
     (record,) = read_rejects(tmp_path / "rejects.jsonl")
     assert record["file"].endswith(r"bad\udcff.jpg")
     assert record["reason"].endswith(r"bad\udcff.jpg is not UTF-8, so records cannot hold it; rename the file")

@@ -170,7 +170,7 @@ def test_wrong_calls_are_errors(tmp_path: Path) -> None:
             out.add("a.b", {"jpg": JPEG}, LABELS)
         with pytest.raises(DataError, match="sample 'm' lacks or has unknown members for kind image: jpg, png"):
             out.add("m", {"png": JPEG}, LABELS)
-    with pytest.raises(DataError, match="exists already and is not overwritten"):
+    with pytest.raises(DataError, match="exists already and would be overwritten"):
         writer(tmp_path / "set")
     with pytest.raises(DataError, match="needs grid_height and grid_width"):
         writer(tmp_path / "clips", kind="video")

@@ -1,4 +1,7 @@
-"""Step 1 of the clustering pipeline: a folder of pictures -> descriptors.npz (one vector per picture)."""
+"""Step 1 of the clustering pipeline: a folder of pictures -> descriptors.npz (one vector per picture).
+
+Run it again to go on: pictures that are described already are kept, those of another folder are added.
+"""
 
 from __future__ import annotations
 
@@ -6,48 +9,81 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet, PictureDescriber
+from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet, PictureDescriber, SampleFiles
 from megatron_ove.preprocess.clustering.descriptors import build_describer
 from megatron_ove.preprocess.file_runs import run_over_files
-from megatron_ove.preprocess.folders import list_pictures, sample_key
-from megatron_ove.preprocess.record_files import open_rejects
-from megatron_ove.preprocess.tool_arguments import add_describer_option, add_run_options, report, run_tool
+from megatron_ove.preprocess.folders import list_inputs
+from megatron_ove.preprocess.record_files import as_record, continue_records, file_state, open_rejects
+from megatron_ove.preprocess.tool_arguments import (
+    add_describer_option,
+    add_run_options,
+    report,
+    report_listing,
+    run_tool,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, help="folder of pictures, searched recursively")
-    parser.add_argument("output", type=Path, help="descriptors.npz to write")
+    parser.add_argument("output", type=Path, help="descriptors.npz to write or continue")
     add_describer_option(parser)
     add_run_options(parser)
     return parser
 
 
-def _work(arguments: argparse.Namespace) -> None:
-    files = list_pictures(arguments.pictures)
-    name = build_describer(arguments.model_folder).name
-    make_task = functools.partial(PictureDescriber, arguments.model_folder)
-    described: list[tuple[Path, np.ndarray]] = []
-    with open_rejects(arguments.rejects, stage="images", files=files) as rejects:
-        described.extend(
-            run_over_files(make_task, files, title="describing pictures", workers=arguments.workers, rejects=rejects)
+def _earlier(output: Path, describer: str) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
+    """Returns key -> (record, descriptor) of what `output` holds; refuses descriptors of another kind."""
+    if not output.exists():
+        return {}
+    stored = DescriptorSet.load(output)
+    if stored.describer != describer:
+        raise DataError(
+            f"{output} holds {len(stored.descriptors)} descriptors made by {stored.describer}, which do not go "
+            f"together with those of {describer}; use the same describer, or write to another file"
         )
-        if not described:
+    return {
+        record["key"]: (record, row) for record, row in zip(stored.samples.records(), stored.descriptors, strict=True)
+    }
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    name = build_describer(arguments.model_folder).name
+    earlier = _earlier(arguments.output, name)
+    listing = list_inputs(arguments.pictures, "picture")
+    plan = continue_records([record for record, _ in earlier.values()], listing.inputs)
+    states = {item: file_state(item.path) for item in plan.todo}
+    make_task = functools.partial(PictureDescriber, arguments.model_folder)
+    described = [(record, earlier[record["key"]][1]) for record in plan.elsewhere + plan.kept]
+    num_before = len(described)
+    with open_rejects(arguments.rejects, stage="images", files=[*plan.todo, *listing.unreadable]) as rejects:
+        report_listing(listing, rejects)
+        described += [
+            (as_record(item, states[item]), vector)
+            for item, vector in run_over_files(
+                make_task, plan.todo, title="describing pictures", workers=arguments.workers, rejects=rejects
+            )
+        ]
+        num_new = len(described) - num_before
+        if num_new + len(plan.kept) == 0:
             raise DataError(
-                f"none of the {len(files)} files in {arguments.pictures} is a usable picture; the reasons are in "
-                f"{arguments.rejects}"
+                f"none of the {len(listing.inputs)} files in {arguments.pictures} is a usable picture; the reasons are "
+                f"in {arguments.rejects}"
             )
         DescriptorSet(
-            keys=np.array([sample_key(file, arguments.pictures) for file, _ in described]),
-            files=np.array([str(file) for file, _ in described]),
+            SampleFiles.from_records([record for record, _ in described]),
             descriptors=np.stack([vector for _, vector in described]),
             describer=name,
         ).save(arguments.output)
-        report(f"{len(described)} pictures described by {name}, {rejects.count} rejected -> {arguments.output}")
+        report(
+            f"{num_new + len(plan.kept)} pictures described by {name} ({plan.counts(num_new)}), {rejects.count} "
+            f"rejected -> {arguments.output}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

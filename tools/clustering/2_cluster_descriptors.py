@@ -56,7 +56,7 @@ def _centers(arguments: argparse.Namespace, described: DescriptorSet) -> Centers
         seed=arguments.seed,
         threads=arguments.threads,
     )
-    centers = Centers(trained, described.describer, arguments.seed, len(described.keys))
+    centers = Centers(trained, described.describer, arguments.seed, len(described.descriptors))
     centers.save(arguments.centers)
     return centers
 
@@ -67,7 +67,7 @@ def _work(arguments: argparse.Namespace) -> None:
     labels, similarities = nearest_centers(
         described.descriptors, centers.centers, num_labels=arguments.num_labels, threads=arguments.threads
     )
-    LabelSet(described.keys, described.files, labels, similarities, len(centers.centers)).save(arguments.labels)
+    LabelSet(described.samples, labels, similarities, len(centers.centers)).save(arguments.labels)
     report(
         f"{len(labels)} samples, {len(centers.centers)} clusters, mean similarity to the nearest "
         f"{float(similarities[:, 0].mean(dtype='float32')):.3f} -> {arguments.labels}"

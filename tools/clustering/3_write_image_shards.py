@@ -9,8 +9,9 @@ from pathlib import Path
 
 from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
 from megatron_ove.preprocess.file_runs import run_over_files
+from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import JpegPreparer
-from megatron_ove.preprocess.record_files import open_rejects, replacement_folder
+from megatron_ove.preprocess.record_files import open_rejects, stale_reason
 from megatron_ove.preprocess.tool_arguments import (
     add_picture_options,
     add_run_options,
@@ -34,26 +35,32 @@ def _work(arguments: argparse.Namespace) -> None:
     from megatron_ove.data.shard_index import ShardWriter
 
     labelled = LabelSet.load(arguments.labels)
-    rows = {Path(file): row for row, file in enumerate(labelled.files.tolist())}
+    records = labelled.samples.records()
+    rows = {InputFile(Path(r["file"]), r["file"], r["key"], r["sheet"]): row for row, r in enumerate(records)}
     with open_rejects(arguments.rejects, stage="image shards", files=list(rows)) as rejects:
-        with (
-            replacement_folder(arguments.output, overwrite=arguments.overwrite) as target,
-            ShardWriter(
-                target,
-                kind="image",
-                num_classes=labelled.num_classes,
-                label_width=labelled.labels.shape[1],
-                rejects=rejects,
-                samples_per_shard=arguments.samples_per_shard,
-                patch_size=arguments.patch_size,
-            ) as writer,
-        ):
+        current = []
+        for item, row in rows.items():
+            record = records[row]
+            reason = stale_reason(record["file"], record["file_state"], "tools/clustering/1_describe_pictures.py")
+            if reason:
+                rejects.add(item, reason)
+            else:
+                current.append(item)
+        with ShardWriter(
+            arguments.output,
+            kind="image",
+            num_classes=labelled.num_classes,
+            label_width=labelled.labels.shape[1],
+            rejects=rejects,
+            samples_per_shard=arguments.samples_per_shard,
+            patch_size=arguments.patch_size,
+            overwrite=arguments.overwrite,
+        ) as writer:
             make_task = functools.partial(JpegPreparer, longest_side=arguments.longest_side, quality=arguments.quality)
-            for file, jpeg in run_over_files(
-                make_task, list(rows), title="writing images", workers=arguments.workers, rejects=rejects
+            for item, jpeg in run_over_files(
+                make_task, current, title="writing images", workers=arguments.workers, rejects=rejects
             ):
-                row = rows[file]
-                writer.add(str(labelled.keys[row]), {"jpg": jpeg}, labelled.labels[row], source=str(file))
+                writer.add(item.key, {"jpg": jpeg}, labelled.labels[rows[item]], source=str(item))
             count = len(writer)
         report(f"{count} images, {labelled.num_classes} classes, {rejects.count} rejected -> {arguments.output}")
 

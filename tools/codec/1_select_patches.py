@@ -1,25 +1,39 @@
 """Step 1 of the codec pipeline: a folder of clips -> one .npz per clip with its selected patches and grid frames.
 
-Safe to re-run: clips whose file and settings are unchanged are kept.
+Run it again to go on: clips that are selected already are kept, those of another folder are added.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.codec.clip_store import ClipSelector, load_clip
+from megatron_ove.preprocess.codec.clip_store import CLIP_FIELDS, ClipSelector, load_clip
 from megatron_ove.preprocess.codec.mosaic import contact_sheet
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from megatron_ove.preprocess.file_runs import run_over_files
-from megatron_ove.preprocess.folders import list_clips
+from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.pictures import encode_jpeg
-from megatron_ove.preprocess.record_files import open_rejects, write_whole
-from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool, whole_number
+from megatron_ove.preprocess.record_files import (
+    continue_records,
+    open_rejects,
+    read_records,
+    require_same_settings,
+    write_records,
+    write_whole,
+)
+from megatron_ove.preprocess.tool_arguments import (
+    add_run_options,
+    report,
+    report_listing,
+    run_tool,
+    whole_number,
+)
 
 _BUDGET_SHARE = 8  # the default budget is an eighth of all patches: 2,048 of 16,384 at 224 x 224
 
@@ -76,29 +90,35 @@ def _settings(arguments: argparse.Namespace) -> CodecSettings:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    files = list_clips(arguments.clips)
     settings = _settings(arguments)
-    make_task = functools.partial(ClipSelector, arguments.clips, arguments.output, settings)
-    lines, num_patches = [], 0
-    with open_rejects(arguments.rejects, stage="clips", files=files) as rejects:
+    table = arguments.output / "clips.jsonl"
+    earlier = read_records(table, made_by="this script", fields=CLIP_FIELDS) if table.exists() else []
+    require_same_settings(earlier, "settings", settings.as_record(), table)
+    listing = list_inputs(arguments.clips, "video")
+    plan = continue_records(earlier, listing.inputs)
+    make_task = functools.partial(ClipSelector, arguments.output, settings)
+    selected: list[Mapping[str, Any]] = []
+    with open_rejects(arguments.rejects, stage="clips", files=[*plan.todo, *listing.unreadable]) as rejects:
+        report_listing(listing, rejects)
         for _, name in run_over_files(
-            make_task, files, title="selecting patches", workers=arguments.workers, rejects=rejects
+            make_task, plan.todo, title="selecting patches", workers=arguments.workers, rejects=rejects
         ):
             clip = load_clip(arguments.output / name)
-            num_patches += len(clip.positions)
-            lines.append(json.dumps({"stored": name, **clip.info}, ensure_ascii=False) + "\n")
+            selected.append({"stored": name, **clip.info})
             if arguments.contact_sheets is not None:
                 sheet = contact_sheet(clip.decoded_frames(), clip.positions, settings.patch_size, frame_width=112)
                 write_whole(arguments.contact_sheets / f"{clip.info['key']}.jpg", encode_jpeg(sheet))
-        if not lines:
+        num_new, here = len(selected), plan.kept + selected
+        if not here:
             raise DataError(
-                f"none of the {len(files)} files in {arguments.clips} is a usable clip; the reasons are in "
+                f"none of the {len(listing.inputs)} files in {arguments.clips} is a usable clip; the reasons are in "
                 f"{arguments.rejects}"
             )
-        write_whole(arguments.output / "clips.jsonl", "".join(lines).encode())
+        write_records(table, sorted(plan.elsewhere + here, key=lambda record: record["key"]))
+        num_patches = sum(record["patches"] for record in here) / len(here)
         report(
-            f"{len(lines)} clips, {num_patches / len(lines):.0f} of at most {settings.patch_budget} patches on "
-            f"average, {rejects.count} rejected -> {arguments.output}"
+            f"{len(here)} clips ({plan.counts(num_new)}), {num_patches:.0f} of at most {settings.patch_budget} patches "
+            f"on average, {rejects.count} rejected -> {arguments.output}"
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet, StoredClipDescriber
+from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet, SampleFiles, StoredClipDescriber
 from megatron_ove.preprocess.clustering.descriptors import build_describer
 from megatron_ove.preprocess.codec.clip_store import CLIP_FIELDS
 from megatron_ove.preprocess.file_runs import run_over_files
@@ -50,9 +50,8 @@ def _work(arguments: argparse.Namespace) -> None:
         if not described:
             raise DataError(f"no clip in {arguments.clips} could be described; the reasons are in {arguments.rejects}")
         DescriptorSet(
-            keys=np.array([key for key, _, _ in described]),
-            files=np.array([file for _, file, _ in described]),
-            descriptors=np.stack([vector for _, _, vector in described]),
+            SampleFiles.from_records([info for info, _ in described]),
+            descriptors=np.stack([vector for _, vector in described]),
             describer=name,
         ).save(arguments.output)
         report(f"{len(described)} clips described by {name}, {rejects.count} rejected -> {arguments.output}")

@@ -12,7 +12,7 @@ from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
 from megatron_ove.preprocess.codec.clip_store import CLIP_FIELDS, load_clip
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from megatron_ove.preprocess.file_runs import show_progress
-from megatron_ove.preprocess.record_files import open_rejects, read_records, replacement_folder, write_whole
+from megatron_ove.preprocess.record_files import open_rejects, read_records, write_whole
 from megatron_ove.preprocess.tool_arguments import add_shard_options, report, run_tool
 
 
@@ -44,29 +44,29 @@ def _work(arguments: argparse.Namespace) -> None:
     )
     settings = _common_settings(records, arguments.clips)
     labelled = LabelSet.load(arguments.labels)
-    rows = {key: row for row, key in enumerate(labelled.keys.tolist())}
+    rows = {record["key"]: (row, record) for row, record in enumerate(labelled.samples.records())}
     with open_rejects(
         arguments.rejects, stage="clip shards", files=[str(record["file"]) for record in records]
     ) as rejects:
-        with (
-            replacement_folder(arguments.output, overwrite=arguments.overwrite) as target,
-            ShardWriter(
-                target,
-                kind="video",
-                num_classes=labelled.num_classes,
-                label_width=labelled.labels.shape[1],
-                rejects=rejects,
-                samples_per_shard=arguments.samples_per_shard,
-                patch_size=settings.patch_size,
-                frames=settings.num_frames,
-                grid_height=settings.grid_height,
-                grid_width=settings.grid_width,
-            ) as writer,
-        ):
+        with ShardWriter(
+            arguments.output,
+            kind="video",
+            num_classes=labelled.num_classes,
+            label_width=labelled.labels.shape[1],
+            rejects=rejects,
+            samples_per_shard=arguments.samples_per_shard,
+            patch_size=settings.patch_size,
+            frames=settings.num_frames,
+            grid_height=settings.grid_height,
+            grid_width=settings.grid_width,
+            overwrite=arguments.overwrite,
+        ) as writer:
             for record in show_progress(records, title="writing clips"):
                 key, file = record["key"], record["file"]
-                if key not in rows:
-                    rejects.add(file, f"the clip {key} has no labels in {arguments.labels}; run step 2 again")
+                row, described = rows.get(key, (0, {}))
+                if described.get("file_state") != record["file_state"]:
+                    what = "was selected again since it got" if described else "has no"
+                    rejects.add(file, f"the clip {key} {what} labels in {arguments.labels}; run step 2 again")
                     continue
                 try:
                     clip = load_clip(arguments.clips / record["stored"])
@@ -75,7 +75,7 @@ def _work(arguments: argparse.Namespace) -> None:
                     continue
                 members = {"codec.jpg": clip.mosaic, "positions.npy": clip.positions_npy()}
                 members |= {f"frame{index:02d}.jpg": frame for index, frame in enumerate(clip.frames)}
-                writer.add(key, members, labelled.labels[rows[key]], source=file)
+                writer.add(key, members, labelled.labels[row], source=file)
             count = len(writer)
         write_whole(arguments.output / "codec_settings.json", json.dumps(settings.as_record(), indent=2).encode())
         report(f"{count} clips, {labelled.num_classes} classes, {rejects.count} rejected -> {arguments.output}")

@@ -1,6 +1,6 @@
 """Step 1 of the OCR pipeline: a folder of page pictures -> lines.jsonl (text, score and box of every line).
 
-Safe to re-run: pages whose file is unchanged and that were read by the same engine are kept.
+Run it again to go on: pages that were read already are kept, those of another folder are added.
 """
 
 from __future__ import annotations
@@ -13,11 +13,25 @@ from typing import Any
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import run_over_files
-from megatron_ove.preprocess.folders import list_pictures, sample_key
+from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.ocr.engines import DETECTION_SIDE
 from megatron_ove.preprocess.ocr.recognition import PageRecognizer
-from megatron_ove.preprocess.record_files import RecordFile, file_state, open_rejects, read_records
-from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool, whole_number
+from megatron_ove.preprocess.record_files import (
+    RecordFile,
+    as_record,
+    continue_records,
+    file_state,
+    open_rejects,
+    read_records,
+    require_same_settings,
+)
+from megatron_ove.preprocess.tool_arguments import (
+    add_run_options,
+    report,
+    report_listing,
+    run_tool,
+    whole_number,
+)
 
 _FIELDS = ("file", "key", "file_state", "run_settings")
 
@@ -55,29 +69,31 @@ def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    files = list_pictures(arguments.pages)
-    keys = {file: sample_key(file, arguments.pages) for file in files}
     settings = {"engine": arguments.engine, **{k: str(v) for k, v in _engine_options(arguments).items()}}
     earlier = read_records(arguments.output, made_by="this script", fields=_FIELDS) if arguments.output.exists() else []
-    states = {str(file): (keys[file], file_state(file), settings) for file in files}
-    keep = [r for r in earlier if states.get(r["file"]) == (r["key"], r["file_state"], r["run_settings"])]
-    done = {record["file"] for record in keep}
-    todo = [file for file in files if str(file) not in done]
+    require_same_settings(earlier, "run_settings", settings, arguments.output)
+    listing = list_inputs(arguments.pages, "picture")
+    plan = continue_records(earlier, listing.inputs)
+    states = {item: file_state(item.path) for item in plan.todo}
     make_task = functools.partial(PageRecognizer, arguments.engine, _engine_options(arguments))
-    with open_rejects(arguments.rejects, stage="ocr", files=todo) as rejects, RecordFile(arguments.output, keep) as out:
-        for file, page in run_over_files(
-            make_task, todo, title="reading pages", workers=arguments.workers, rejects=rejects
+    with (
+        open_rejects(arguments.rejects, stage="ocr", files=[*plan.todo, *listing.unreadable]) as rejects,
+        RecordFile(arguments.output, plan.elsewhere + plan.kept) as out,
+    ):
+        report_listing(listing, rejects)
+        num_new = 0
+        for item, page in run_over_files(
+            make_task, plan.todo, title="reading pages", workers=arguments.workers, rejects=rejects
         ):
-            key, state, _ = states[str(file)]
-            out.add({"key": key, "file": str(file), "file_state": state, "run_settings": settings, **page})
-        if rejects.count == len(files):
+            out.add({**as_record(item, states[item]), "run_settings": settings, **page})
+            num_new += 1
+        if num_new + len(plan.kept) == 0:
             raise DataError(
-                f"none of the {len(files)} files in {arguments.pages} is a usable picture; the reasons are in "
+                f"none of the {len(listing.inputs)} files in {arguments.pages} is a usable picture; the reasons are in "
                 f"{arguments.rejects}"
             )
         report(
-            f"{len(files)} pages: {len(todo) - rejects.count} read now, {len(keep)} kept, {rejects.count} rejected -> "
-            f"{arguments.output}"
+            f"{num_new + len(plan.kept)} pages ({plan.counts(num_new)}), {rejects.count} rejected -> {arguments.output}"
         )
 
 

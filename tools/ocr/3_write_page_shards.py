@@ -11,13 +11,14 @@ import numpy as np
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import run_over_files
+from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.lines import MIN_SCORE
 from megatron_ove.preprocess.ocr.recognition import PAGE_FIELDS, PageRecord
 from megatron_ove.preprocess.ocr.tags import NUM_TAGS, page_tags
 from megatron_ove.preprocess.ocr.vocabulary import Vocabulary
 from megatron_ove.preprocess.ocr.words import segmentation_name
 from megatron_ove.preprocess.pictures import JpegPreparer
-from megatron_ove.preprocess.record_files import open_rejects, read_records, replacement_folder
+from megatron_ove.preprocess.record_files import open_rejects, read_records, stale_reason
 from megatron_ove.preprocess.tool_arguments import (
     add_picture_options,
     add_run_options,
@@ -72,9 +73,14 @@ def _work(arguments: argparse.Namespace) -> None:
     records = read_records(arguments.lines, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS)
     pages = sorted(map(PageRecord.from_record, records), key=lambda page: page.file)
     _check_origin(vocabulary, pages, arguments.vocabulary)
-    with open_rejects(arguments.rejects, stage="page shards", files=[page.file for page in pages]) as rejects:
-        tagged: dict[Path, tuple[PageRecord, np.ndarray]] = {}
+    with open_rejects(arguments.rejects, stage="page shards", files=[page.input_file for page in pages]) as rejects:
+        tagged: dict[InputFile, np.ndarray] = {}
         for page in pages:
+            if page.file_state is not None:
+                reason = stale_reason(page.file, page.file_state, "tools/ocr/1_recognize_pages.py")
+                if reason:
+                    rejects.add(page.input_file, reason)
+                    continue
             try:
                 tags = page_tags(
                     page.lines,
@@ -84,27 +90,24 @@ def _work(arguments: argparse.Namespace) -> None:
                     min_score=arguments.min_score,
                 )
             except DataError as error:
-                rejects.add(page.file, str(error))
+                rejects.add(page.input_file, str(error))
                 continue
-            tagged[Path(page.file)] = (page, tags.ids)
-        with (
-            replacement_folder(arguments.output, overwrite=arguments.overwrite) as target,
-            ShardWriter(
-                target,
-                kind="ocr",
-                num_classes=len(vocabulary),
-                label_width=arguments.num_tags,
-                rejects=rejects,
-                samples_per_shard=arguments.samples_per_shard,
-                patch_size=arguments.patch_size,
-            ) as writer,
-        ):
+            tagged[page.input_file] = tags.ids
+        with ShardWriter(
+            arguments.output,
+            kind="ocr",
+            num_classes=len(vocabulary),
+            label_width=arguments.num_tags,
+            rejects=rejects,
+            samples_per_shard=arguments.samples_per_shard,
+            patch_size=arguments.patch_size,
+            overwrite=arguments.overwrite,
+        ) as writer:
             make_task = functools.partial(JpegPreparer, longest_side=arguments.longest_side, quality=arguments.quality)
-            for file, jpeg in run_over_files(
+            for item, jpeg in run_over_files(
                 make_task, list(tagged), title="writing pages", workers=arguments.workers, rejects=rejects
             ):
-                page, ids = tagged[file]
-                writer.add(page.key, {"jpg": jpeg}, ids, source=page.file)
+                writer.add(item.key, {"jpg": jpeg}, tagged[item], source=str(item))
             count = len(writer)
         report(f"{count} pages, {len(vocabulary)} classes, {rejects.count} rejected -> {arguments.output}")
 

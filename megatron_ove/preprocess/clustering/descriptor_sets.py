@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -12,60 +14,90 @@ import numpy as np
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.clustering.descriptors import build_describer, describe_clip
 from megatron_ove.preprocess.codec.clip_store import load_clip
+from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import load_picture
 from megatron_ove.preprocess.record_files import write_whole
 
+_SAMPLE_ARRAYS = ("keys", "files", "sheets", "states")
+
 
 class PictureDescriber:
-    """Path of a picture -> [d] float32."""
+    """A picture -> [d] float32."""
 
     def __init__(self, model_folder: Path | None) -> None:
         """See `descriptors.build_describer`."""
         self._describer = build_describer(model_folder)
 
-    def __call__(self, path: Path) -> np.ndarray:
+    def __call__(self, file: InputFile) -> np.ndarray:
         """Raises `DataError` when the file is no usable picture."""
-        return self._describer.describe(load_picture(path))
+        return self._describer.describe(load_picture(file.path, file.sheet))
 
 
 class StoredClipDescriber:
-    """Path of a stored clip -> (key, original file, [frames * d] float32)."""
+    """Path of a stored clip -> (its info, [frames * d] float32)."""
 
     def __init__(self, model_folder: Path | None, num_frames: int) -> None:
         """See `descriptors.describe_clip`."""
         self._describer, self._num_frames = build_describer(model_folder), num_frames
 
-    def __call__(self, path: Path) -> tuple[str, str, np.ndarray]:
+    def __call__(self, path: Path) -> tuple[Mapping[str, Any], np.ndarray]:
         """Raises `DataError` when the file is no stored clip."""
         clip = load_clip(path)
-        vector = describe_clip(clip.decoded_frames(), self._describer, num_frames=self._num_frames)
-        return clip.info["key"], clip.info["file"], vector
+        return clip.info, describe_clip(clip.decoded_frames(), self._describer, num_frames=self._num_frames)
 
 
 @dataclass(frozen=True)
-class DescriptorSet:
-    """Descriptors of samples.
+class SampleFiles:
+    """Where samples came from.
 
     Attributes:
         keys: [n] unique names.
-        files: [n] where each sample came from.
-        descriptors: [n, d] float32 of length 1.
-        describer: what made them.
+        files: [n] absolute paths.
+        sheets: [n] int32, which picture of a file with several.
+        states: [n, 2] int64, size and time of each file when it was looked at (see `record_files.file_state`).
     """
 
     keys: np.ndarray
     files: np.ndarray
+    sheets: np.ndarray
+    states: np.ndarray
+
+    @classmethod
+    def from_records(cls, records: Sequence[Mapping[str, Any]]) -> SampleFiles:
+        """Makes them of records with `key`, `file`, `file_state`, and `sheet` if it is not the first."""
+        return cls(
+            keys=np.array([record["key"] for record in records]),
+            files=np.array([record["file"] for record in records]),
+            sheets=np.array([record.get("sheet", 0) for record in records], np.int32),
+            states=np.array([record["file_state"] for record in records], np.int64).reshape(-1, 2),
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns them as `from_records` takes them."""
+        names = ("key", "file", "sheet", "file_state")
+        columns = (self.keys.tolist(), self.files.tolist(), self.sheets.tolist(), self.states.tolist())
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"keys": self.keys, "files": self.files, "sheets": self.sheets, "states": self.states}
+
+
+@dataclass(frozen=True)
+class DescriptorSet:
+    """Descriptors of samples: [n, d] float32 of length 1, and what made them."""
+
+    samples: SampleFiles
     descriptors: np.ndarray
     describer: str
 
     def save(self, path: str | Path) -> None:
-        _save_arrays(path, keys=self.keys, files=self.files, descriptors=self.descriptors, describer=self.describer)
+        _save_arrays(path, **self.samples.arrays(), descriptors=self.descriptors, describer=self.describer)
 
     @classmethod
     def load(cls, path: str | Path) -> DescriptorSet:
         """Raises `DataError` when the file is no descriptor set."""
-        stored = _load_arrays(path, ("keys", "files", "descriptors", "describer"), "1_describe_pictures.py")
-        return cls(stored["keys"], stored["files"], stored["descriptors"], str(stored["describer"]))
+        stored = _load_arrays(path, (*_SAMPLE_ARRAYS, "descriptors", "describer"), "1_describe_pictures.py")
+        return cls(_samples(stored), stored["descriptors"], str(stored["describer"]))
 
 
 @dataclass(frozen=True)
@@ -91,8 +123,7 @@ class Centers:
 class LabelSet:
     """Nearest centers of samples: labels [n, 10] int32 (-1 = none), similarities [n, 10] float16, of num_classes."""
 
-    keys: np.ndarray
-    files: np.ndarray
+    samples: SampleFiles
     labels: np.ndarray
     similarities: np.ndarray
     num_classes: int
@@ -100,8 +131,7 @@ class LabelSet:
     def save(self, path: str | Path) -> None:
         _save_arrays(
             path,
-            keys=self.keys,
-            files=self.files,
+            **self.samples.arrays(),
             labels=self.labels,
             similarities=self.similarities,
             num_classes=self.num_classes,
@@ -110,12 +140,13 @@ class LabelSet:
     @classmethod
     def load(cls, path: str | Path) -> LabelSet:
         """Raises `DataError` when the file holds no labels."""
-        stored = _load_arrays(
-            path, ("keys", "files", "labels", "similarities", "num_classes"), "2_cluster_descriptors.py"
-        )
-        return cls(
-            stored["keys"], stored["files"], stored["labels"], stored["similarities"], int(stored["num_classes"])
-        )
+        names = (*_SAMPLE_ARRAYS, "labels", "similarities", "num_classes")
+        stored = _load_arrays(path, names, "2_cluster_descriptors.py")
+        return cls(_samples(stored), stored["labels"], stored["similarities"], int(stored["num_classes"]))
+
+
+def _samples(stored: Mapping[str, np.ndarray]) -> SampleFiles:
+    return SampleFiles(*(stored[name] for name in _SAMPLE_ARRAYS))
 
 
 def _save_arrays(path: str | Path, **arrays: object) -> None:

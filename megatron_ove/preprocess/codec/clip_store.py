@@ -16,13 +16,13 @@ from megatron_ove.errors import DataError
 from megatron_ove.preprocess.codec.mosaic import make_mosaic
 from megatron_ove.preprocess.codec.selection import select_clip
 from megatron_ove.preprocess.codec.settings import CodecSettings
-from megatron_ove.preprocess.folders import sample_key
+from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import decode_picture, encode_jpeg
 from megatron_ove.preprocess.record_files import file_state, write_whole
 
 MOSAIC_QUALITY = 95  # patches of side 14 straddle JPEG's 8 x 8 blocks, so less would bleed between neighbours
 FRAME_QUALITY = 90
-CLIP_FIELDS = ("stored", "key", "file", "settings")
+CLIP_FIELDS = ("stored", "key", "file", "file_state", "patches", "settings")
 """What a line of clips.jsonl must have."""
 
 
@@ -56,16 +56,16 @@ class StoredClip:
 class ClipSelector:
     """Selects a clip's patches and stores them; a clip that is stored with the same settings is left alone."""
 
-    def __init__(self, root: Path, output: Path, settings: CodecSettings) -> None:
-        """`root` is the folder that keys are relative to; files go to `output`/{key}.npz."""
-        self._root, self._output, self._settings = root, output, settings
+    def __init__(self, output: Path, settings: CodecSettings) -> None:
+        """Files go to `output`/{key}.npz."""
+        self._output, self._settings = output, settings
 
-    def __call__(self, path: Path) -> str:
+    def __call__(self, file: InputFile) -> str:
         """Returns the stored file's name; raises `DataError` for a file that is no usable clip."""
-        key = sample_key(path, self._root)
-        target = self._output / f"{key}.npz"
+        path = file.path
+        target = self._output / f"{file.key}.npz"
         info = {
-            "key": key,
+            "key": file.key,
             "file": str(path),
             "file_state": file_state(path),
             "settings": self._settings.as_record(),

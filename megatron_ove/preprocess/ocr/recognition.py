@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.engines import build_engine
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.pictures import load_picture
@@ -19,9 +20,9 @@ class PageRecognizer:
         """Builds the engine; see `engines.build_engine`."""
         self._engine = build_engine(engine, options)
 
-    def __call__(self, path: Path) -> dict[str, Any]:
+    def __call__(self, page: InputFile) -> dict[str, Any]:
         """Returns {"width", "height", "engine", "lines"}; raises `DataError` when the file is no usable picture."""
-        picture = load_picture(path)
+        picture = load_picture(page.path, page.sheet)
         lines = self._engine.recognize(picture)
         return {
             "width": picture.shape[1],
@@ -46,6 +47,8 @@ class PageRecord:
         height: of the picture, in pixels.
         engine: what recognized it.
         lines: all recognized lines, unfiltered.
+        sheet: which picture of a file with several.
+        file_state: size and time of the file when it was read; None if that is not known.
     """
 
     key: str
@@ -54,6 +57,12 @@ class PageRecord:
     height: int
     engine: Mapping[str, Any]
     lines: tuple[TextLine, ...]
+    sheet: int = 0
+    file_state: Sequence[int] | None = None
+
+    @property
+    def input_file(self) -> InputFile:
+        return InputFile(Path(self.file), self.file, self.key, self.sheet)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PageRecord:
@@ -65,4 +74,6 @@ class PageRecord:
             height=record["height"],
             engine=record["engine"],
             lines=tuple(TextLine.from_record(line) for line in record["lines"]),
+            sheet=record.get("sheet", 0),
+            file_state=record.get("file_state"),
         )

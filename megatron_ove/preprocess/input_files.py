@@ -1,0 +1,48 @@
+"""One picture or clip of a user's, as all tools hand it on: where it is, its key, and which sheet of a file it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input of a tool.
+
+    Attributes:
+        path: absolute, with links followed, so that a file is the same by whatever path it was given.
+        name: path below the folder it was found in, with "/".
+        key: names its sample; unique, free of dots.
+        sheet: 0 for the first or only picture of the file, 1 for the second page of a TIFF, and so on.
+    """
+
+    path: Path
+    name: str
+    key: str
+    sheet: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path} (sheet {self.sheet + 1})" if self.sheet else str(self.path)
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """What tells inputs apart, whatever folder they were found through."""
+        return str(self.path), self.sheet
+
+
+def sample_key(name: str, sheet: int = 0) -> str:
+    """Returns a key for the file `name`, a path below its folder: unique there, without dots, the same everywhere."""
+    readable = re.sub(r"[^0-9A-Za-z_-]+", "_", name.rsplit(".", 1)[0])[-40:].strip("_")
+    return f"{readable}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}" + (f"-s{sheet + 1}" if sheet else "")
+
+
+def real_path(path: Path) -> Path:
+    """Returns the absolute path with links followed; of a link to nothing or in a circle, the link's own."""
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return path.parent.resolve() / path.name
