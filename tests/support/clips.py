@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def write_video(
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     full_range: bool = False,
+    times_ms: Sequence[int] | None = None,
 ) -> Path:
-    """Encodes [t, height, width, 3] uint8 RGB."""
+    """Encodes [t, height, width, 3] uint8 RGB, at 25 frames per second or shown at `times_ms`."""
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=Fraction(25))
         stream.height, stream.width = frames.shape[1:3]
@@ -59,13 +61,36 @@ def write_video(
         stream.options = options or {}
         if full_range:
             stream.codec_context.color_range = 2
-        for frame in frames:
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if times_ms is not None:
+                picture.pts, picture.time_base = times_ms[i], Fraction(1, 1000)
             if full_range:
                 picture = picture.reformat(format=pixel_format, dst_color_range=2)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
+
+
+def remux(
+    source: Path,
+    target: Path,
+    change: Callable[[int, av.Packet], av.Packet | None],
+    *,
+    container_options: dict[str, str] | None = None,
+) -> Path:
+    """Copies the packets of a clip without encoding them again; `change` gets number and packet, None leaves it out."""
+    with av.open(str(source)) as read, av.open(str(target), "w", options=container_options or {}) as written:
+        stream = written.add_stream_from_template(read.streams.video[0])
+        packets = (packet for packet in read.demux(video=0) if packet.size)
+        for number, packet in enumerate(packets):
+            changed = change(number, packet)
+            if changed is not None:
+                changed.stream = stream
+                written.mux(changed)
+    return target
 
 
 def write_sound(path: Path) -> Path:

@@ -1,8 +1,8 @@
 """Any clip -> the frames of a uniform time grid.
 
-Frames are counted by reading packets, because containers may not store the number or store a wrong one. swscale
-converts to 8-bit RGB, so 10-bit and full-range clips come out right. A clip shorter than the grid repeats frames; the
-repeats are marked, so that the selection never takes them.
+A clip is what a player would show of it (`clip_reading`), and the grid is even in time (`clip_times`). swscale
+converts to 8-bit RGB, so 10-bit and full-range clips come out right. A clip with fewer frames than places, or with a
+frame that is shown for long, repeats frames; the repeats are marked, so that the selection never takes them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import av.error
 import numpy as np
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess.codec.clip_reading import Packets, ShownFrames, open_clip, read_packets
+from megatron_ove.preprocess.codec.clip_times import Timeline
 from megatron_ove.preprocess.codec.settings import CodecSettings
 
 _GREY = 128
-_COMPLETE_SHARE = 0.9  # fewer decoded frames than this part of those announced means that the file is cut off
+_COMPLETE_SHARE = 0.9  # fewer packets than this part of those announced means that the file is cut off
+# Less than half says more about the damage than about the clip. Not just half, as field pairs are two packets a frame.
+_SHOWN_SHARE = 0.45
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,12 @@ class ClipFrames:
 
     Attributes:
         frames: [num_frames, frame_height, frame_width, 3] uint8 RGB.
-        source_indices: [num_frames] int32, which frame of the clip each one is.
+        source_indices: [num_frames] int32 ascending, which of the clip's shown frames each one is.
         is_duplicate: [num_frames] bool, True where the frame repeats the one before it.
         content_box: (top, left, height, width) of the picture inside a frame; smaller than the frame if letterboxed.
-        num_source_frames: frames the clip has.
+        num_source_frames: frames that a player shows of the clip.
         codec: name of its video codec.
+        spoilt_packets: packets that could not be decoded and were passed over.
     """
 
     frames: np.ndarray
@@ -40,13 +45,27 @@ class ClipFrames:
     content_box: tuple[int, int, int, int]
     num_source_frames: int
     codec: str
+    spoilt_packets: int
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One pass over the frames of a clip: what was kept, {index: (frame, content box)}, and what was seen."""
+
+    kept: dict[int, tuple[np.ndarray, tuple[int, int, int, int]]]
+    timeline: Timeline
+    spoilt: int
+    codec: str
 
 
 def read_clip(path: str | Path, settings: CodecSettings) -> ClipFrames:
-    """Reads `settings.num_frames` frames, evenly spaced from the first to the last, of the first video stream.
+    """Reads `settings.num_frames` frames, evenly spaced in time from the first to the last, of the first video stream.
+
+    Frames that the file hides, or that nothing can be shown of, are left out as players leave them out.
 
     Raises:
-        DataError: no media file, no video stream, no decodable frame, or a truncated file.
+        DataError: no media file, no video stream, no decodable frame, a truncated file, or one that is damaged so much
+            that less than half of its frames are left.
     """
     file = Path(path)
     if not file.is_file():
@@ -54,93 +73,68 @@ def read_clip(path: str | Path, settings: CodecSettings) -> ClipFrames:
     if file.stat().st_size == 0:
         raise DataError(f"{file} is empty (0 bytes), so it is not a clip; remove it or copy it again")
     try:
-        num_packets, announced = _count_frames(file)
-        wanted = _grid_indices(num_packets, settings.num_frames)
-        decoded, num_decoded, codec = _decode(file, wanted, settings)
-        if num_decoded < max(announced, num_packets) * _COMPLETE_SHARE:
+        packets = read_packets(file)
+        if packets.count < packets.announced * _COMPLETE_SHARE:
             raise DataError(
-                f"{file} is truncated: it announces {max(announced, num_packets)} frames but only {num_decoded} can be "
-                "decoded; copy it again or cut it properly"
+                f"{file} is truncated: it announces {packets.announced} frames but holds only {packets.count}; copy it "
+                "again or cut it properly"
             )
-        if num_decoded < num_packets:  # packets without a frame of their own (field pairs, lead-in): spread again
-            wanted = _grid_indices(num_decoded, settings.num_frames)
-            decoded, _, codec = _decode(file, wanted, settings)
+        # The packets' times tell which frames will be wanted, so that one pass over the frames is enough for a clip
+        # in which every packet gives one frame.
+        decoded = _decode(file, packets.timeline.grid(settings.num_frames), packets.lead, settings)
+        _check_shown(file, packets, decoded)
+        wanted = decoded.timeline.grid(settings.num_frames)
+        if not decoded.kept.keys() >= set(wanted.tolist()):
+            decoded = _decode(file, wanted, packets.lead, settings)
     except av.error.FFmpegError as error:
         raise DataError(
             f"{file} cannot be decoded as a clip (FFmpeg: {error.strerror}): it is truncated, damaged or no video; "
             "copy it again or remove it"
         ) from error
-    box = decoded[int(wanted[0])][1]
+    if not decoded.kept.keys() >= set(wanted.tolist()):
+        raise DataError(f"{file} changed while it was read; start again when it is written to its end")
     return ClipFrames(
-        frames=np.stack([decoded[int(index)][0] for index in wanted]),
+        frames=np.stack([decoded.kept[index][0] for index in wanted.tolist()]),
         source_indices=wanted,
         is_duplicate=np.concatenate([[False], wanted[1:] == wanted[:-1]]),
-        content_box=box,
-        num_source_frames=num_decoded if num_decoded < num_packets else num_packets,
-        codec=codec,
+        content_box=decoded.kept[int(wanted[0])][1],
+        num_source_frames=len(decoded.timeline.ticks),
+        codec=decoded.codec,
+        spoilt_packets=decoded.spoilt,
     )
 
 
-def _grid_indices(num_source_frames: int, num_frames: int) -> np.ndarray:
-    return np.round(np.linspace(0, num_source_frames - 1, num_frames)).astype(np.int32)
+def _check_shown(file: Path, packets: Packets, decoded: _Decoded) -> None:
+    """Raises `DataError` if far less can be shown than the container says, or than its packets should give."""
+    shown = len(decoded.timeline.ticks)
+    expected = packets.announced or shown + decoded.spoilt
+    if shown < expected * _SHOWN_SHARE:
+        raise DataError(
+            f"{file} is damaged: only {shown} of its {expected} frames can be decoded ({decoded.spoilt} packets are "
+            "spoilt); copy it again or remove it"
+        )
 
 
-def _video_stream(container: av.container.InputContainer, file: Path) -> av.VideoStream:
-    # A cover picture of a music file is a video stream to FFmpeg, but not a clip.
-    streams = [
-        stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic
-    ]
-    if not streams:
-        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        raise DataError(f"{file} has no video stream (it holds {kinds}), so there are no frames to read; remove it")
-    return streams[0]
-
-
-def _count_frames(file: Path) -> tuple[int, int]:
-    """Returns (packets with data, frames announced by the container or 0)."""
-    with av.open(str(file)) as container:
-        stream = _video_stream(container, file)
-        count, last_end = 0, 0.0
-        for packet in container.demux(stream):
-            if packet.size:
-                count += 1
-                if packet.pts is not None and packet.time_base is not None:
-                    last_end = max(last_end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        announced = stream.frames
-        if not announced and len(container.streams) == 1 and container.duration and last_end > 0:
-            # No frame count (Matroska): compare the time reached with the duration in the header.
-            announced = round(count * container.duration / av.time_base / last_end)
-    if count == 0:
-        raise DataError(f"{file} has a video stream without a single frame; it is truncated or was never finished")
-    return count, announced
-
-
-def _decode(
-    file: Path, wanted: np.ndarray, settings: CodecSettings
-) -> tuple[dict[int, tuple[np.ndarray, tuple[int, int, int, int]]], int, str]:
-    """Decodes up to the last wanted frame. Returns {index: (frame, content box)}, frames decoded, codec name."""
+def _decode(file: Path, wanted: np.ndarray, lead: int, settings: CodecSettings) -> _Decoded:
+    """Decodes the clip behind its lead and keeps the wanted frames; raises `DataError` if there is no frame at all."""
     needed = set(wanted.tolist())
-    last_wanted = int(wanted[-1])
     kept: dict[int, tuple[np.ndarray, tuple[int, int, int, int]]] = {}
-    count = 0
-    with av.open(str(file)) as container:
-        stream = _video_stream(container, file)
+    with open_clip(file) as (container, stream):
         stream.codec_context.thread_count = 1  # clips are spread over processes
         aspect = float(stream.codec_context.sample_aspect_ratio or 1)
         codec = stream.codec_context.name
-        try:
-            for frame in container.decode(stream):
-                if count in needed:
-                    kept[count] = fit_frame(frame, settings, pixel_aspect=aspect)
-                count += 1
-                if count > last_wanted:
-                    break
-        except av.error.FFmpegError:
-            if count == 0:
-                raise  # otherwise the number of frames decoded says how much is missing
-    if not kept:
-        raise DataError(f"{file} has a video stream ({codec}), but no frame of it can be decoded; it is damaged")
-    return kept, count, codec
+        shown = ShownFrames(container, stream, lead)
+        for index, frame in enumerate(shown):
+            if index in needed:
+                kept[index] = fit_frame(frame, settings, pixel_aspect=aspect)
+        timeline = shown.timeline()
+    if not timeline.ticks:
+        reason = f" (FFmpeg: {shown.error.strerror})" if shown.error else ""
+        raise DataError(
+            f"{file} has a video stream ({codec}), but no frame of it can be decoded{reason}; it is damaged, or of a "
+            "kind that this FFmpeg cannot decode: copy it again, convert it or remove it"
+        )
+    return _Decoded(kept, timeline, shown.spoilt, codec)
 
 
 def fit_frame(
