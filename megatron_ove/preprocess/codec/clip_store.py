@@ -77,6 +77,7 @@ class ClipSelector:
         info |= {
             "source_codec": clip.codec,
             "source_frames": clip.num_source_frames,
+            "spoilt_packets": clip.spoilt_packets,
             "source_indices": clip.source_indices.tolist(),
             "duplicates": int(clip.is_duplicate.sum()),
             "patches": len(positions),

@@ -10,6 +10,9 @@ import av
 
 from megatron_ove.errors import DataError
 
+_READING = 2
+"""Counts up when the same clip and settings give other frames. 2: a grid even in time, only frames that are shown."""
+
 
 @dataclass(frozen=True)
 class CodecSettings:
@@ -84,7 +87,7 @@ class CodecSettings:
     def as_record(self) -> dict[str, object]:
         """Returns the settings and the versions they were run with, ready for JSON."""
         libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
-        return {**asdict(self), "pyav": av.__version__, "ffmpeg_libraries": libraries}
+        return {**asdict(self), "reading": _READING, "pyav": av.__version__, "ffmpeg_libraries": libraries}
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> CodecSettings:
