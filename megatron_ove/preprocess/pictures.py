@@ -61,7 +61,8 @@ def decode_picture(content: bytes, *, name: str, sheet: int = 0) -> np.ndarray:
     if form:
         raise DataError(f"{name} {form}")
     try:
-        with _open(content, suffix) as picture:
+        with warnings.catch_warnings(), _open(content, suffix) as picture:
+            warnings.simplefilter("ignore")  # of odd metadata, which changes no pixel
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise DataError(
