@@ -12,7 +12,7 @@ from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
 from megatron_ove.preprocess.codec.clip_store import CLIP_FIELDS, load_clip
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from megatron_ove.preprocess.file_runs import show_progress
-from megatron_ove.preprocess.record_files import open_rejects, read_records, replacement_folder, write_whole
+from megatron_ove.preprocess.record_files import open_rejects, read_records, replacement_folder
 from megatron_ove.preprocess.tool_arguments import add_shard_options, report, run_tool
 
 
@@ -63,6 +63,7 @@ def _work(arguments: argparse.Namespace) -> None:
                 grid_width=settings.grid_width,
             ) as writer,
         ):
+            writer.add_file("codec_settings.json", json.dumps(settings.as_record(), indent=2).encode())
             for record in show_progress(records, title="writing clips"):
                 key, file = record["key"], record["file"]
                 if key not in rows:
@@ -77,7 +78,6 @@ def _work(arguments: argparse.Namespace) -> None:
                 members |= {f"frame{index:02d}.jpg": frame for index, frame in enumerate(clip.frames)}
                 writer.add(key, members, labelled.labels[rows[key]], source=file)
             count = len(writer)
-        write_whole(arguments.output / "codec_settings.json", json.dumps(settings.as_record(), indent=2).encode())
         report(f"{count} clips, {labelled.num_classes} classes, {rejects.count} rejected -> {arguments.output}")
 
 
