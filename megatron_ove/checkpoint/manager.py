@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,12 +81,20 @@ class CheckpointManager:
         self._is_writer = dist.get_rank() == 0
         self._strategy = FullyParallelSaveStrategyWrapper(InProcessSaveStrategy(), data_group)
 
-    def save(self, step: int, state: ShardedStateDict, *, manifest_extra: Mapping[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        step: int,
+        state: ShardedStateDict,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        manifest_extra: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Writes `state` as the checkpoint of `step` and deletes older ones.
 
         Args:
             step: optimizer steps done.
             state: sharded state dict; its plain values must be equal on all ranks.
+            files: further files, relative path -> content; those of rank 0 are written.
             manifest_extra: JSON values for the manifest.
 
         Returns:
@@ -100,10 +109,12 @@ class CheckpointManager:
         try:
             self._on_writer(lambda: _make_empty_folder(partial))
             sharded, common = cast(tuple[ShardedStateDict, StateDict], save_preprocess(state))
-            self._require_space(step, sharded)
+            files = files if files and self._is_writer else {}
+            self._require_space(step, sharded, num_further_bytes=sum(map(len, files.values())))
             self._on_writer(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)))
             self._together(lambda: self._strategy.save(sharded, partial))
             self._on_writer(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(partial)))
+            self._on_writer(lambda: _write_files(partial, files))
             checksums = self._share_files(data_files(partial), lambda name: _describe_file(partial / name))
             self._on_writer(lambda: write_manifest(partial, step=step, files=checksums, extra=manifest_extra or {}))
             self._on_writer(lambda: _publish(partial, final))
@@ -180,14 +191,14 @@ class CheckpointManager:
                 on_every_rank=True,
             ) from error
 
-    def _require_space(self, step: int, sharded: ShardedStateDict) -> None:
+    def _require_space(self, step: int, sharded: ShardedStateDict, *, num_further_bytes: int) -> None:
         tensors = [
             item
             for item in nested_values(sharded)
             if isinstance(item, ShardedTensor) and is_main_replica(item.replica_id)
         ]
         local = sum(item.data.numel() * item.data.element_size() for item in tensors if item.data is not None)
-        per_rank = _gather((local, len(tensors)))
+        per_rank = _gather((local + num_further_bytes, len(tensors)))
         needed = sum(size + _OVERHEAD_BYTES_PER_TENSOR * count for size, count in per_rank) + _OVERHEAD_BYTES
         free = self._from_writer(lambda: shutil.disk_usage(self.directory).free)
         if free < needed:
@@ -286,6 +297,18 @@ def _make_empty_folder(path: Path) -> None:
     if old is not None:
         with _warned_of(old):
             discard(old)
+
+
+def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Writes and syncs each file anew: one linked to an older checkpoint's would share its damage."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        sync_folder(path.parent)
 
 
 def _publish(partial: Path, final: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_ove.errors import ConfigError
 
 _DESCRIPTION = """Embeds every sample of a shard set with an exported encoder and prints retrieval figures: labels
-shared with the nearest other samples; with --checkpoint, the sample's labels among the nearest class centers; with
---group-pattern, other samples of the same group."""
+shared with the nearest other samples; with --checkpoint, the sample's labels among the nearest class centers, and a
+label's samples among those nearest to its class center; with --group-pattern, other samples of the same group."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ove.vocabulary import VOCABULARY_FILE, vocabulary_path
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -114,10 +116,15 @@ def _moment_problems(path: Path) -> list[str]:
 
 
 def _count_parameters(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    from megatron_ove.convert.class_centers import load_words
+
     sizes = _stored_sizes(path)
     encoder = sum(size.numel() for name, size in sizes.items() if name.startswith("model."))
     rows = {"encoder parameters": f"{encoder:,}"}
     for name, objective in config["objectives"].items():
+        words = load_words(path, name)
+        if words is not None:
+            rows[f"words of {name}"] = f"{len(words):,} ({vocabulary_path(name)})"
         table = sizes.get(f"objectives.{name}.weight")
         shape = f"{table[0]:,} classes x {table[1]} = {table.numel():,}" if table else "absent"
         rows[f"class centers of {name}"] = f"{shape} (source {objective['source']})"
@@ -142,11 +149,16 @@ def _describe_shard_set(path: Path, *, verify: bool) -> tuple[dict[str, Any], li
     shards = ShardSet.open(path)
     info = shards.info
     files = [file for file in path.rglob("*") if file.is_file()]
+    words = shards.read_vocabulary()
+    named = {} if words is None else {"words": f"{len(words):,} ({VOCABULARY_FILE})"}
+    if words is None and info.kind == "ocr":
+        named = {"words": f"not known: it holds no {VOCABULARY_FILE}"}
     patches, labels = shards.num_patches, (shards.labels >= 0).sum(axis=1)
     return {
         "kind": info.kind,
         "samples": f"{info.num_samples:,}",
         "classes": f"{info.num_classes:,}",
+        **named,
         "labels per sample": f"{labels.min()} to {labels.max()} of {info.label_width}",
         "patches per sample": f"{patches.min()} to {patches.max()}, mean {patches.mean():.1f}",
         "members": ", ".join(info.members) if len(info.members) < 8 else f"{len(info.members)} files per sample",

@@ -24,7 +24,7 @@ from megatron_ove.parallel.launcher import slurm_rank_variables
 
 _REPEAT_DELAY_S = 4.0
 
-SUBCOMMANDS = ("train", "plan", "convert", "evaluate", "inspect", "report")
+SUBCOMMANDS = ("train", "plan", "convert", "evaluate", "read", "find", "inspect", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -78,11 +78,14 @@ def encoder_config_of(facts: Mapping[str, Any], checkpoint_dir: str | Path) -> E
         ) from error
 
 
-def encoder_state_from_checkpoint(checkpoint_dir: str | Path) -> tuple[dict[str, Tensor], EncoderConfig]:
+def encoder_state_from_checkpoint(
+    checkpoint_dir: str | Path, *, verify: bool = True
+) -> tuple[dict[str, Tensor], EncoderConfig]:
     """Reads the encoder's weights, whatever parallel layout wrote them.
 
     Args:
         checkpoint_dir: a checkpoint folder.
+        verify: whether every file's checksum is compared first.
 
     Returns:
         Names of a one-process `VisionEncoder` with local layers to whole tensors on the CPU, in the stored dtype; and
@@ -91,7 +94,7 @@ def encoder_state_from_checkpoint(checkpoint_dir: str | Path) -> tuple[dict[str,
     Raises:
         CheckpointError: the folder is not a whole checkpoint, or its tensors are not those of its configuration.
     """
-    config = encoder_config_of(read_checkpoint_facts(checkpoint_dir), checkpoint_dir)
+    config = encoder_config_of(read_checkpoint_facts(checkpoint_dir, verify=verify), checkpoint_dir)
     stored = read_tensors(checkpoint_dir, _MODEL_PREFIX)
     places = {name: _stored_place(name) for name in mcore_shapes(config)}
     state = {

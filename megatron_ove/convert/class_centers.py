@@ -1,4 +1,4 @@
-"""Class centers of a checkpoint, for evaluation."""
+"""Class centers of a checkpoint, and the words that they stand for."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor
 from megatron_ove.convert.checkpoint_files import read_checkpoint_facts, read_tensors
 from megatron_ove.errors import CheckpointError
 from megatron_ove.parallel.class_order import rows_of_classes
+from megatron_ove.vocabulary import Vocabulary, vocabulary_path
 
 
-def load_class_centers(checkpoint_dir: str | Path, objective: str) -> Tensor:
+def load_class_centers(checkpoint_dir: str | Path, objective: str, *, verify: bool = True) -> Tensor:
     """Reads the class centers of one objective, whatever number of ranks wrote them.
 
     Args:
         checkpoint_dir: a checkpoint folder.
         objective: name of the objective in the run's configuration.
+        verify: whether every file's checksum is compared first.
 
     Returns:
         [num_classes, e] fp32 on the CPU, in the order of class ids, not normalized.
@@ -25,7 +27,7 @@ def load_class_centers(checkpoint_dir: str | Path, objective: str) -> Tensor:
     Raises:
         CheckpointError: the folder is not a whole checkpoint, or holds no such table.
     """
-    facts = read_checkpoint_facts(checkpoint_dir)
+    facts = read_checkpoint_facts(checkpoint_dir, verify=verify)
     objectives = facts["config"].get("objectives", {})
     key = f"objectives.{objective}.weight"
     if objective in objectives:
@@ -38,3 +40,15 @@ def load_class_centers(checkpoint_dir: str | Path, objective: str) -> Tensor:
         f"the checkpoint {checkpoint_dir} has no class centers of an objective '{objective}'; its objectives are "
         f"{known}; name one of them"
     )
+
+
+def load_words(checkpoint_dir: str | Path, objective: str) -> Vocabulary | None:
+    """Returns the words of an objective's classes; None where the checkpoint carries none.
+
+    It carries them when the shard set it was trained on had its vocabulary beside it.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = Path(checkpoint_dir) / vocabulary_path(objective)
+    return Vocabulary.load(path) if path.exists() else None

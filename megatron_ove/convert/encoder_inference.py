@@ -13,13 +13,14 @@ from megatron_ove.parallel.topology import ParallelTopology, initialize_topology
 
 
 def load_encoder_for_inference(
-    checkpoint_dir: str | Path, *, topology: ParallelTopology | None = None
+    checkpoint_dir: str | Path, *, topology: ParallelTopology | None = None, verify: bool = True
 ) -> tuple[VisionEncoder, EncoderConfig]:
     """Builds the encoder of a checkpoint on this process, in the stored dtype and in evaluation mode.
 
     Args:
         checkpoint_dir: a checkpoint folder.
         topology: of one process; None starts one, which the caller ends with `destroy_topology`.
+        verify: whether every file's checksum is compared first.
 
     Returns:
         The encoder, without gradients, and its configuration as it was trained.
@@ -27,7 +28,7 @@ def load_encoder_for_inference(
     Raises:
         CheckpointError: the folder is not a whole checkpoint, or its tensors are not those of its configuration.
     """
-    state, config = encoder_state_from_checkpoint(checkpoint_dir)
+    state, config = encoder_state_from_checkpoint(checkpoint_dir, verify=verify)
     topology = topology or initialize_topology(ParallelConfig(), seed=0)
     # How it was trained says nothing about this machine.
     plain = {"layer_spec": "auto", "attention_backend": "auto", "compile": False, "recompute": "none", "fp8": "off"}

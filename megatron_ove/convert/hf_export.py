@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint, read_checkpoint_facts
+from megatron_ove.convert.class_centers import load_words
 from megatron_ove.convert.hf_config import DEFAULT_IMAGE_SIZE, to_hf_config
 from megatron_ove.convert.hf_folder import write_hf_folder
 from megatron_ove.convert.mapping import to_hf
 from megatron_ove.convert.model_card import describe_model
+from megatron_ove.vocabulary import vocabulary_path
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,8 @@ def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path) -> Pat
 
     Args:
         checkpoint_dir: a checkpoint folder.
-        output_dir: new folder: model.safetensors, config.json, the modelling code, preprocessor_config.json, README.md.
+        output_dir: new folder: model.safetensors, config.json, the modelling code, preprocessor_config.json, README.md,
+            and the vocabularies that the checkpoint carries.
 
     Returns:
         The folder.
@@ -38,10 +41,18 @@ def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path) -> Pat
     dtype = next(iter(published.values())).dtype
     values = to_hf_config(config, image_size=trained_image_size(facts), dtype=dtype)
     num_parameters = sum(tensor.numel() for tensor in published.values())
-    card = describe_model(values, facts, num_parameters=num_parameters)
-    path = write_hf_folder(output_dir, published, values, model_card=card)
+    num_words = _count_words(checkpoint_dir, facts)
+    card = describe_model(values, facts, num_parameters=num_parameters, num_words=num_words)
+    files = {name: (Path(checkpoint_dir) / name).read_bytes() for name in num_words}
+    path = write_hf_folder(output_dir, published, values, model_card=card, files=files)
     logger.info("exported %d tensors, %d parameters, to %s", len(published), num_parameters, path)
     return path
+
+
+def _count_words(checkpoint_dir: str | Path, facts: Mapping[str, Any]) -> dict[str, int]:
+    """Returns file -> its words, for every vocabulary that a checkpoint carries."""
+    found = {name: load_words(checkpoint_dir, name) for name in facts["config"].get("objectives", {})}
+    return {vocabulary_path(name): len(words) for name, words in found.items() if words is not None}
 
 
 def trained_image_size(facts: Mapping[str, Any]) -> int:

@@ -23,7 +23,12 @@ _BICUBIC = 3  # PIL's number
 
 
 def write_hf_folder(
-    output_dir: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, model_card: str
+    output_dir: str | Path,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    model_card: str,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes a complete HuggingFace folder; it appears only when every file is in it.
 
@@ -32,6 +37,7 @@ def write_hf_folder(
         state: published names to contiguous tensors.
         config: content of config.json.
         model_card: content of README.md.
+        files: further files, relative path -> content.
 
     Raises:
         CheckpointError: the folder exists or cannot be written.
@@ -48,6 +54,9 @@ def write_hf_folder(
         for name in _MODELING_CODE:
             shutil.copyfile(_CODE_DIR / name, partial / name)
         (partial / "README.md").write_text(model_card, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
     return Path(output_dir)
 
 

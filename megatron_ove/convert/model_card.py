@@ -73,13 +73,20 @@ _LIMITS = """## Limits
 """
 
 
-def describe_model(values: Mapping[str, Any], facts: Mapping[str, Any], *, num_parameters: int) -> str:
+def describe_model(
+    values: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    num_parameters: int,
+    num_words: Mapping[str, int] | None = None,
+) -> str:
     """Returns the model card.
 
     Args:
         values: content of config.json.
         facts: plain values of the checkpoint: step, config, train_state.
         num_parameters: of the exported model.
+        num_words: vocabulary in the folder -> its words.
     """
     usage = _USAGE.format(
         image_size=values["image_size"],
@@ -90,7 +97,8 @@ def describe_model(values: Mapping[str, Any], facts: Mapping[str, Any], *, num_p
         pooled_line=f"\noutput.pooler_output  # [1, {values['hidden_size']}]" if values["use_head"] else "",
     )
     name = facts["config"].get("name", "OneVision-Encoder")
-    parts = [f"{_HEADER}\n# {name}\n", _architecture(values, num_parameters), _training(facts), usage, _LIMITS]
+    training = _training(facts, num_words or {})
+    parts = [f"{_HEADER}\n# {name}\n", _architecture(values, num_parameters), training, usage, _LIMITS]
     return "\n".join(parts)
 
 
@@ -105,7 +113,7 @@ def _architecture(values: Mapping[str, Any], num_parameters: int) -> str:
     )
 
 
-def _training(facts: Mapping[str, Any]) -> str:
+def _training(facts: Mapping[str, Any], num_words: Mapping[str, int]) -> str:
     config = facts["config"]
     if "objectives" not in config:
         return f"## Training\n\nImported from {facts.get('imported_from', 'elsewhere')} and not trained further.\n"
@@ -123,5 +131,9 @@ def _training(facts: Mapping[str, Any]) -> str:
             for name, item in config["objectives"].items()
         ),
         "\nThe heads' class centers are not part of this export.\n",
+        *(
+            f"`{path}` holds the {count:,} words of a head's classes, in the order of class ids.\n"
+            for path, count in num_words.items()
+        ),
     ]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from megatron_ove.errors import DataError
+from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 
 FORMAT_VERSION = 1
 INFO_FILE = "dataset.json"
@@ -184,3 +185,22 @@ class DatasetInfo:
                 "of this version; write the shard set again"
             )
         return info
+
+
+def read_vocabulary(directory: Path, info: DatasetInfo) -> Vocabulary | None:
+    """Returns the words of a shard set's label ids; None where its folder holds no vocabulary.
+
+    Raises:
+        DataError: the file is no vocabulary, or has another number of words than the set has classes.
+    """
+    path = directory / VOCABULARY_FILE
+    if not path.exists():
+        return None
+    vocabulary = Vocabulary.load(path)
+    if len(vocabulary) != info.num_classes:
+        raise DataError(
+            f"{path} has {len(vocabulary)} words, but {directory} was written with num_classes = {info.num_classes}, "
+            "so it is the vocabulary of another set and its ids mean other words; put the one there that the set was "
+            "written with"
+        )
+    return vocabulary

@@ -16,9 +16,16 @@ import numpy as np
 from megatron_ove.data import shard_format as layout
 from megatron_ove.data.shard_files import ShardFiles
 from megatron_ove.data.shard_format import DatasetInfo
-from megatron_ove.data.shard_validation import deep_problems, index_problems, label_problems, shard_problems
+from megatron_ove.data.shard_validation import (
+    deep_problems,
+    index_problems,
+    label_problems,
+    shard_problems,
+    vocabulary_problems,
+)
 from megatron_ove.data.shard_writer import INDEX_FILES, ShardWriter
 from megatron_ove.errors import DataError
+from megatron_ove.vocabulary import Vocabulary
 
 __all__ = ["DatasetInfo", "ReadError", "ShardSet", "ShardWriter", "validate_shard_set"]
 
@@ -123,6 +130,14 @@ class ShardSet:
             )
         return data
 
+    def read_vocabulary(self) -> Vocabulary | None:
+        """Returns the words of the label ids; None where the folder holds none. Reads and checks the file anew.
+
+        Raises:
+            DataError: the file is no vocabulary, or has another number of words than the set has classes.
+        """
+        return layout.read_vocabulary(self.directory, self.info)
+
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""
         self.files.close()
@@ -139,7 +154,7 @@ class ShardSet:
 
 
 def validate_shard_set(directory: str | Path, *, deep: bool) -> list[str]:
-    """Checks a shard set.
+    """Checks a shard set, with its vocabulary if it has one.
 
     Args:
         directory: its folder.
@@ -152,7 +167,7 @@ def validate_shard_set(directory: str | Path, *, deep: bool) -> list[str]:
         shards = ShardSet.open(directory)
     except DataError as error:
         return str(error).split("\n")
-    return deep_problems(shards) if deep else []
+    return vocabulary_problems(shards) + (deep_problems(shards) if deep else [])
 
 
 def _shard_path(directory: Path, number: int) -> Path:

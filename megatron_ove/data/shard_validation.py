@@ -185,6 +185,15 @@ def header_problems(info: layout.DatasetInfo, columns: Columns, path: Path, rows
     return []
 
 
+def vocabulary_problems(shards: ShardSet) -> list[str]:
+    """Returns what is wrong with the vocabulary beside the shards; nothing where there is none."""
+    try:
+        shards.read_vocabulary()
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
 def deep_problems(shards: ShardSet) -> list[str]:
     """Returns what is wrong after every header was compared, every picture decoded and every label read."""
     info, columns = shards.info, shards.columns

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,6 +128,19 @@ class ShardWriter:
             self._columns[name].append(value)
         self._keys[key] = None
         return True
+
+    def add_file(self, name: str, content: bytes) -> None:
+        """Puts a companion file (a vocabulary, a tool's settings) into the set's folder; it appears with the set.
+
+        Raises:
+            DataError: `name` is no plain file name, or one of the set's own.
+        """
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in (layout.INFO_FILE, *PARTS):
+            raise DataError(
+                f"'{name}' cannot name a companion file of {self.directory}, because it is no plain file name or "
+                "belongs to the set itself; choose another"
+            )
+        (self._folder.path / name).write_bytes(content)
 
     def close(self) -> None:
         """Writes the index and makes the shard set visible.

@@ -15,6 +15,7 @@ from megatron_ove.evaluation.retrieval import (
     label_retrieval,
     labels_to_relevant,
     mean_over_queries,
+    sample_retrieval,
     without_self,
 )
 
@@ -27,7 +28,8 @@ def evaluate_embeddings(
     Args:
         embedded: embeddings, labels and keys of the samples.
         k: cut-off of rankings.
-        class_centers: [c, e]; adds "labels": sample -> its own labels by nearest class centers.
+        class_centers: [c, e]; adds "labels": sample -> its own labels by nearest class centers, and "samples": label
+            -> the samples that carry it by nearness to its class center.
         group_pattern: regular expression whose first group, found in a sample's key, names what belongs together; adds
             "groups": sample -> the other samples of its group.
 
@@ -46,6 +48,7 @@ def evaluate_embeddings(
                 "centers; give the objective that was trained with these labels"
             )
         figures["labels"] = label_retrieval(embedded.embeddings, class_centers, embedded.labels, k)
+        figures["samples"] = sample_retrieval(embedded.embeddings, class_centers, embedded.labels, k)
     if group_pattern is not None:
         figures["groups"] = group_retrieval(embedded.embeddings, group_names(embedded.keys, group_pattern), k)
     return figures

@@ -97,6 +97,31 @@ def label_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, k
     }
 
 
+def sample_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, k: int) -> dict[str, float]:
+    """How well the samples nearest to a class center are those that carry the class: a word and its pages.
+
+    Args:
+        embeddings: [n, e], any length.
+        class_centers: [c, e], any length.
+        labels: [n, L] int, -1 = none.
+        k: cut-off of the recall.
+
+    Returns:
+        "recall_at_<k>" and "mean_average_precision" over the classes that some sample carries, "chance_recall_at_<k>"
+        (what a random order of the samples gives), and "queries", how many such classes there are.
+    """
+    classes = labels[labels >= 0].unique()  # [q], sorted
+    places = torch.searchsorted(classes, labels.contiguous()).where(labels >= 0, -1)
+    relevant = labels_to_relevant(places, len(classes)).T  # [q, n]
+    scores = cosine_scores(class_centers[classes.long()], embeddings)
+    return {
+        f"recall_at_{k}": mean_over_queries(recall_at_k(scores, relevant, k)),
+        f"chance_recall_at_{k}": min(1.0, k / len(embeddings)),
+        "mean_average_precision": mean_over_queries(average_precision(scores, relevant)),
+        "queries": len(classes),
+    }
+
+
 def group_retrieval(embeddings: Tensor, groups: Sequence[str], k: int) -> dict[str, float]:
     """How well a sample finds the other samples of its group (the same photograph, another cut of the same clip).
 

@@ -2,6 +2,7 @@
 
 Key prefixes in the files: `model.` encoder, `optimizer.` its moments and master weights, `objectives.<name>.` class
 centers with theirs, `rng` generators per rank. Plain values: step, config, train_state, sampler, schedule, layout.
+Beside them, as plain files: the words that OCR objectives' classes stand for.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.optim.optimizer import EncoderOptimizer, sharding_metadata
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.build_model import encoder_of
+from megatron_ove.training.run_vocabularies import RunVocabularies
 from megatron_ove.training.train_state import TrainState, fingerprint, sampler_state
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class RunCheckpoints:
         self._plain_config = config.model_dump(mode="json")
         self._restored_sizes: Mapping[str, int] = {}
         self._initialized_from: str | None = None
+        self._vocabularies = RunVocabularies(config, is_main=topology.global_rank == 0)
         self._manager = CheckpointManager(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint.keep,
@@ -88,7 +91,7 @@ class RunCheckpoints:
         }
         content["rng"] = sharded_rng_state(rank=self._topology.global_rank, world_size=self._topology.world_size)
         extra = {"config_sha256": fingerprint(self._plain_config), "world_size": self._topology.world_size}
-        return self._manager.save(state.step, content, manifest_extra=extra)
+        return self._manager.save(state.step, content, files=self._vocabularies.files, manifest_extra=extra)
 
     def restore(self, state: TrainState) -> Path | None:
         """Puts the run back to its newest usable checkpoint.
@@ -100,7 +103,8 @@ class RunCheckpoints:
             The checkpoint; None when there is none and the run starts at step 0.
 
         Raises:
-            CheckpointError: it holds another model, cannot be read, or its moments belong to other parameters.
+            CheckpointError: it holds another model, cannot be read, its moments belong to other parameters, or its
+                classes stand for other words.
         """
         path = self._manager.latest()
         if path is None:
@@ -111,6 +115,7 @@ class RunCheckpoints:
         except CheckpointError as error:
             error.on_every_rank = True  # all ranks compare the same two configurations
             raise
+        self._vocabularies.continue_from(path)
         if self._topology.global_rank == 0:
             for sentence in exactness_warnings(common["config"], self._plain_config):
                 logger.warning("%s", sentence)

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from megatron_ove.data.shard_index import ShardSet, validate_shard_set
-from megatron_ove.preprocess.ocr.vocabulary import Vocabulary
 from megatron_ove.preprocess.ocr.words import segment_words
+from megatron_ove.vocabulary import Vocabulary
 from tests.support.clips import moving_square, write_sound, write_video
 from tests.support.tool_scripts import reject_reasons, run_script
 
@@ -84,6 +84,7 @@ def test_pages_become_a_shard_set(demo: Path, tmp_path: Path, capsys) -> None:
     stored = ShardSet.open(tmp_path / "shards")
     assert len(stored.labels) == 8
     assert stored.labels.shape[1] == 100
+    assert stored.read_vocabulary() == vocabulary
     truth = [json.loads(line) for line in (demo / "page_truth.jsonl").read_text().splitlines()]
     english = next(page for page in truth if page["language"] == "en" and page["split"] == "train")
     keys = [

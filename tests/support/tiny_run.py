@@ -10,6 +10,7 @@ import yaml
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.synthetic import write_synthetic_shard_set
+from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 
 NUM_CLASSES = {"image": 11, "ocr": 13, "video": 7}
 
@@ -24,6 +25,14 @@ def write_tiny_sources(folder: Path) -> dict[str, str]:
     for kind, shape in shapes.items():
         write_synthetic_shard_set(folder / kind, kind=kind, num_classes=NUM_CLASSES[kind], **shape)
     return {kind: str(folder / kind) for kind in shapes}
+
+
+def write_tiny_vocabulary(folder: Path | str, *, start: str = "word") -> Vocabulary:
+    """Puts a vocabulary beside the shard set of pages: class 3 is the word "<start>3"."""
+    words = tuple(f"{start}{number}" for number in range(NUM_CLASSES["ocr"]))
+    vocabulary = Vocabulary(words, (1,) * len(words), {"num_pages": 20})
+    vocabulary.save(Path(folder) / VOCABULARY_FILE)
+    return vocabulary
 
 
 def tiny_config(sources: dict[str, str], run_dir: Path | str, *, sample_rate: float = 1.0, **sections: Any) -> dict:

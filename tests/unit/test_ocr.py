@@ -9,10 +9,11 @@ from megatron_ove.errors import DataError
 from megatron_ove.preprocess.ocr.engines import PaddleOcrEngine, RapidOcrEngine, build_engine
 from megatron_ove.preprocess.ocr.lines import TextLine, believable_lines
 from megatron_ove.preprocess.ocr.tags import page_tags, rank_words
-from megatron_ove.preprocess.ocr.vocabulary import Vocabulary, build_vocabulary
+from megatron_ove.preprocess.ocr.vocabulary import build_vocabulary
 from megatron_ove.preprocess.ocr.words import segment_words
 from megatron_ove.preprocess.text_render.page import draw_style, render_page
 from megatron_ove.preprocess.text_render.passages import draw_passage
+from megatron_ove.vocabulary import Vocabulary
 
 
 def _line(text: str, score: float = 0.99, *, top: float = 0.0, height: float = 10.0, width: float = 100.0) -> TextLine:

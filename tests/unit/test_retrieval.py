@@ -19,6 +19,7 @@ from megatron_ove.evaluation.retrieval import (
     recall_at_k,
     reciprocal_rank,
     same_group,
+    sample_retrieval,
     without_self,
 )
 
@@ -74,6 +75,19 @@ def test_label_retrieval_by_class_centers() -> None:
     assert figures["recall_at_1"] == pytest.approx((0.5 + 1.0) / 2)
     assert figures["mean_average_precision"] == pytest.approx(((1.0 + 2 / 3) / 2 + 1.0) / 2)
     assert figures["chance_recall_at_1"] == 0.25
+
+
+def test_sample_retrieval_by_class_centers() -> None:
+    embeddings = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.0, 0.1, 0.5, 0.9], [1.0, 1.0, 1.0, 1.0]])
+    labels = torch.tensor([[0, 2], [3, -1], [-1, -1]], dtype=torch.int32)
+    figures = sample_retrieval(embeddings, torch.eye(4) * 5, labels, k=1)
+    # Classes 0 and 3 find their only sample first, class 2 finds it last; nothing carries class 1.
+    assert figures["queries"] == 3
+    assert figures["recall_at_1"] == pytest.approx(2 / 3)
+    assert figures["mean_average_precision"] == pytest.approx((1 + 1 / 3 + 1) / 3)
+    assert figures["chance_recall_at_1"] == pytest.approx(1 / 3)
+    nothing = sample_retrieval(embeddings, torch.eye(4), torch.full((3, 2), -1), k=1)
+    assert nothing["queries"] == 0 and math.isnan(nothing["recall_at_1"])
 
 
 def test_group_retrieval_never_finds_itself() -> None:

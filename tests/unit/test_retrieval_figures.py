@@ -32,7 +32,7 @@ def test_neighbour_overlap_is_the_jaccard_of_the_nearest() -> None:
 def test_families_depend_on_what_is_given() -> None:
     assert set(evaluate_embeddings(EMBEDDED, k=1)) == {"neighbours"}
     figures = evaluate_embeddings(EMBEDDED, k=1, class_centers=torch.randn(3, 2), group_pattern="^([a-z]+)_")
-    assert set(figures) == {"neighbours", "labels", "groups"}
+    assert set(figures) == {"neighbours", "labels", "samples", "groups"}
     assert figures["groups"]["recall_at_1"] == 1.0
     assert figures["groups"]["queries"] == 2
     lines = format_figures(figures).splitlines()

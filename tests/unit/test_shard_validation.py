@@ -13,7 +13,8 @@ import pytest
 
 from megatron_ove.data.shard_index import ShardSet, validate_shard_set
 from megatron_ove.errors import DataError
-from tests.support.id_shards import encode, id_picture, write_id_shard_set
+from megatron_ove.preprocess.ocr.vocabulary import build_vocabulary
+from tests.support.id_shards import NUM_CLASSES, encode, id_picture, write_id_shard_set
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,23 @@ def test_a_fault_found_at_open_is_a_sentence(copied: Path, damage: Callable[[Pat
         ShardSet.open(copied)
     problem = validate_shard_set(copied, deep=False)[0]
     assert re.search(text, problem)
+
+
+def test_a_vocabulary_has_a_word_for_every_class(copied: Path) -> None:
+    assert ShardSet.open(copied).read_vocabulary() is None  # sets of earlier versions have none
+    assert validate_shard_set(copied, deep=False) == []
+    words = [f"word{number}" for number in range(NUM_CLASSES)]
+    vocabulary = build_vocabulary([words], permutation_seed=None)
+    vocabulary.save(copied / "vocabulary.json")
+    assert ShardSet.open(copied).read_vocabulary() == vocabulary
+    assert validate_shard_set(copied, deep=True) == []
+    build_vocabulary([words[:-1]]).save(copied / "vocabulary.json")
+    text = r"vocabulary\.json has 255 words, but .* was written with num_classes = 256, so it is the vocabulary"
+    (problem,) = validate_shard_set(copied, deep=False)
+    assert re.search(text, problem)
+    (copied / "vocabulary.json").write_text("words")
+    (problem,) = validate_shard_set(copied, deep=True)
+    assert re.search(r"vocabulary\.json is not a vocabulary \(", problem)
 
 
 def test_no_folder_is_a_sentence(tmp_path: Path) -> None:

@@ -185,6 +185,19 @@ def test_an_empty_shard_set_is_refused_with_the_first_reason(tmp_path: Path) -> 
     assert not (tmp_path / "set").exists()
 
 
+def test_companion_files_appear_with_the_set(tmp_path: Path) -> None:
+    out = writer(tmp_path / "set")
+    out.add_file("vocabulary.json", b"words")
+    out.add("k", {"jpg": JPEG}, LABELS)
+    assert not (tmp_path / "set").exists()
+    for name in ("dataset.json", "index", "shards", "", "..", "../a", "a/b", "/a"):
+        with pytest.raises(DataError, match=r"cannot name a companion file of .*; choose another"):
+            out.add_file(name, b"")
+    out.close()
+    assert (tmp_path / "set/vocabulary.json").read_bytes() == b"words"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
 def test_nothing_is_visible_before_close(tmp_path: Path) -> None:
     out = writer(tmp_path / "set")
     out.add("k", {"jpg": JPEG}, LABELS)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.ocr.vocabulary import Vocabulary, build_vocabulary
+from megatron_ove.preprocess.ocr.vocabulary import build_vocabulary
+from megatron_ove.vocabulary import Vocabulary, vocabulary_path
 
 _PAGES = [["law", "right", "law"], ["right", "freedom"], ["right", "law", "peace"]]
 
@@ -65,3 +66,39 @@ def test_files_that_are_no_vocabulary(tmp_path: Path) -> None:
     path.write_text(json.dumps({"info": {"format_version": 99}, "words": []}))
     with pytest.raises(DataError, match=r"has format 99, but this version reads format 1"):
         Vocabulary.load(path)
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\); check the path"):
+        Vocabulary.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            [["law", 2], "peace"],
+            r"is not a vocabulary \(entry 1 of its words is peace, not \[word, number of pages\]",
+        ),
+        ([["law", 2, 3]], r"entry 0 of its words is \['law', 2, 3\], not \[word"),
+        ([[7, 2]], r"entry 0 of its words is \[7, 2\], not \[word"),
+        ([["law", 2], ["peace", 1], ["law", 1]], r"has the word 'law' twice, as the ids 0 and 2, but a class has one"),
+        (17, r"is not a vocabulary \('int' object is not iterable\)"),
+    ],
+)
+def test_rows_that_are_no_words_are_named(tmp_path: Path, words: object, text: str) -> None:
+    path = tmp_path / "vocabulary.json"
+    path.write_text(json.dumps({"info": {"format_version": 1}, "words": words}))
+    with pytest.raises(DataError, match=text):
+        Vocabulary.load(path)
+
+
+def test_a_saved_vocabulary_is_what_it_encodes_to(tmp_path: Path) -> None:
+    vocabulary = build_vocabulary([["größe", "法", 'a"b']])
+    vocabulary.save(tmp_path / "v.json")
+    content = (tmp_path / "v.json").read_bytes()
+    assert content == vocabulary.encode()
+    assert Vocabulary.decode(content, "v.json") == vocabulary
+    assert "法" in content.decode() and len(content.splitlines()) == 6  # one line a word, readable
+
+
+def test_a_name_of_an_objective_is_a_plain_file_name() -> None:
+    assert vocabulary_path("page_words") == "vocabularies/page_words.json"
+    assert vocabulary_path("../../a/b") == "vocabularies/..%2F..%2Fa%2Fb.json"

@@ -12,7 +12,7 @@ from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
 from megatron_ove.preprocess.codec.clip_store import CLIP_FIELDS, load_clip
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from megatron_ove.preprocess.file_runs import show_progress
-from megatron_ove.preprocess.record_files import open_rejects, read_records, write_whole
+from megatron_ove.preprocess.record_files import open_rejects, read_records
 from megatron_ove.preprocess.tool_arguments import add_shard_options, report, run_tool
 
 
@@ -61,6 +61,7 @@ def _work(arguments: argparse.Namespace) -> None:
             grid_width=settings.grid_width,
             overwrite=arguments.overwrite,
         ) as writer:
+            writer.add_file("codec_settings.json", json.dumps(settings.as_record(), indent=2).encode())
             for record in show_progress(records, title="writing clips"):
                 key, file = record["key"], record["file"]
                 row, described = rows.get(key, (0, {}))
@@ -77,7 +78,6 @@ def _work(arguments: argparse.Namespace) -> None:
                 members |= {f"frame{index:02d}.jpg": frame for index, frame in enumerate(clip.frames)}
                 writer.add(key, members, labelled.labels[row], source=file)
             count = len(writer)
-        write_whole(arguments.output / "codec_settings.json", json.dumps(settings.as_record(), indent=2).encode())
         report(f"{count} clips, {labelled.num_classes} classes, {rejects.count} rejected -> {arguments.output}")
 
 

@@ -1,4 +1,7 @@
-"""Step 3 of the OCR pipeline: lines.jsonl + vocabulary.json -> a shard set of pages with 100 word ids each."""
+"""Step 3 of the OCR pipeline: lines.jsonl + vocabulary.json -> a shard set of pages with 100 word ids each.
+
+The vocabulary goes into the set's folder, and from there into the checkpoints and exports of what is trained on it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.lines import MIN_SCORE
 from megatron_ove.preprocess.ocr.recognition import PAGE_FIELDS, PageRecord
 from megatron_ove.preprocess.ocr.tags import NUM_TAGS, page_tags
-from megatron_ove.preprocess.ocr.vocabulary import Vocabulary
 from megatron_ove.preprocess.ocr.words import segmentation_name
 from megatron_ove.preprocess.pictures import JpegPreparer
 from megatron_ove.preprocess.record_files import open_rejects, read_records, stale_reason
@@ -27,6 +29,7 @@ from megatron_ove.preprocess.tool_arguments import (
     run_tool,
     whole_number,
 )
+from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,6 +106,7 @@ def _work(arguments: argparse.Namespace) -> None:
             patch_size=arguments.patch_size,
             overwrite=arguments.overwrite,
         ) as writer:
+            writer.add_file(VOCABULARY_FILE, vocabulary.encode())
             make_task = functools.partial(JpegPreparer, longest_side=arguments.longest_side, quality=arguments.quality)
             for item, jpeg in run_over_files(
                 make_task, list(tagged), title="writing pages", workers=arguments.workers, rejects=rejects

@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.ocr.lines import MIN_CHARACTERS, MIN_SCORE, TextLine, believable_lines
-from megatron_ove.preprocess.ocr.vocabulary import Vocabulary
 from megatron_ove.preprocess.ocr.words import segment_words
+from megatron_ove.vocabulary import Vocabulary
 
 NUM_TAGS = 100
 

@@ -1,86 +1,20 @@
-"""The words that have a class: counted over pages, cut, numbered once, and saved with how they came about.
+"""From the words of many pages to a vocabulary: counted, cut, and numbered once, with how it came about.
 
 Ids by falling frequency would give the first rank of a sharded class table all the frequent words, so the ids can be
-permuted by a fixed seed. The id of a word is its place in the file and never changes.
+permuted by a fixed seed.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from megatron_ove.errors import DataError
+from megatron_ove.vocabulary import Vocabulary
 
 MAX_WORDS = 365_187  # OneVision-Encoder's OCR head
-_FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Words with ids 0 .. n - 1.
-
-    Attributes:
-        words: word of every id.
-        page_counts: number of pages each word was seen on.
-        info: engine, segmentation, pages counted, cuts and permutation seed.
-    """
-
-    words: tuple[str, ...]
-    page_counts: tuple[int, ...]
-    info: Mapping[str, object] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    @functools.cached_property
-    def ids(self) -> Mapping[str, int]:
-        """Word -> id."""
-        return {word: index for index, word in enumerate(self.words)}
-
-    def save(self, path: str | Path) -> None:
-        """Writes the vocabulary as JSON, one line a word; replaces `path` at once."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        header = json.dumps({"format_version": _FORMAT_VERSION, **self.info}, ensure_ascii=False)
-        rows = ",\n".join(
-            json.dumps([word, count], ensure_ascii=False)
-            for word, count in zip(self.words, self.page_counts, strict=True)
-        )
-        partial = target.with_name(target.name + ".tmp")
-        partial.write_text(f'{{"info": {header},\n"words": [\n{rows}\n]}}\n', encoding="utf-8")
-        partial.replace(target)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Vocabulary:
-        """Reads a vocabulary.
-
-        Raises:
-            DataError: no such file, not a vocabulary, or a newer format.
-        """
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            info, rows = dict(record["info"]), record["words"]
-            format_version = info.pop("format_version")
-        except FileNotFoundError as error:
-            raise DataError(
-                f"the vocabulary {path} does not exist; build it with tools/ocr/2_build_vocabulary.py"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} is not a vocabulary ({error}); build one with tools/ocr/2_build_vocabulary.py"
-            ) from error
-        if format_version != _FORMAT_VERSION:
-            raise DataError(
-                f"the vocabulary {path} has format {format_version}, but this version reads format {_FORMAT_VERSION}; "
-                "build it again"
-            )
-        return cls(tuple(word for word, _ in rows), tuple(count for _, count in rows), info)
 
 
 def build_vocabulary(
