@@ -24,7 +24,7 @@ PIP = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet) --disable-pip-ve
 DEMO_ARGS := $(if $(FAST),--fast) $(if $(IMAGES),--images "$(IMAGES)") $(if $(PAGES),--pages "$(PAGES)") \
 	$(if $(VIDEOS),--videos "$(VIDEOS)")
 
-.PHONY: help setup demo test test-unit test-full lint format type test-gpu bench bench-gpu clean
+.PHONY: help setup demo test test-unit test-full lint format type test-gpu bench bench-gpu clean clean-runs
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -107,5 +107,13 @@ format: $(STAMP) ## format and mend what can be mended
 type: $(STAMP) ## static types
 	$(BIN)/basedpyright
 
-clean: ## remove runs and caches, keep .venv
-	rm -rf runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
+# Trained runs are nobody's rubbish: only what these targets make themselves goes. The quick start marks its folder.
+clean: ## remove caches, build output and the folders of demo, bench and test-gpu; keep .venv and your runs
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache build runs/gpu/site runs/benchmark
+	@if [ -e runs/quickstart/made_by_the_quick_start ]; then echo "rm -rf runs/quickstart"; rm -rf runs/quickstart; fi
+
+clean-runs: ## list the folders of runs/ with their sizes; CONFIRM=1 removes them, trained models and all
+	@if [ -z "$$(ls -A runs 2>/dev/null)" ]; then echo "runs/ holds nothing"; exit 0; fi; \
+	du -sh runs/*; \
+	if [ "$(CONFIRM)" = 1 ]; then rm -rf runs; echo "removed"; \
+	else echo "Nothing was removed. make clean-runs CONFIRM=1 removes all of it, checkpoints included."; fi

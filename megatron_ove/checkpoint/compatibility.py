@@ -50,20 +50,29 @@ def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any])
     Raises:
         CheckpointError: naming every differing field with both values.
     """
-    differences = list(architecture_differences(saved["encoder"], current["encoder"]))
-    differences += _objective_differences(saved["objectives"], current["objectives"])
+    encoder_differences = list(architecture_differences(saved["encoder"], current["encoder"]))
+    differences = encoder_differences + list(_objective_differences(saved["objectives"], current["objectives"]))
     if differences:
-        raise CheckpointError(
-            f"the checkpoint {path} holds another model: {'; '.join(differences)}; set the fields as they are in the "
-            "checkpoint, or use another run_dir to train a new model"
-        )
+        advice = "set the fields as they are in the checkpoint, or use another run_dir to train a new model"
+        if not encoder_differences:
+            advice = f"set the fields as they are in the checkpoint; or, {_keep_the_encoder(path)}"
+        raise CheckpointError(f"the checkpoint {path} holds another model: {'; '.join(differences)}; {advice}")
     for setting, what in _STORAGE_PATHS.items():
         before, now = _lookup(saved, setting), _lookup(current, setting)
         if before != now:
             raise CheckpointError(
                 f"the checkpoint {path} was saved with {setting} = {before} and this run has {now}, but "
-                f"{what} stored differently for the two; set {setting}: {str(before).lower()}"
+                f"{what} stored differently for the two; set {setting}: {str(before).lower()}; or, "
+                f"{_keep_the_encoder(path)}"
             )
+
+
+def _keep_the_encoder(path: Path) -> str:
+    """Says what to write for a new run that starts with the encoder of a checkpoint that cannot be continued."""
+    return (
+        "to go on with its encoder and fresh class centers in a new run, write another run_dir and the line "
+        f"'init_from: {path}'"
+    )
 
 
 def architecture_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:

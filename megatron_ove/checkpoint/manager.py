@@ -2,8 +2,9 @@
 
 A save goes into `step_XXXXXXXX.tmp`; the manifest with every file's checksum is written last, and rank 0 then renames
 the folder. So a folder without `.tmp` is complete, whatever happened. Older checkpoints are deleted only afterwards;
-one that cannot be deleted is a warning, since the run is safe by then, and is tried again at the next save. A failure
-on one rank becomes the same `CheckpointError` on all of them: nobody waits for a rank that gave up.
+one that cannot be deleted is a warning, since the run is safe by then, and is tried again at the next save. Links are
+loaded, but neither they nor what they point to are deleted. A failure on one rank becomes the same `CheckpointError` on
+all of them: nobody waits for a rank that gave up.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from megatron_ove.checkpoint.manifest import (
     data_files,
     discard,
     file_crc32,
+    is_taken,
     list_checkpoints,
     list_discarded,
     read_manifest,
@@ -220,8 +222,8 @@ class CheckpointManager:
         return {name: result for part in parts for name, result in part.items()}
 
     def _prune(self, newest_step: int) -> None:
-        """Deletes what is not kept. Steps beyond `newest_step` are damaged ones that `latest` skipped: counted among
-        the kept ones they would push out the checkpoint that was just written, so they are left alone."""
+        """Deletes what is not kept, but no links. Steps beyond `newest_step` are damaged ones that `latest` skipped:
+        counted among the kept ones they would push out the checkpoint that was just written, so they are left alone."""
         with _warned_of(self.directory):
             folders = list_checkpoints(self.directory)
             finished = [
@@ -292,11 +294,10 @@ def _warned_of(path: Path) -> Iterator[None]:
 
 
 def _make_empty_folder(path: Path) -> None:
-    old = set_aside(path) if path.exists() else None
+    old = set_aside(path) if is_taken(path) else None
     path.mkdir(parents=True)
     if old is not None:
-        with _warned_of(old):
-            discard(old)
+        _discard_old(old)
 
 
 def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -313,12 +314,18 @@ def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 def _publish(partial: Path, final: Path) -> None:
     """Gives a complete folder its final name. What had it, e.g. a damaged one that `latest` skipped, goes last."""
-    old = set_aside(final) if final.exists() else None
+    old = set_aside(final) if is_taken(final) else None
     partial.rename(final)
     sync_folder(final.parent)
     if old is not None:
-        with _warned_of(old):
-            discard(old)
+        _discard_old(old)
+
+
+def _discard_old(old: Path) -> None:
+    with _warned_of(old):
+        discard(old)
+    if old.is_symlink():
+        logger.warning("%s is a link that stood in the way of this save; it and what it points to are left alone.", old)
 
 
 def read_common_state(path: str | Path) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 A checkpoint is complete when its folder has its final name, a manifest, and every file of the manifest with the size
 given there. It is intact when the checksums agree as well. CRC-32 is used: it always finds a single flipped bit and
 runs faster than disks deliver.
+
+A checkpoint may be a link to a folder elsewhere, e.g. on a slower disk: it is read like any other, and neither it nor
+what it points to is ever deleted.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def list_discarded(directory: Path) -> list[Path]:
 
 
 def discard(directory: Path) -> None:
-    """Deletes a checkpoint folder, finished or not.
+    """Deletes a checkpoint folder, finished or not; leaves links and what they point to alone.
 
     It first loses its manifest and then its name, so that whatever happens nobody takes the rest for a checkpoint. What
     cannot be deleted, e.g. because somebody reads it over NFS, stays as `step_XXXXXXXX.discarded` for another attempt.
@@ -64,6 +67,8 @@ def discard(directory: Path) -> None:
     Raises:
         OSError: something of it is still there.
     """
+    if directory.is_symlink():
+        return
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     path = set_aside(directory)
     shutil.rmtree(path, ignore_errors=True)  # as much as can be
@@ -72,12 +77,18 @@ def discard(directory: Path) -> None:
 
 
 def set_aside(directory: Path) -> Path:
-    """Renames a checkpoint folder to a free name that nobody takes for a checkpoint; returns its new path."""
+    """Renames a checkpoint folder, or the link that stands for one, to a free name that nobody takes for a checkpoint;
+    returns its new path."""
     if _DISCARDED.match(directory.name):
         return directory
     name = directory.name + DISCARDED_SUFFIX
     candidates = (directory.with_name(f"{name}{number or ''}") for number in itertools.count())
-    return directory.rename(next(path for path in candidates if not path.exists()))
+    return directory.rename(next(path for path in candidates if not is_taken(path)))
+
+
+def is_taken(path: Path) -> bool:
+    """Whether a name is in use, if only by a link to nothing."""
+    return path.is_symlink() or path.exists()
 
 
 def data_files(directory: Path) -> list[str]:
@@ -136,16 +147,32 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not a manifest.
+        ValueError: it is not a manifest, or damaged.
     """
-    content = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    try:
+        content = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise ValueError("it has no list of files")
+    for name, entry in content["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"it names the file {name!r}, which lies outside the checkpoint")
+        for field in ("size", "crc32"):
+            if not isinstance(entry, dict) or type(entry.get(field)) is not int or entry[field] < 0:
+                raise ValueError(f"it does not say the {field} of the file {name!r}")
     return content
 
 
 def structural_problem(directory: Path) -> str | None:
     """Says in a clause why a folder is not a complete checkpoint; None when it is. Reads no file but the manifest."""
+    try:
+        return _structural_problem(directory)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror}: {error.filename})"
+
+
+def _structural_problem(directory: Path) -> str | None:
     if not directory.is_dir():
         return "there is no such folder"
     if directory.name.endswith(PARTIAL_SUFFIX):

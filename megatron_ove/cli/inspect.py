@@ -169,11 +169,12 @@ def _describe_shard_set(path: Path, *, verify: bool) -> tuple[dict[str, Any], li
 def _describe_packing(arguments: argparse.Namespace) -> int:
     """Prints how full the microbatches of a configuration's first steps are, with its token budget and others."""
     from megatron_ove.config.loader import load_config
+    from megatron_ove.data.class_counts import fill_in_class_counts
     from megatron_ove.errors import ConfigError
 
     if min(arguments.steps, *arguments.replicas) < 1:
         raise ConfigError("--steps and --replicas count something; give numbers of at least 1")
-    config = load_config(arguments.path)
+    config = fill_in_class_counts(load_config(arguments.path), arguments.path)
 
     import torch
     from rich.console import Console

@@ -13,8 +13,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="say what a run needs: memory, communication, time",
-        description="Computes from the configuration alone what each rank holds and sends and how long a step takes. "
-        "Needs no GPU and no data, and allocates nothing.",
+        description="Computes from the configuration what each rank holds and sends and how long a step takes. "
+        "Needs no GPU and no data, and allocates nothing; where the shard sets are there, their index says how large "
+        "samples are.",
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks: GPUs, or processes on a CPU")
@@ -31,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the plan; returns 0, or 2 where it does not fit."""
     from megatron_ove.config.loader import load_config
+    from megatron_ove.data.class_counts import fill_in_class_counts
     from megatron_ove.errors import ConfigError
 
     if arguments.world_size < 1:
@@ -40,22 +42,24 @@ def run(arguments: argparse.Namespace) -> int:
             f"--world-size {arguments.world_size} is more ranks than any machine has, and planning them would not end; "
             f"give at most {_MOST_RANKS}"
         )
-    config = load_config(arguments.config, arguments.overrides)
+    config = fill_in_class_counts(load_config(arguments.config, arguments.overrides), arguments.config)
 
     from rich.console import Console
 
     from megatron_ove.planning.alternatives import rank_knobs, suggest_layouts
     from megatron_ove.planning.devices import find_device
     from megatron_ove.planning.plan import make_plan
+    from megatron_ove.planning.stored_samples import look_at_samples
     from megatron_ove.planning.tables import print_layouts, print_plan
 
     device = find_device(arguments.gpu, world_size=arguments.world_size)
-    plan = make_plan(config, world_size=arguments.world_size, device=device)
+    samples = look_at_samples(config)
+    plan = make_plan(config, world_size=arguments.world_size, device=device, samples=samples)
     console = Console()
     print_plan(plan, rank_knobs(plan), console)
     layouts = None
     if arguments.suggest:
-        layouts = suggest_layouts(config, world_size=arguments.world_size, device=device)
+        layouts = suggest_layouts(config, world_size=arguments.world_size, device=device, samples=samples)
         print_layouts(layouts, console)
     if arguments.json:
         import json

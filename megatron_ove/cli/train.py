@@ -47,7 +47,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="check the configuration and that nobody trains in the run folder, print that folder, and start nothing",
+        help="check the configuration, its shard sets, and that nobody trains in the run folder; print that folder, "
+        "and start nothing",
     )
     parser.set_defaults(run=run)
 
@@ -55,9 +56,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains; returns the exit status."""
     from megatron_ove.config.loader import dump_config, load_config
+    from megatron_ove.data.class_counts import fill_in_class_counts
     from megatron_ove.errors import ConfigError, MegatronOveError
     from megatron_ove.training.done_marker import is_done
-    from megatron_ove.training.run_lock import require_unlocked
 
     if arguments.nproc < 1:
         raise ConfigError(f"--nproc {arguments.nproc} starts no process; give at least 1")
@@ -71,14 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         arguments.overrides += _profile_overrides(arguments.profile)
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.check:
+            return _check(config, arguments.config)
+        config = fill_in_class_counts(config, arguments.config)
     except MegatronOveError as error:
         error.on_every_rank = True
         raise
     run_dir, text = Path(config.run_dir), dump_config(config)
-    if arguments.check:
-        require_unlocked(run_dir)
-        sys.stdout.write(f"{config.run_dir}\n")
-        return 0
     if is_done(run_dir, num_steps=config.train.num_steps, config_text=text):
         logger.info("All %d steps are done. Raise train.num_steps to train on.", config.train.num_steps)
         return 0
@@ -90,6 +90,35 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
         return _train(config, text, lock=lock)
+
+
+def _check(config: TrainConfig, name: str) -> int:
+    """Looks at everything that a start would look at before it trains, and prints the run folder.
+
+    Raises:
+        ConfigError: something is wrong; all of it, one sentence a line.
+    """
+    from megatron_ove.data.class_counts import fill_in_class_counts
+    from megatron_ove.data.shard_fit import class_warnings, open_shard_sets
+    from megatron_ove.errors import ConfigError, MegatronOveError
+    from megatron_ove.training.run_lock import require_unlocked
+
+    problems: list[str] = []
+    try:
+        shard_sets = open_shard_sets(config)
+        config = fill_in_class_counts(config, name)
+        for sentence in class_warnings(config, shard_sets, counts_samples=True):
+            logger.warning("%s", sentence)
+    except MegatronOveError as error:
+        problems.append(str(error))
+    try:
+        require_unlocked(Path(config.run_dir))
+    except MegatronOveError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    sys.stdout.write(f"{config.run_dir}\n")
+    return 0
 
 
 def _train(config: TrainConfig, text: str, *, lock: RunLock | None) -> int:

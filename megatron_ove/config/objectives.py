@@ -17,8 +17,9 @@ class PartialFCConfig(StrictModel):
     kind: Literal["partial_fc"]
     source: str
     """Name of the data source whose samples and labels this objective sees."""
-    num_classes: Annotated[int, Field(gt=1, le=2**31)]
-    """Rows of the class-center table; label ids are 0 .. num_classes - 1."""
+    num_classes: Annotated[int, Field(gt=1, le=2**31)] | None = None
+    """Rows of the class-center table; label ids are 0 .. num_classes - 1. null = as many as the source's shard set has;
+    the resolved configuration and checkpoints hold the number."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of this objective in the total loss."""
     labels_per_step: Annotated[int, Field(gt=0)] = 8
@@ -97,12 +98,13 @@ class PartialFCConfig(StrictModel):
                 f"negative_groups = {groups} is more than labels_per_step = {self.labels_per_step}, so some class sets "
                 f"would serve no label; set negative_groups to {self.labels_per_step} or less"
             )
+        if self.num_classes is None:
+            return  # checked when the number is filled in
         if self.num_sampled is not None and self.num_sampled > self.num_classes:
             yield (
                 f"num_sampled = {self.num_sampled} is more than num_classes = {self.num_classes}; set it to "
                 f"{self.num_classes} or less, or use sample_rate: 1.0 for the full softmax"
             )
-
         share = 1 - (1 - self.inclusion_probability) ** len(self.slots_of_sets)
         if round(share * self.num_classes) == 0:
             yield (
@@ -111,9 +113,20 @@ class PartialFCConfig(StrictModel):
             )
 
     @property
+    def table_size(self) -> int:
+        """`num_classes`, once it is known.
+
+        Raises:
+            ValueError: it is still to be taken from the shard set, by `data/class_counts.py`.
+        """
+        if self.num_classes is None:
+            raise ValueError(f"num_classes of an objective of source '{self.source}' was not filled in")
+        return self.num_classes
+
+    @property
     def inclusion_probability(self) -> float:
         """Chance of a class to be drawn as a negative into a class set."""
-        return self.sample_rate if self.num_sampled is None else self.num_sampled / self.num_classes
+        return self.sample_rate if self.num_sampled is None else self.num_sampled / self.table_size
 
     @property
     def slots_of_sets(self) -> list[range]:

@@ -49,7 +49,7 @@ def write_synthetic_shard_set(
         kind: image, ocr or video.
         num_samples: samples; sample i has class i % num_classes.
         num_classes: label ids are 0 .. num_classes - 1.
-        label_width: labels per sample: the class, then the classes that follow it, each once; -1 where they run out.
+        label_width: labels per sample: the class, then classes that follow it, but never all of them; -1 for the rest.
         seed: of noise and shifts.
         patch_size: side of a patch in pixels.
         picture_size: (height, width) in pixels of images and pages; they vary by up to a quarter around it.
@@ -89,9 +89,9 @@ def write_synthetic_shard_set(
 
 
 def class_labels(label: int, num_classes: int, width: int) -> np.ndarray:
-    """Returns [width] int32: the class, then those that follow it cyclically, each once; -1 where they run out."""
+    """Returns [width] int32: the class, then all but one of those that follow it cyclically; -1 where they run out."""
     labels = np.full(width, -1, dtype=np.int32)
-    count = min(width, num_classes)
+    count = min(width, max(1, num_classes - 1))
     labels[:count] = (label + np.arange(count)) % num_classes
     return labels
 

@@ -29,9 +29,10 @@ from megatron_ove.heads.active_classes import (
 )
 from megatron_ove.heads.class_centers import ClassCenters
 from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, FusedSoftmax
-from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE, MarginSoftmax
+from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE
 from megatron_ove.heads.sampled_softmax import HeadShare, SampledSoftmax, exchange_statistics
 from megatron_ove.objectives.base import Objective
+from megatron_ove.objectives.chance import margin_softmax_of
 from megatron_ove.objectives.label_check import find_bad_label
 from megatron_ove.objectives.label_slots import draw_label_slots
 from megatron_ove.objectives.partial_fc_step import CoPositives, MicrobatchPlan, StepPlan, plan_microbatches
@@ -69,18 +70,10 @@ class PartialFC(Objective):
         self._is_stage_wide = config.class_group == "stage"
         self._corrects_sampling = config.sampling_correction == "logq"
         self._is_fused = _uses_triton(name, config, optim, topology.device)
-        self._softmax = MarginSoftmax(
-            margin_type=config.margin_type,
-            margin=config.margin,
-            logit_scale=config.logit_scale,
-            interclass_filter=config.interclass_filter,
-            interclass_filter_mode=config.interclass_filter_mode,
-            co_positives=config.co_positives,
-            combined_margin=config.combined_margin or (1.0, 0.0, 0.0),
-        )
+        self._softmax = margin_softmax_of(config)
         self.centers = ClassCenters(
             name,
-            num_classes=config.num_classes,
+            num_classes=config.table_size,
             embedding_size=embedding_size,
             seed=seed,
             optim=optim,
@@ -99,7 +92,7 @@ class PartialFC(Objective):
         return 0 if labels is None else int((labels >= 0).any(1).sum())
 
     def find_mistake(self, batches: Sequence[Batch]) -> str:
-        return find_bad_label(self.name, self.source, self._config.num_classes, batches)
+        return find_bad_label(self.name, self.source, self._config.table_size, batches)
 
     def message(self, batches: Sequence[Batch]) -> np.ndarray:
         """Returns the class ids of the drawn labels, [n_own, k] int32, -1 = none."""
@@ -110,7 +103,7 @@ class PartialFC(Objective):
         self, step: int, batches: Sequence[Batch], sample_counts: np.ndarray, messages: np.ndarray
     ) -> StepPlan:
         config, device = self._config, self._topology.device
-        step_labels = rows_of_classes(torch.from_numpy(messages), config.num_classes).numpy()  # of all replicas
+        step_labels = rows_of_classes(torch.from_numpy(messages), config.table_size).numpy()  # of all replicas
         draw, set_of_slot = self._draw_class_sets(step, step_labels)
         positives = collect_positives(step_labels, set_of_slot, draw.num_sets)
         order, samples, own = self._order_samples(sample_counts)
@@ -124,7 +117,7 @@ class PartialFC(Objective):
             chosen=choose_active_rows(
                 draw, positives, first_row=self.centers.first_row, num_rows=self.centers.num_rows, device=device
             ),
-            active_share=draw.share_with(len(positives.rows_between(0, config.num_classes))),
+            active_share=draw.share_with(len(positives.rows_between(0, config.table_size))),
             set_of_slot=host_tensor(set_of_slot, device),
             labels=host_tensor(labels, device),
             co_positives=co_positives,
@@ -229,9 +222,9 @@ class PartialFC(Objective):
         set_of_slot = np.zeros(config.labels_per_step, dtype=np.int64)
         key = stateless_seed(self._seed, self.name, "negatives", step)
         if not served:
-            return NegativeDraw(config.num_classes, 0, 1.0, 1, key), set_of_slot
+            return NegativeDraw(config.table_size, 0, 1.0, 1, key), set_of_slot
         draw = draw_negatives(
-            config.num_classes, probability=config.inclusion_probability, num_sets=len(served), key=key
+            config.table_size, probability=config.inclusion_probability, num_sets=len(served), key=key
         )
         if draw.num_sets > 1:
             for index, slots in enumerate(served):

@@ -15,6 +15,7 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.planning.devices import GPUS_PER_NODE, Device
 from megatron_ove.planning.plan import Plan, make_plan
+from megatron_ove.planning.stored_samples import StoredSamples
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ def rank_knobs(plan: Plan) -> list[Knob]:
     before = plan.fullest.memory.total
     knobs = []
     for changes in _memory_changes(plan):
-        changed = _planned(plan.config, changes, plan.layout.world_size, plan.device)
+        changed = _planned(plan.config, changes, plan.layout.world_size, plan.device, plan.samples)
         if changed is not None and changed.fullest.memory.total < before:
             knobs.append(Knob(", ".join(f"{path}: {_yaml(value)}" for path, value in changes.items()), changed))
     return sorted(knobs, key=lambda knob: knob.memory)
 
 
-def suggest_layouts(config: TrainConfig, *, world_size: int, device: Device) -> list[Plan]:
+def suggest_layouts(
+    config: TrainConfig, *, world_size: int, device: Device, samples: StoredSamples | None = None
+) -> list[Plan]:
     """Returns layouts of `world_size` ranks that fit, the fastest first.
 
     Tensor groups stay within a node, share the sequence where there are several ranks, and the optimizer is shared by
@@ -69,7 +72,8 @@ def suggest_layouts(config: TrainConfig, *, world_size: int, device: Device) -> 
         for sizes in _last_stages(config.encoder.num_layers, pipeline, chunks or 1):
             fastest: Plan | None = None
             for size in sizes:
-                plan = _planned(config, {**changes, "parallel.num_layers_in_last_stage": size}, world_size, device)
+                change = {**changes, "parallel.num_layers_in_last_stage": size}
+                plan = _planned(config, change, world_size, device, samples)
                 if plan is None or (fastest is not None and plan.time.total >= fastest.time.total):
                     break  # the lighter the last stage the better, up to a point
                 fastest = plan
@@ -135,13 +139,15 @@ def _table_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
     for name, objective in config.objectives.items():
         if objective.class_group == "tensor":
             yield {f"objectives.{name}.class_group": "stage"}
-    largest = max(config.objectives, key=lambda name: config.objectives[name].num_classes)
+    largest = max(config.objectives, key=lambda name: config.objectives[name].table_size)
     objective = config.objectives[largest]
     if objective.num_sampled is None:
         yield {f"objectives.{largest}.sample_rate": objective.sample_rate / 2}
 
 
-def _planned(config: TrainConfig, changes: dict[str, Any], world_size: int, device: Device) -> Plan | None:
+def _planned(
+    config: TrainConfig, changes: dict[str, Any], world_size: int, device: Device, samples: StoredSamples | None
+) -> Plan | None:
     """Returns the plan with some settings changed; None where the configuration does not allow them."""
     data = config.model_dump(mode="python")
     for path, value in changes.items():
@@ -151,7 +157,8 @@ def _planned(config: TrainConfig, changes: dict[str, Any], world_size: int, devi
             node = node[section]
         node[key] = value
     try:
-        return make_plan(config_from_dict(data, config.name), world_size=world_size, device=device)
+        changed = config_from_dict(data, config.name)
+        return make_plan(changed, world_size=world_size, device=device, samples=samples)
     except ConfigError:
         return None
 

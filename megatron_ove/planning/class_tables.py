@@ -88,7 +88,7 @@ def _plan_table(
     is_wide, is_fused = objective.class_group == "stage", _is_fused(config, objective, device)
     sharers = layout.tensor * layout.data if is_wide else layout.tensor
     rank = place.tensor + (layout.tensor * place.data if is_wide else 0)
-    start, stop = shard_range(objective.num_classes, sharers, rank)
+    start, stop = shard_range(objective.table_size, sharers, rank)
     num_rows = stop - start
     sets = 1 if objective.inclusion_probability >= 1 else len(objective.slots_of_sets)
     active = count_active_rows(objective, num_rows, int(counts.sum()))
@@ -135,7 +135,7 @@ def count_active_rows(objective: PartialFCConfig, num_rows: int, num_samples: in
     """
     return round(
         expect_active_rows(
-            objective.num_classes,
+            objective.table_size,
             num_rows,
             probability=objective.inclusion_probability,
             num_sets=len(objective.slots_of_sets),

@@ -15,8 +15,9 @@ from megatron_ove.planning.devices import Device
 from megatron_ove.planning.layout import Layout, Place, layout_of
 from megatron_ove.planning.memory import RankMemory, plan_memory
 from megatron_ove.planning.parameters import chunk_parameters
+from megatron_ove.planning.stored_samples import StoredSamples
 from megatron_ove.planning.timing import StepTime, estimate_step
-from megatron_ove.planning.workload import Workload, assumed_workload
+from megatron_ove.planning.workload import Workload, assumed_workload, usual_workload
 
 _SECONDS_PER_DAY = 86_400
 
@@ -47,7 +48,9 @@ class Plan:
     """What a run needs.
 
     Attributes:
-        ranks: one for each pipeline stage.
+        workload: of the step whose time, messages and operations are planned.
+        samples: that this step holds; None = every one at its largest size.
+        ranks: one for each pipeline stage; memory is that of a step of the largest samples.
         num_parameters: of the encoder, and of all class centers.
         operations: of a step over all replicas, by part.
         time: of a step.
@@ -57,6 +60,7 @@ class Plan:
     layout: Layout
     device: Device
     workload: Workload
+    samples: StoredSamples | None
     ranks: list[RankPlan]
     num_parameters: tuple[int, int]
     operations: dict[str, float]
@@ -87,12 +91,20 @@ class Plan:
         return self.config.train.num_steps * self.config.train.global_batch_size
 
     @property
-    def days(self) -> float:
-        return self.config.train.num_steps * self.time.total / _SECONDS_PER_DAY
+    def stored_patches(self) -> dict[str, float]:
+        """Mean patches of a sample, of the sources whose shard sets were looked at."""
+        if self.samples is None:
+            return {}
+        return {name: mean for name, mean in self.samples.mean_patches.items() if name not in self.samples.missing}
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.config.train.num_steps * self.time.total
 
     @property
     def device_hours(self) -> float:
-        return self.days * 24 * self.layout.world_size
+        return self.seconds / 3600 * self.layout.world_size
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values, for JSON."""
@@ -103,6 +115,7 @@ class Plan:
             "microbatches_per_replica": self.workload.num_microbatches,
             "tokens_per_microbatch": self.workload.tokens_per_microbatch,
             "padding_share": self.workload.padding_share,
+            "patches_of_stored_samples": self.stored_patches,
             "encoder_parameters": self.num_parameters[0],
             "class_center_parameters": self.num_parameters[1],
             "fits": self.fits,
@@ -124,27 +137,37 @@ class Plan:
             "mfu": self.mfu,
             "bubble_share": self.bubble_share,
             "samples": self.num_samples,
-            "days": self.days,
+            "days": self.seconds / _SECONDS_PER_DAY,
             "device_hours": self.device_hours,
         }
 
 
-def make_plan(config: TrainConfig, *, world_size: int, device: Device, workload: Workload | None = None) -> Plan:
+def make_plan(
+    config: TrainConfig,
+    *,
+    world_size: int,
+    device: Device,
+    workload: Workload | None = None,
+    samples: StoredSamples | None = None,
+) -> Plan:
     """Plans a run.
 
     Args:
-        config: the run.
+        config: the run, every `num_classes` known.
         world_size: ranks.
         device: that each rank has.
         workload: of a step; None assumes that every sample is as large as it may be.
+        samples: that steps really hold, for time, messages and operations; None = as `workload`.
 
     Raises:
         ConfigError: the configuration does not fit the world size, or the device has no such FP8.
     """
     _check_fp8(config, device)
     layout = layout_of(config, world_size)
-    workload = workload or assumed_workload(config, layout)
-    ranks = [_plan_rank(config, layout, Place(stage=stage), workload, device) for stage in range(layout.pipeline)]
+    worst = workload or assumed_workload(config, layout)
+    workload = worst if samples is None else usual_workload(config, layout, samples)
+    places = [Place(stage=stage) for stage in range(layout.pipeline)]
+    ranks = [_plan_rank(config, layout, place, worst, workload, device) for place in places]
     operations = model_operations(config, workload)
     tables = ranks[-1].tables
     sharers = {True: layout.tensor * layout.data, False: layout.tensor}
@@ -161,7 +184,7 @@ def make_plan(config: TrainConfig, *, world_size: int, device: Device, workload:
         traffic=[one.traffic for one in ranks],
         memory=[one.memory for one in ranks],
     )
-    return Plan(config, layout, device, workload, ranks, _count_parameters(config), operations, time)
+    return Plan(config, layout, device, workload, samples, ranks, _count_parameters(config), operations, time)
 
 
 def _check_fp8(config: TrainConfig, device: Device) -> None:
@@ -173,13 +196,16 @@ def _check_fp8(config: TrainConfig, device: Device) -> None:
         )
 
 
-def _plan_rank(config: TrainConfig, layout: Layout, place: Place, workload: Workload, device: Device) -> RankPlan:
+def _plan_rank(
+    config: TrainConfig, layout: Layout, place: Place, worst: Workload, workload: Workload, device: Device
+) -> RankPlan:
     tables = plan_tables(config, layout, place, workload, device)
+    largest_tables = plan_tables(config, layout, place, worst, device)
     return RankPlan(
         rank=layout.rank_of(place),
         stage=place.stage,
         num_layers=layout.stage_layers[place.stage],
-        memory=plan_memory(config, layout, place, workload, tables, is_gpu=device.is_gpu),
+        memory=plan_memory(config, layout, place, worst, largest_tables, is_gpu=device.is_gpu),
         traffic=plan_communication(_at_length(config, workload), layout, place, workload, tables),
         tables=tables,
     )
@@ -195,5 +221,5 @@ def _at_length(config: TrainConfig, workload: Workload) -> TrainConfig:
 def _count_parameters(config: TrainConfig) -> tuple[int, int]:
     whole = Layout(1, 1, 1, 1, (config.encoder.num_layers,), False, False)
     encoder = sum(one.size for one in chunk_parameters(config.encoder, whole, stage=0, chunk=0))
-    centers = sum(objective.num_classes for objective in config.objectives.values()) * config.encoder.hidden_size
+    centers = sum(objective.table_size for objective in config.objectives.values()) * config.encoder.hidden_size
     return encoder, centers

@@ -1,7 +1,7 @@
-"""What a step's microbatches hold: packed by the same planner that a run uses, from the largest sample of each source.
+"""What a step's microbatches hold: packed by the same planner that a run uses.
 
-The shard sets are not opened, so every page and clip counts with its `max_patches`: memory is that of the worst step,
-and a run with smaller samples needs fewer microbatches. A test gives the plan of a real step instead.
+Of the worst step, for memory: every page and clip counts with its `max_patches`. Of a usual one, for time: samples
+count as they are stored, where there is a shard set. A test gives the plan of a real step instead.
 """
 
 from __future__ import annotations
@@ -12,24 +12,10 @@ import numpy as np
 
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.mixture import MicrobatchPlan, planner_of
-from megatron_ove.data.sampler import draw_choice
 from megatron_ove.planning.layout import Layout
-
-_ANY_SIZE = 2**20
-"""Samples of an assumed source; only their number of patches matters."""
+from megatron_ove.planning.stored_samples import StoredSamples, largest_samples
 
 _PADDING_SEGMENT = 128
-
-
-@dataclass(frozen=True)
-class _AssumedSource:
-    name: str
-    weight: float
-    budgets: tuple[int, ...]
-    size: int = _ANY_SIZE
-
-    def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        return draw_choice(self.budgets, seeds, 0)
 
 
 @dataclass(frozen=True)
@@ -94,9 +80,15 @@ def assumed_workload(config: TrainConfig, layout: Layout) -> Workload:
     Raises:
         ConfigError: the global batch is too small for its sources.
     """
-    sources = [
-        _AssumedSource(name, source.weight, source.list_budgets(config.encoder.patch_size))
-        for name, source in config.data.sources.items()
-    ]
-    planner = planner_of(config, sources, data_size=layout.data)
+    planner = planner_of(config, largest_samples(config), data_size=layout.data)
     return workload_of(planner.plan(0), tuple(config.data.sources), layout.data)
+
+
+def usual_workload(config: TrainConfig, layout: Layout, samples: StoredSamples) -> Workload:
+    """Packs a step of usual size of the samples that are stored.
+
+    Raises:
+        ConfigError: a sample has more patches than a microbatch.
+    """
+    planner = planner_of(config, samples.sources, data_size=layout.data)
+    return workload_of(planner.plan(samples.step), tuple(config.data.sources), layout.data)

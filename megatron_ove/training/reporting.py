@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.model.operations import encoder_operations
+from megatron_ove.training.chance_watch import ChanceWatch
 from megatron_ove.training.loggers import MetricLogger, build_loggers
 from megatron_ove.training.metrics import MetricAccumulator, Total, averages
 from megatron_ove.training.progress import ProgressDisplay
 from megatron_ove.training.step_timers import PHASES, StepTimers
 from megatron_ove.training.train_state import TrainState
 from megatron_ove.training.train_step import StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class RunReporter:
@@ -35,6 +39,7 @@ class RunReporter:
         self._metrics = MetricAccumulator()
         self._steps = 0
         self._loggers: list[MetricLogger] = build_loggers(config, resume_step=start_step) if is_main else []
+        self._chance = ChanceWatch(config) if is_main else None
         self._display = ProgressDisplay(num_steps=config.train.num_steps, start_step=start_step) if is_main else None
 
     def step_done(self, state: TrainState, result: StepResult, *, lr: float, is_due: bool) -> None:
@@ -59,10 +64,12 @@ class RunReporter:
         if not self._is_main:
             return
         row = self._row(state, totals, lr=lr, num_steps=num_steps)
-        for logger in self._loggers:
-            logger.log(row)
+        for destination in self._loggers:
+            destination.log(row)
         if self._display:
             self._display.report(row)
+        for sentence in self._chance.observe(row) if self._chance else []:
+            logger.warning("%s", sentence)
 
     def _row(self, state: TrainState, totals: dict[str, Total], *, lr: float, num_steps: int) -> dict[str, float]:
         phases = {phase: totals.pop(f"phase_s/{phase}") for phase in PHASES}
@@ -101,5 +108,5 @@ class RunReporter:
         """Writes out and closes everything."""
         if self._display:
             self._display.close()
-        for logger in self._loggers:
-            logger.close()
+        for destination in self._loggers:
+            destination.close()

@@ -81,6 +81,34 @@ def test_a_checkpoint_that_cannot_be_touched_stays_whole(tmp_path):
     assert later == ["step_00000006"]
 
 
+def test_a_link_to_an_archive_is_loaded_and_neither_deleted_nor_emptied(tmp_path):
+    """Old checkpoints on a slower disk, linked back: the archive stays whole, and the run goes on."""
+    run, archive = tmp_path / "checkpoints", tmp_path / "archive"
+    run_distributed(save_steps, 1, str(run), [2])
+    (run / "step_00000002").rename(archive)
+    (run / "step_00000002").symlink_to(archive)
+    assert run_distributed(load_latest, 1, str(run)) == [("step_00000002", [], True)]
+    (left,) = run_distributed(save_steps, 1, str(run), [4, 6, 8], 1)
+    assert left == ["step_00000002", "step_00000008"]
+    assert (run / "step_00000002").is_symlink() and structural_problem(archive) is None
+
+
+@pytest.mark.parametrize("target", ["archive", "nowhere"])
+def test_a_link_in_the_way_of_a_save_is_set_aside(tmp_path, target):
+    run, archive = tmp_path / "checkpoints", tmp_path / "archive"
+    run_distributed(save_steps, 1, str(run), [2, 4])
+    (run / "step_00000004").rename(archive)
+    damage(archive)
+    for name in ("step_00000004", "step_00000006.tmp"):
+        (run / name).symlink_to(tmp_path / target)
+    (left,) = run_distributed(save_steps, 1, str(run), [4, 6])
+    assert left == [
+        *("step_00000002", "step_00000004", "step_00000004.discarded", "step_00000006", "step_00000006.tmp.discarded")
+    ]
+    assert len(data_files(archive)) > 2 and (archive / "manifest.json").exists()
+    assert run_distributed(load_latest, 1, str(run)) == [("step_00000006", [], True)]
+
+
 def damage(folder: Path) -> None:
     flip_bit(folder / "common.pt")
 

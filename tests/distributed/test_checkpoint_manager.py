@@ -66,6 +66,11 @@ def error_text(rank: int, world_size: int, function, *args) -> str | None:
     return None
 
 
+def change_manifest(folder: Path, old: str, new: str) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
 def flip_bit(path: Path, offset: int = -100) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 0x10
@@ -110,6 +115,8 @@ def test_manifest_lists_every_file(tmp_path):
         (lambda folder: (folder / "common.pt").write_bytes(b"short"), "its file common.pt has 5 bytes instead of"),
         (lambda folder: flip_bit(folder / "__0_0.distcp"), "its file __0_0.distcp has the checksum"),
         (lambda folder: (folder / "manifest.json").write_text('{"files":'), "its manifest.json cannot be read"),
+        (lambda folder: change_manifest(folder, '"size"', '"sizd"'), "it does not say the size of the file"),
+        (lambda folder: change_manifest(folder, '"crc32"', '"crc33"'), "it does not say the crc32 of the file"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_skipped_with_a_sentence(tmp_path, damage, sentence):

@@ -117,7 +117,7 @@ def test_images_become_a_shard_set_and_held_out_ones_use_its_centers(demo: Path,
     assert set(reject_reasons(rejects)) == {"notes.jpg", "cut_off.jpg"}
     assert not validate_shard_set(tmp_path / "shards", deep=True)
     stored = ShardSet.open(tmp_path / "shards")
-    assert stored.labels.shape == (30, 10)
+    assert stored.labels.shape == (30, 6)  # half the clusters: with all of them samples could not be told apart
     assert set(np.asarray(stored.labels)[:, 0].tolist()) == set(range(12))  # no cluster is empty
 
     _ok("clustering/1_describe_pictures.py", demo / "held_out" / "images", tmp_path / "hd.npz", *common)
@@ -131,6 +131,13 @@ def test_images_become_a_shard_set_and_held_out_ones_use_its_centers(demo: Path,
         == 2
     )
     assert "30 samples cannot make num_clusters = 99 clusters" in capsys.readouterr().err
+    few = ["--clusters", 6, "--num-labels", 10, "--centers", tmp_path / "x.npz"]
+    assert run_script(cluster, tmp_path / "d.npz", tmp_path / "l.npz", *few) == 2
+    sentence = (
+        "--num-labels 10 with 6 clusters would make every cluster a label of every sample, so that training could"
+    )
+    errors = capsys.readouterr().err
+    assert sentence in errors and "; give --num-labels 3 or fewer, or more clusters" in errors
     assert run_script(cluster, tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 3) == 2
     assert "--centers must say where to keep them" in capsys.readouterr().err
 

@@ -54,9 +54,35 @@ def changed(path: str, value) -> dict:
     ],
 )
 def test_another_model_is_refused_with_the_differing_field(path, value, text):
-    message = f"the checkpoint {PATH} holds another model: {text}; set the fields as they are in the checkpoint, or use"
-    with pytest.raises(CheckpointError, match=re.escape(message)):
+    advice = "or use another run_dir to train a new model"
+    if path.startswith("objectives"):
+        advice = (
+            "or, to go on with its encoder and fresh class centers in a new run, write another run_dir and the line "
+        )
+        advice = f"{advice}'init_from: {PATH}'"
+    with pytest.raises(CheckpointError) as caught:
         check_fits(PATH, CONFIG, changed(path, value))
+    separator = ";" if path.startswith("objectives") else ","
+    assert str(caught.value) == (
+        f"the checkpoint {PATH} holds another model: {text}; set the fields as they are in the checkpoint{separator} "
+        f"{advice}"
+    )
+
+
+def test_another_head_on_another_encoder_does_not_promise_that_the_encoder_can_be_kept():
+    current = changed("objectives.more", {"num_classes": 3})
+    current["encoder"]["patch_size"] = 16
+    with pytest.raises(CheckpointError, match=r"objectives.more is not in the checkpoint") as caught:
+        check_fits(PATH, CONFIG, current)
+    assert "init_from" not in str(caught.value)
+
+
+def test_a_renamed_head_is_refused_with_both_names():
+    current = changed("objectives", {"words": CONFIG["objectives"]["pages"]})
+    with pytest.raises(
+        CheckpointError, match=r"objectives.pages is in the checkpoint but not here; objectives.words is"
+    ):
+        check_fits(PATH, CONFIG, current)
 
 
 def test_all_differences_are_named_at_once():

@@ -119,6 +119,38 @@ def test_empty_clusters_are_filled() -> None:
     assert len(np.unique(labels)) == 5
 
 
+def _near_copies(num_groups: int, copies: int, noise: float, seed: int, size: int = 912) -> np.ndarray:
+    """Returns `copies` of each of `num_groups` descriptors, made different by a little noise, in random order."""
+    random = np.random.default_rng(seed)
+    points = np.repeat(random.normal(size=(num_groups, size)), copies, axis=0)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    points += noise * random.normal(size=points.shape)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    return random.permutation(points).astype(np.float32)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-6, 1e-5, 1e-4])
+@pytest.mark.parametrize("seed", range(2))
+def test_near_copies_leave_no_cluster_without_a_sample(noise: float, seed: int) -> None:
+    """Whoever asks, and for however many centers: no cluster lives by a rounding error alone."""
+    points = _near_copies(40, 5, noise, seed)
+    centers = train_centers(points, 40, seed=seed)
+    for num_labels in (1, 2, 10):
+        for part in (points, points[::-1]):
+            labels, _ = nearest_centers(part, centers, num_labels=num_labels, threads=1 + num_labels % 2)
+            assert set(labels[:, 0].tolist()) == set(range(40))
+    one_by_one = [int(nearest_centers(point[None], centers)[0][0, 0]) for point in points]
+    assert set(one_by_one) == set(range(40))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_more_clusters_than_samples_that_can_be_told_apart(noise: float) -> None:
+    with pytest.raises(
+        DataError, match=r"13 clusters could not all be filled from 72 samples, of which about \d+ diff"
+    ):
+        train_centers(_near_copies(12, 6, noise, seed=1), 13)
+
+
 def test_as_many_clusters_as_points() -> None:
     points, _ = _blobs(12, 1)
     labels, similarities = nearest_centers(points, train_centers(points, 12), num_labels=1)
@@ -133,7 +165,7 @@ def test_too_few_samples_and_too_few_different_ones() -> None:
     ):
         train_centers(points, 7)
     same = np.repeat(points[:1], 6, axis=0)
-    with pytest.raises(DataError, match=r"3 clusters could not all be filled from 6 samples, of which 1 differ"):
+    with pytest.raises(DataError, match=r"3 clusters could not all be filled from 6 samples, of which about 1 differ"):
         train_centers(same, 3)
     points[0, 0] = np.nan
     with pytest.raises(DataError, match=r"the descriptors hold values that are not finite"):

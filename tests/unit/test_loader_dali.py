@@ -256,8 +256,8 @@ def test_synthetic_pictures_can_be_told_apart_by_class(tmp_path: Path) -> None:
             part = batch.patches[batch.cu_seqlens[row] : batch.cu_seqlens[row + 1]]
             means.append(part.view(part.shape[0], 3, -1).float().mean((0, 2)))
             classes.append(labels[0])
-            assert sorted(labels[:4]) == [0, 1, 2, 3]
-            assert labels[4:] == [-1] * 6
+            assert len(set(labels[:3])) == 3 and set(labels[:3]) < {0, 1, 2, 3}
+            assert labels[3:] == [-1] * 7
     colours, target = torch.stack(means), torch.tensor(classes)
     centers = torch.stack([colours[target == c].mean(0) for c in range(4)])
     assert (torch.cdist(colours, centers).argmin(1) == target).float().mean() > 0.9

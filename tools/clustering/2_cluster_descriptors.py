@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=whole_number(0), default=0, help="of the starting centers (default: %(default)s)"
     )
     parser.add_argument(
-        "--num-labels", type=whole_number(1), default=NUM_LABELS, help="labels per sample (default: %(default)s)"
+        "--num-labels",
+        type=whole_number(1),
+        help=f"labels per sample, fewer than clusters (default: {NUM_LABELS}, or half the clusters if that is fewer)",
     )
     parser.add_argument("--threads", type=whole_number(1), default=2, help="CPU threads (default: %(default)s)")
     return parser
@@ -61,16 +63,37 @@ def _centers(arguments: argparse.Namespace, described: DescriptorSet) -> Centers
     return centers
 
 
+def _num_labels(asked_for: int | None, num_clusters: int) -> int:
+    """Returns how many of its nearest clusters are a sample's labels.
+
+    Raises:
+        DataError: as many as there are: samples would be all alike.
+    """
+    half = max(1, num_clusters // 2)
+    num_labels = min(NUM_LABELS, half) if asked_for is None else asked_for
+    if num_labels >= num_clusters:
+        advice = f"give --num-labels {half} or fewer, or more clusters" if num_clusters > 1 else "give more clusters"
+        raise DataError(
+            f"--num-labels {num_labels} with {num_clusters} cluster{'s' if num_clusters > 1 else ''} would make every "
+            f"cluster a label of every sample, so that training could not tell samples apart and would learn nothing; "
+            f"{advice}"
+        )
+    return num_labels
+
+
 def _work(arguments: argparse.Namespace) -> None:
+    if arguments.clusters is not None:
+        _num_labels(arguments.num_labels, arguments.clusters)  # now rather than after hours of k-means
     described = DescriptorSet.load(arguments.descriptors)
     centers = _centers(arguments, described)
+    num_labels = _num_labels(arguments.num_labels, len(centers.centers))
     labels, similarities = nearest_centers(
-        described.descriptors, centers.centers, num_labels=arguments.num_labels, threads=arguments.threads
+        described.descriptors, centers.centers, num_labels=num_labels, threads=arguments.threads
     )
     LabelSet(described.samples, labels, similarities, len(centers.centers)).save(arguments.labels)
     report(
-        f"{len(labels)} samples, {len(centers.centers)} clusters, mean similarity to the nearest "
-        f"{float(similarities[:, 0].mean(dtype='float32')):.3f} -> {arguments.labels}"
+        f"{len(labels)} samples, {len(centers.centers)} clusters, {num_labels} labels a sample, mean similarity to the "
+        f"nearest {float(similarities[:, 0].mean(dtype='float32')):.3f} -> {arguments.labels}"
     )
 
 

@@ -1,0 +1,155 @@
+"""Labels that cannot teach, classes without a sample, and numbers of classes that are taken from the set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_ove.config.loader import config_from_dict, dump_config
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.config.yaml_file import parse_yaml
+from megatron_ove.data import shard_fit
+from megatron_ove.data.class_counts import fill_in_class_counts
+from megatron_ove.data.shard_fit import class_warnings, common_labels, count_classes, find_unlearnable
+from megatron_ove.data.shard_format import DatasetInfo, member_names
+from megatron_ove.errors import ConfigError, DataError
+from tests.unit.test_config import changed, valid_config
+
+SIX = np.array([np.random.default_rng(i).permutation(6).tolist() + [-1] * 4 for i in range(132)], np.int32)
+
+
+def info(num_classes: int, **changes: Any) -> DatasetInfo:
+    values: dict[str, Any] = {"kind": "image", "num_samples": 3, "num_classes": num_classes, "label_width": 10}
+    values |= {"members": member_names("image", 0), "patch_size": 14, "frames": 0, "created_by": "test"}
+    return DatasetInfo(**{**values, "grid_height": None, "grid_width": None, **changes})
+
+
+def shard_set(labels: np.ndarray, num_classes: int) -> Any:
+    class Labelled(SimpleNamespace):
+        def __len__(self) -> int:
+            return len(labels)
+
+    return Labelled(labels=labels, info=info(num_classes), directory=Path("data/images"))
+
+
+def unlearnable(labels: np.ndarray, num_classes: int) -> list[str]:
+    return find_unlearnable(config_from_dict(valid_config(), "test"), "images", shard_set(labels, num_classes))
+
+
+def test_as_few_classes_as_labels_a_sample_are_a_sentence() -> None:
+    """The clusters of tools/clustering with --clusters 6 and ten labels: a loss of 0 and no gradient, for ever."""
+    (sentence,) = unlearnable(SIX, 6)
+    assert sentence == (
+        "each of the 132 samples of data/images has all 6 classes among its labels, so there is no negative and "
+        "objectives.clusters could learn nothing (its loss would be 0 from the first step on); store fewer labels a "
+        "sample or make more classes, e.g. with --num-labels and --clusters of "
+        "tools/clustering/2_cluster_descriptors.py"
+    )
+    assert unlearnable(SIX[:, :5], 6) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "start"),
+    [
+        (
+            [[3, -1], [3, 3], [-1, -1]],
+            "each of the 3 samples of data/images has the same labels (3), so objectives.c",
+        ),
+        ([[4, 1], [1, 4]], "each of the 2 samples of data/images has the same labels (1, 4), so objectives.clusters"),
+        ([[-1, -1], [-1, -1]], "no sample of data/images has a label, so objectives.clusters could learn nothing; w"),
+    ],
+)
+def test_labels_that_are_the_same_everywhere_are_a_sentence(labels: list[list[int]], start: str) -> None:
+    (sentence,) = unlearnable(np.array(labels, np.int32), 100)
+    assert sentence.startswith(start)
+
+
+def test_one_sample_that_differs_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_fit, "_CHUNK", 100)
+    for place in (0, 1, 4321, 9999):
+        labels = np.full((10_000, 2), 5, np.int32)
+        assert common_labels(labels) == [5]
+        labels[place, 1] = 6
+        assert common_labels(labels) is None
+
+
+def test_a_usual_set_is_hardly_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(shard_fit, "_label_sets", lambda rows: read.append(len(rows)) or np.sort(rows, axis=1))
+    assert common_labels(np.arange(1_000_000, dtype=np.int32)[:, None]) is None
+    assert read == [64]
+
+
+@pytest.mark.parametrize("most", [1 << 26, 300])
+def test_classes_with_a_sample_are_counted_in_bounded_reads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(shard_fit, "_COUNTED_LABELS", most)
+    monkeypatch.setattr(shard_fit, "_CHUNK", 16)
+    labels = np.random.default_rng(0).integers(0, 30, (1000, 3)).astype(np.int32)
+    labels[::7] = -1
+    seen, looked_at = count_classes(labels, 40)
+    assert seen == 30
+    assert looked_at == 1000 if most > 3000 else 100 <= looked_at <= 116
+
+
+def test_more_classes_than_the_set_has_are_a_warning_with_both_numbers() -> None:
+    config = config_from_dict(changed("objectives.clusters.num_classes", 400), "test")
+    labels = np.arange(300, dtype=np.int32)[:, None]
+    (sentence,) = class_warnings(config, {"images": shard_set(labels, 300)}, counts_samples=True)
+    assert sentence == (
+        "objectives.clusters.num_classes = 400, but data/images has 300 classes, so 100 class centers (25%) would only "
+        "ever be negatives; set it to 300, or leave num_classes out to have it taken from the set"
+    )
+    assert not class_warnings(with_classes(300), {"images": shard_set(labels, 300)}, counts_samples=True)
+
+
+def with_classes(count: int) -> TrainConfig:
+    return config_from_dict(changed("objectives.clusters.num_classes", count), "test")
+
+
+def test_classes_without_a_sample_are_a_warning_with_their_share_only_where_labels_are_read() -> None:
+    sets = {"images": shard_set(np.arange(240, dtype=np.int32)[:, None], 300)}
+    assert class_warnings(with_classes(300), sets, counts_samples=False) == []
+    (sentence,) = class_warnings(with_classes(300), sets, counts_samples=True)
+    assert sentence.startswith("60 of the 300 classes of data/images (20%) have no sample, so their centers in obj")
+
+
+@pytest.fixture
+def without_a_number(tmp_path: Path) -> TrainConfig:
+    data = changed("data.sources.images.path", str(tmp_path / "set"))
+    del data["objectives"]["clusters"]["num_classes"]
+    return config_from_dict(data, "run.yaml")
+
+
+def test_a_number_that_is_left_out_is_that_of_the_set(without_a_number: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    info(345).write(tmp_path / "set")
+    assert without_a_number.objectives["clusters"].num_classes is None
+    config = fill_in_class_counts(without_a_number, "run.yaml")
+    assert config.objectives["clusters"].table_size == 345
+    again = config_from_dict(parse_yaml(dump_config(config), "resolved"), "resolved")
+    assert again.objectives["clusters"].num_classes == 345
+    assert fill_in_class_counts(again, "resolved") is again
+
+
+def test_a_number_that_cannot_be_taken_is_a_sentence(without_a_number: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="was not filled in"):
+        _ = without_a_number.objectives["clusters"].table_size
+    with pytest.raises(DataError) as caught:
+        fill_in_class_counts(without_a_number, "run.yaml")
+    assert str(caught.value) == (
+        f"data.sources.images: the shard set {tmp_path}/set does not exist or is no folder; check the source's path; "
+        "objectives.clusters.num_classes is taken from this set, so write the number where there is no set"
+    )
+
+
+def test_what_the_number_makes_wrong_is_said_when_it_is_known(without_a_number: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    info(5).write(tmp_path / "set")
+    data = without_a_number.model_dump(mode="json")
+    data["objectives"]["clusters"]["num_sampled"] = 6
+    with pytest.raises(ConfigError, match=r"run.yaml has 1 error:\n.* num_sampled = 6 is more than num_classes = 5"):
+        fill_in_class_counts(config_from_dict(data, "run.yaml"), "run.yaml")
