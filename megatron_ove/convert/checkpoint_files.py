@@ -32,9 +32,9 @@ from megatron_ove.checkpoint.manifest import (
 )
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.convert.mapping import check_state, mcore_shapes
-from megatron_ove.convert.new_folder import new_folder
 from megatron_ove.errors import CheckpointError
 from megatron_ove.model.parameter_names import transformer_engine_name
+from megatron_ove.new_folder import new_folder
 
 _MODEL_PREFIX = "model."
 _LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)(\d+)\.")
@@ -162,7 +162,7 @@ def write_encoder_checkpoint(
             stacks.setdefault(key, []).append(state[name])
     tensors |= {key: torch.stack(layers) for key, layers in stacks.items()}
     common = {"step": 0, "config": {"encoder": config.model_dump(mode="json")}, **facts}
-    with new_folder(checkpoint_dir) as partial:
+    with new_folder(checkpoint_dir, error=CheckpointError) as partial:
         writer = torch_checkpoint.FileSystemWriter(partial, sync_files=True)
         with _one_process():
             torch_checkpoint.save(tensors, storage_writer=writer, no_dist=True)

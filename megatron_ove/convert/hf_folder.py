@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ove.convert.new_folder import new_folder
 from megatron_ove.errors import CheckpointError
 from megatron_ove.model.patch_embed import CLIP_MEAN, CLIP_STD
+from megatron_ove.new_folder import new_folder
 
 _MODELING_CODE = ("configuration_onevision_encoder.py", "modeling_onevision_encoder.py")
 _CODE_DIR = Path(__file__).parent / "hf_model"
@@ -36,7 +36,7 @@ def write_hf_folder(
     Raises:
         CheckpointError: the folder exists or cannot be written.
     """
-    with new_folder(output_dir) as partial:
+    with new_folder(output_dir, error=CheckpointError) as partial:
         try:
             save_file(dict(state), partial / _WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
