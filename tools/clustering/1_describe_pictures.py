@@ -29,8 +29,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(arguments: argparse.Namespace) -> None:
     files = list_pictures(arguments.pictures)
-    name = build_describer(arguments.model_folder).name
-    make_task = functools.partial(PictureDescriber, arguments.model_folder)
+    trust = arguments.trust_remote_code
+    name = build_describer(arguments.model_folder, trust_remote_code=trust).name
+    make_task = functools.partial(PictureDescriber, arguments.model_folder, trust_remote_code=trust)
     described: list[tuple[Path, np.ndarray]] = []
     with open_rejects(arguments.rejects, stage="images", files=files) as rejects:
         described.extend(
