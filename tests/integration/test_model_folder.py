@@ -294,7 +294,11 @@ def drop(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be used: it cannot be read .*is no JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "it cannot be read .*holds no JSON object"),
         (lambda folder: (folder / "config.json").write_text("{}"), "it cannot be loaded .*Unrecognized model"),
-        (lambda folder: (folder / "preprocessor_config.json").unlink(), "its image processor cannot be loaded"),
+        (
+            lambda folder: (folder / "preprocessor_config.json").unlink(),
+            r"has no preprocessor_config\.json, which",
+        ),
+        (lambda folder: (folder / "preprocessor_config.json").write_text("{"), "its image processor cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").unlink(), "it cannot be loaded .*no file named"),
         (cut, r"it cannot be loaded \(SafetensorError"),
         (drop, r"lacks 1 of its model's weights, e\.g\. encoder\.layer\.0\.output\.dense\.weight"),

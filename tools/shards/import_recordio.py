@@ -78,7 +78,7 @@ def import_records(
                 labels = _filled(integer_labels(record, path, zeros_mean_none=kind == "ocr"), width, record.key, path)
                 key = f"{number:04d}_{stem}_{record.key:012d}"
                 writer.add(key, {"jpg": record.picture}, labels, source=f"{path}:{record.key}")
-        print(f"{output}: {len(writer)} samples with {width} labels each, {rejects.count} rejected")
+    print(f"{output}: {len(writer)} samples with {width} labels each, {rejects.count} rejected")
     return rejects.count
 
 

@@ -30,6 +30,7 @@ _PROBE_SIDE = 64
 _SAME_VECTOR = 1e-6
 # What differs between copies of a model that describe alike.
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -64,6 +65,7 @@ class FolderModelDescriber:
         self._call = _picture_function(self._model, self._folder, self._config)
         self._inputs = {"pixel_values", *inspect.signature(self._call).parameters}
         self._runs_code = trust_remote_code and self._config.get("model_type") != MODEL_TYPE
+        _require_processor(self._folder, self._config)
         with _explained(self._folder, "its image processor cannot be loaded"):
             self._processor = AutoImageProcessor.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=trust_remote_code
@@ -205,6 +207,16 @@ def _picture_function(model: Any, folder: Path, config: Mapping[str, Any]) -> Ca
     return model.forward
 
 
+def _require_processor(folder: Path, config: Mapping[str, Any]) -> None:
+    if "pretrained_cfg" in config:  # timm keeps it in config.json
+        return
+    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        raise DataError(
+            f"the model folder {folder} has no {_PROCESSOR_FILES[0]}, which says how its pictures are scaled and "
+            "normalised, and a guess would describe them wrongly; get that file from where the model is from"
+        )
+
+
 def _takes_format(processor: Any) -> bool:
     parameters = inspect.signature(processor.preprocess).parameters.values()
     return any(p.name == "input_data_format" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
@@ -235,7 +247,7 @@ def _cut_to_aspect(picture: np.ndarray) -> np.ndarray:
 def _digest(folder: Path, *, with_code: bool) -> str:
     """Returns 16 hexadecimal digits of what decides the vectors: settings, weights, and the code that runs."""
     digest = hashlib.sha256()
-    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+    for name in ("config.json", *_PROCESSOR_FILES):
         if (folder / name).is_file():
             values = json.loads((folder / name).read_text(encoding="utf-8"), object_hook=_without_volatile_keys)
             digest.update(f"{name}\n{json.dumps(values, sort_keys=True)}\n".encode())
