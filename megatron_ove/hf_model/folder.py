@@ -46,11 +46,12 @@ def load_onevision_model(folder: str | Path) -> OneVisionEncoderModel:
     if kind != MODEL_TYPE:
         raise ValueError(f"its config.json has model_type = {kind!r} instead of {MODEL_TYPE!r}")
     try:
-        model, report = OneVisionEncoderModel.from_pretrained(
+        loaded: Any = OneVisionEncoderModel.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise ValueError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
         raise ValueError(f"{len(missing)} of its weights are missing, e.g. {missing[0]}")
     return model.eval()

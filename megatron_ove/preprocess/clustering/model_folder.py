@@ -7,7 +7,6 @@ or the same for every picture) is one sentence when the model is loaded, before 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json
@@ -58,6 +57,7 @@ class FolderModelDescriber:
         from megatron_ove.hf_model.folder import MODEL_TYPE
 
         self._folder, self._device = Path(folder), device
+        self._name: str | None = None
         self._config = _read_config(self._folder)
         self._model, missing = _load_model(self._folder, self._config, trust_remote_code)
         self._has_pooler = not missing
@@ -74,13 +74,16 @@ class FolderModelDescriber:
         self._options = {"input_data_format": "channels_last"} if _takes_format(self._processor) else {}
         self._probe()
 
-    @functools.cached_property
+    @property
     def name(self) -> str:
         """Kind of the model and a digest of its weights and settings: equal for copies, whatever the folder is called.
 
         The weights are read once more for it, so it is asked for in one process only.
         """
-        return f"model:{self._config.get('model_type', 'unknown')}:{_digest(self._folder, with_code=self._runs_code)}"
+        if self._name is None:
+            digest = _digest(self._folder, with_code=self._runs_code)
+            self._name = f"model:{self._config.get('model_type', 'unknown')}:{digest}"
+        return self._name
 
     def describe(self, picture: np.ndarray) -> np.ndarray:
         """See `Describer.describe`; d is the model's feature size.
