@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_ove import hf_model
 from megatron_ove.errors import CheckpointError
 from megatron_ove.model.patch_embed import CLIP_MEAN, CLIP_STD
 from megatron_ove.new_folder import new_folder
 
 _MODELING_CODE = ("configuration_onevision_encoder.py", "modeling_onevision_encoder.py")
-_CODE_DIR = Path(__file__).parent / "hf_model"
+_CODE_DIR = Path(hf_model.__file__).parent
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _BICUBIC = 3  # PIL's number
 
@@ -33,7 +35,7 @@ def write_hf_folder(
     """Writes a complete HuggingFace folder; it appears only when every file is in it.
 
     Args:
-        output_dir: new folder.
+        output_dir: new folder; files in it have the rights that the umask gives.
         state: published names to contiguous tensors.
         config: content of config.json.
         model_card: content of README.md.
@@ -43,13 +45,17 @@ def write_hf_folder(
         CheckpointError: the folder exists or cannot be written.
     """
     with new_folder(output_dir, error=CheckpointError) as partial:
+        _write_json(partial / "config.json", config)
         try:
             save_file(dict(state), partial / _WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
             raise CheckpointError(
                 f"{output_dir}/{_WEIGHTS} cannot be written ({error}); check the free space"
             ) from error
-        _write_json(partial / "config.json", config)
+        # safetensors makes files for their owner alone; the umask's rights are those of its neighbour.
+        rights = stat.S_IMODE((partial / "config.json").stat().st_mode)
+        if stat.S_IMODE((partial / _WEIGHTS).stat().st_mode) != rights:
+            (partial / _WEIGHTS).chmod(rights)
         _write_json(partial / "preprocessor_config.json", image_processor_config(config["image_size"]))
         for name in _MODELING_CODE:
             shutil.copyfile(_CODE_DIR / name, partial / name)

@@ -16,13 +16,12 @@ from megatron_ove.model.patch_embed import CLIP_MEAN, CLIP_STD
 
 
 def load_exported_model(folder: str | Path) -> Any:
-    """Loads an exported encoder with its own modelling code, in fp32, ready for evaluation.
+    """Loads an exported encoder in fp32, ready for evaluation; no code of the folder runs.
 
     Raises:
         ConfigError: the folder holds no exported model, or a damaged one.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModel
+    from megatron_ove.hf_model.folder import load_onevision_model
 
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(
@@ -30,14 +29,13 @@ def load_exported_model(folder: str | Path) -> Any:
             "megatron-ove convert export"
         )
     try:
-        model = AutoModel.from_pretrained(str(folder), trust_remote_code=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        return load_onevision_model(folder)
+    except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0][:200]
         raise ConfigError(
-            f"{folder} cannot be loaded as an exported model ({reason}), so a file of it is missing or damaged; make "
-            "it again with megatron-ove convert export"
+            f"{folder} cannot be loaded as an exported model ({reason}); give a folder that megatron-ove convert "
+            "export made, or make it again"
         ) from error
-    return model.float().eval()
 
 
 def huggingface_encoder(model: Any, patch_size: int) -> EncoderCallable:

@@ -79,7 +79,13 @@ def add_describer_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-folder",
         type=Path,
-        help="local HuggingFace vision model to describe with (default: colours and gradients, no model)",
+        help="local HuggingFace vision model to describe with (default: colours and gradients, no model); an encoder "
+        "exported by megatron-ove is one",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let Python code in the model folder run, which some models need; it can do anything, so read it first",
     )
 
 

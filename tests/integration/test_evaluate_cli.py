@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ove.cli.main import main
@@ -71,13 +72,20 @@ def test_a_checkpoint_needs_its_objective(model: Path, shards: Path, capsys: pyt
     assert "--checkpoint and --objective name a table of class centers together; give both" in capsys.readouterr().err
 
 
+def _without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["layernorm_pre.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda folder: (folder / "config.json").write_text("{"), "is not a valid JSON file"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "Unrecognized model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "its config.json is no JSON"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "has model_type = None instead of 'onevision_enc"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "Error while deserializing header"),
         (lambda folder: (folder / "model.safetensors").unlink(), "Error no file named"),
+        (lambda folder: _without_a_weight(folder), "1 of its weights are missing, e.g. layernorm_pre.bias"),
     ],
 )
 def test_a_damaged_model_is_a_sentence(
@@ -89,4 +97,21 @@ def test_a_damaged_model_is_a_sentence(
     assert main(["evaluate", "--model", str(folder), "--shards", str(shards)]) == 2
     text = capsys.readouterr().err
     assert f"megatron-ove: {folder} cannot be loaded as an exported model (" in text and reason in text
-    assert "so a file of it is missing or damaged; make it again with megatron-ove convert export" in text
+    assert "give a folder that megatron-ove convert export made, or make it again" in text
+
+
+def test_code_of_the_folder_does_not_run(model: Path, shards: Path, tmp_path: Path) -> None:
+    """Neither that in the folder nor that in a repository which its config.json names."""
+    folder = shutil.copytree(model, tmp_path / "copy")
+    for file in folder.glob("*.py"):
+        file.write_text("raise SystemExit('this code ran')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {name: f"somebody/elsewhere--{place}" for name, place in config["auto_map"].items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    figures = []
+    for name in (model, folder):
+        output = tmp_path / "figures.json"
+        command = ["evaluate", "--model", str(name), "--shards", str(shards), "--k", "2", "--output", str(output)]
+        assert main(command) == 0
+        figures.append(output.read_text())
+    assert figures[0] == figures[1]

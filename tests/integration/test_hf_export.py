@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from megatron_ove.convert.class_centers import load_class_centers
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
 from megatron_ove.convert.hf_config import from_hf_config
 from megatron_ove.convert.hf_export import export_checkpoint
+from megatron_ove.convert.hf_import import import_pretrained
 from megatron_ove.convert.mapping import hf_shapes
 from megatron_ove.errors import CheckpointError
 from megatron_ove.parallel.topology import ParallelTopology
@@ -99,6 +101,20 @@ def test_folder_has_every_file_and_the_published_names(exported: Path) -> None:
     tensors = load_file(exported / "model.safetensors")
     expected = hf_shapes(from_hf_config(config, origin="config.json"))
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+
+
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_rights_of_the_umask(checkpoint: Path, tmp_path: Path, umask: int, rights: int) -> None:
+    """Of the export and of an imported checkpoint, so that whoever may read one file may read all."""
+    before = os.umask(umask)
+    try:
+        folder = export_checkpoint(checkpoint, tmp_path / "new" / "out")
+        imported = import_pretrained(folder, tmp_path / "new" / "imported")
+    finally:
+        os.umask(before)
+    for path in (folder, imported, *folder.rglob("*"), *imported.rglob("*")):
+        executable = (rights & 0o444) >> 2 if path.is_dir() else 0
+        assert stat.S_IMODE(path.stat().st_mode) == rights | executable, path
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ove import hf_model as hf_model_package
 from megatron_ove.config.encoder import EncoderConfig
-from megatron_ove.convert import hf_model as hf_model_package
 from megatron_ove.convert.hf_config import to_hf_config
-from megatron_ove.convert.hf_model.configuration_onevision_encoder import OneVisionEncoderConfig
-from megatron_ove.convert.hf_model.modeling_onevision_encoder import OneVisionEncoderModel
 from megatron_ove.convert.mapping import hf_shapes
+from megatron_ove.hf_model.configuration_onevision_encoder import OneVisionEncoderConfig
+from megatron_ove.hf_model.modeling_onevision_encoder import OneVisionEncoderModel
 from tests.support.hf_models import hf_model
 from tests.support.tiny import tiny_encoder_config
 
@@ -182,3 +182,69 @@ def test_code_imports_only_torch_and_transformers() -> None:
                 assert (node.module or "").split(".")[0] in allowed
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 1 and node.module == "configuration_onevision_encoder"
+
+
+@torch.no_grad()
+def test_the_kind_of_attention_can_be_changed_later() -> None:
+    """In every sub-module: weights appear, the pooling head's attention changes too, and the numbers stay."""
+    model, pixels = hf_model(tiny_encoder_config(num_layers=2)), torch.randn(2, 3, 8, 12)
+    before, calls = model(pixels), []
+    with pytest.MonkeyPatch.context() as patch:
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        patch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda *args, **options: (calls.append(1), sdpa(*args))[1],
+        )
+        model.set_attn_implementation("eager")
+        eager = model(pixels, output_attentions=True)
+        assert model.config._attn_implementation == "eager" and not calls
+        model.set_attn_implementation("sdpa")
+        again = model(pixels)
+        assert len(calls) == 3  # two layers and the head
+    assert [tuple(weights.shape) for weights in eager.attentions] == [(2, 2, 6, 6)] * 2
+    assert (eager.pooler_output - before.pooler_output).abs().max() < 1e-5
+    assert torch.equal(again.pooler_output, before.pooler_output)
+    with pytest.raises(ValueError, match="sdpa never forms attention weights"):
+        model(pixels, output_attentions=True)
+    with pytest.raises((ValueError, ImportError), match=r"(?i)flash.?attention"):
+        model.set_attn_implementation("flash_attention_2")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_empty_batch_gives_an_empty_result(attention: str) -> None:
+    """Also backwards, as the last, empty share of a data set meets it."""
+    model = hf_model(tiny_encoder_config(num_layers=2), attention=attention)
+    for arguments, num_tokens in (
+        ({"pixel_values": torch.zeros(0, 3, 8, 12)}, 6),
+        ({"pixel_values": torch.zeros(0, 3, 2, 8, 12)}, 12),
+        (
+            {
+                "pixel_values": torch.zeros(0, 3, 2, 8, 12),
+                "visible_indices": torch.zeros(0, 5, dtype=torch.long),
+                "output_hidden_states": True,
+            },
+            5,
+        ),
+        ({"pixel_values": torch.zeros(0, 3, 8, 12), "patch_positions": torch.zeros(0, 6, 3, dtype=torch.long)}, 6),
+    ):
+        output = model(**arguments)
+        assert output.last_hidden_state.shape == (0, num_tokens, 64) and output.pooler_output.shape == (0, 64)
+        output.pooler_output.sum().backward()
+    if attention == "eager":
+        weights = model(torch.zeros(0, 3, 8, 12), output_attentions=True).attentions
+        assert [tuple(item.shape) for item in weights] == [(0, 2, 6, 6)] * 2
+
+
+@torch.no_grad()
+def test_one_graph_with_chosen_patches(model: OneVisionEncoderModel) -> None:
+    """`torch.compile(fullgraph=True)`: no break, the same numbers, and an index beyond the picture ends the run."""
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    clip = torch.randn(2, 3, 2, 8, 12)
+    for indices in (torch.tensor([[0, 7], [3, 11]]), torch.arange(12).expand(2, -1) + 6):
+        expected, actual = model(clip, visible_indices=indices), compiled(clip, visible_indices=indices)
+        assert torch.allclose(expected.pooler_output, actual.pooler_output, atol=1e-6)
+    with pytest.raises(RuntimeError, match="visible_indices leaves the 12 patches in the picture"):
+        compiled(clip, visible_indices=torch.tensor([[0, 12], [0, 1]]))
+    with pytest.raises(RuntimeError, match="visible_indices leaves the 384 places on the position grid"):
+        compiled(clip, visible_indices=torch.arange(12).expand(2, -1) + 64 * 6)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ove.convert.hf_model.modeling_onevision_encoder import OneVisionEncoderModel
 from megatron_ove.convert.mapping import to_mcore
+from megatron_ove.hf_model.modeling_onevision_encoder import OneVisionEncoderModel
 from megatron_ove.model.encoder import build_encoder
 from megatron_ove.parallel.topology import ParallelTopology
 from tests.support.hf_models import (

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.convert.hf_config import to_hf_config
-from megatron_ove.convert.hf_model.configuration_onevision_encoder import OneVisionEncoderConfig
-from megatron_ove.convert.hf_model.modeling_onevision_encoder import OneVisionEncoderModel
+from megatron_ove.hf_model.configuration_onevision_encoder import OneVisionEncoderConfig
+from megatron_ove.hf_model.modeling_onevision_encoder import OneVisionEncoderModel
 from tests.support.reference_encoder import MEAN, STD, ReferenceEncoder
 
 

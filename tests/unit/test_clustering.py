@@ -10,12 +10,7 @@ import pytest
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.clustering import kmeans
 from megatron_ove.preprocess.clustering.descriptor_sets import Centers, DescriptorSet, LabelSet, SampleFiles
-from megatron_ove.preprocess.clustering.descriptors import (
-    ColourAndGradientDescriber,
-    FolderModelDescriber,
-    build_describer,
-    describe_clip,
-)
+from megatron_ove.preprocess.clustering.descriptors import ColourAndGradientDescriber, describe_clip
 from megatron_ove.preprocess.clustering.kmeans import train_centers
 from megatron_ove.preprocess.clustering.nearest import nearest_centers
 from megatron_ove.preprocess.demo_input.images import draw_variant
@@ -60,28 +55,6 @@ def test_clip_descriptor_joins_frames_in_order() -> None:
     assert vector @ describe_clip(frames[::-1], describer, num_frames=4) < 0.95
     with pytest.raises(DataError, match=r"num_frames = 9 frames cannot be taken of a clip with 8"):
         describe_clip(frames, describer, num_frames=9)
-
-
-def test_model_folder_describes_like_the_model(tmp_path: Path) -> None:
-    import torch
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
-
-    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)
-    torch.manual_seed(0)
-    model = ViTModel(config).eval()
-    model.save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    picture = textured_background(48, 48)
-    describer = FolderModelDescriber(tmp_path)
-    pixels = ViTImageProcessor.from_pretrained(tmp_path)(images=picture, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        expected = model(pixel_values=pixels).pooler_output[0].numpy()
-    np.testing.assert_allclose(describer.describe(picture), expected / np.linalg.norm(expected), atol=1e-5)
-
-
-def test_model_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the model folder .* has no config\.json, so it is no HuggingFace model"):
-        build_describer(tmp_path)
 
 
 def test_kmeans_finds_the_groups_and_follows_the_seed() -> None:

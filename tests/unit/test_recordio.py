@@ -11,7 +11,7 @@ import nvidia.dali.fn as fn
 import pytest
 from nvidia.dali import Pipeline
 
-from megatron_ove.data.recordio import RecordWriter, integer_labels, read_records
+from megatron_ove.data.recordio import PictureRecord, RecordWriter, integer_labels, read_records
 from megatron_ove.data.shard_index import ShardSet, validate_shard_set
 from megatron_ove.errors import DataError
 from tests.support.distributed import repository_root
@@ -89,21 +89,43 @@ def test_damage_is_a_sentence(tmp_path: Path) -> None:
         list(read_records(path))
     path.write_bytes(whole)
     index.write_text("10\t4\n")
-    with pytest.raises(DataError, match=r"has no record at byte 4, where its index places one"):
+    with pytest.raises(DataError, match=r"has no record at byte 4, where one should begin"):
         list(read_records(path))
     index.write_text("not an index\n")
     with pytest.raises(DataError, match=r"a\.idx is no RecordIO index"):
         list(read_records(path))
     index.write_text("")
-    with pytest.raises(DataError, match=r"a\.idx lists no records"):
+    with pytest.raises(DataError, match=r"a\.idx lists no records; copy it again, or delete it"):
         list(read_records(path))
-    index.unlink()
-    with pytest.raises(DataError, match=r"index .*a\.idx of .*a\.rec cannot be read \(No such file"):
+    for offset in (-8, len(whole), 2**63 - 1):
+        index.write_text(f"10\t{offset}\n")
+        with pytest.raises(DataError, match=rf"places a record at byte {offset}, but the file has {len(whole)} bytes"):
+            list(read_records(path))
+    index.write_text(f"10\t{2**63}\n")
+    with pytest.raises(DataError, match=r"a\.idx is no RecordIO index"):
         list(read_records(path))
     index.write_text(entries)
+    path.write_bytes(MAGIC + (2 << 29 | 4).to_bytes(4, "little") + whole[8:])
+    with pytest.raises(DataError, match=r"the record at byte 0 of .*a\.rec has its parts in a wrong order"):
+        list(read_records(path))
     path.unlink()
     with pytest.raises(DataError, match=r"record file .*a\.rec does not exist"):
         list(read_records(path))
+
+
+def test_a_label_that_is_no_number_is_named(tmp_path: Path) -> None:
+    for label in ("nan", "inf", "0.5", "-16777217"):
+        record = PictureRecord(7, np.array([1, label], np.float32), b"")
+        with pytest.raises(DataError, match=rf"record 7 of a\.rec has the label {label.replace('217', '216')}, "):
+            integer_labels(record, "a.rec", zeros_mean_none=False)
+
+
+def test_many_parts_take_no_longer_than_one(tmp_path: Path) -> None:
+    parts = [(1 << 29, bytes(24)), *[(2 << 29, b"")] * 200_000, (3 << 29, b"abcd")]
+    content = b"".join(MAGIC + (flag | len(part)).to_bytes(4, "little") + part for flag, part in parts)
+    (tmp_path / "a.rec").write_bytes(content)
+    (record,) = read_records(tmp_path / "a.rec")
+    assert len(record.picture) > 700_000
 
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:

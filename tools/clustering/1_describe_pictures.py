@@ -53,12 +53,13 @@ def _earlier(output: Path, describer: str) -> dict[str, tuple[dict[str, Any], np
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    name = build_describer(arguments.model_folder).name
+    trust = arguments.trust_remote_code
+    name = build_describer(arguments.model_folder, trust_remote_code=trust).name
     earlier = _earlier(arguments.output, name)
     listing = list_inputs(arguments.pictures, "picture")
     plan = continue_records([record for record, _ in earlier.values()], listing.inputs)
     states = {item: file_state(item.path) for item in plan.todo}
-    make_task = functools.partial(PictureDescriber, arguments.model_folder)
+    make_task = functools.partial(PictureDescriber, arguments.model_folder, trust_remote_code=trust)
     described = [(record, earlier[record["key"]][1]) for record in plan.elsewhere + plan.kept]
     num_before = len(described)
     with open_rejects(arguments.rejects, stage="images", files=[*plan.todo, *listing.unreadable]) as rejects:

@@ -38,8 +38,12 @@ def _work(arguments: argparse.Namespace) -> None:
         arguments.clips / "clips.jsonl", made_by="tools/codec/1_select_patches.py", fields=CLIP_FIELDS
     )
     files = [arguments.clips / record["stored"] for record in records]
-    name = f"{build_describer(arguments.model_folder).name} x {arguments.describe_frames} frames"
-    make_task = functools.partial(StoredClipDescriber, arguments.model_folder, arguments.describe_frames)
+    trust = arguments.trust_remote_code
+    describer = build_describer(arguments.model_folder, trust_remote_code=trust)
+    name = f"{describer.name} x {arguments.describe_frames} frames"
+    make_task = functools.partial(
+        StoredClipDescriber, arguments.model_folder, arguments.describe_frames, trust_remote_code=trust
+    )
     with open_rejects(arguments.rejects, stage="clip descriptors", files=files) as rejects:
         described = [
             result

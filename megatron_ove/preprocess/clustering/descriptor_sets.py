@@ -24,9 +24,9 @@ _SAMPLE_ARRAYS = ("keys", "files", "sheets", "states")
 class PictureDescriber:
     """A picture -> [d] float32."""
 
-    def __init__(self, model_folder: Path | None) -> None:
+    def __init__(self, model_folder: Path | None, *, trust_remote_code: bool = False) -> None:
         """See `descriptors.build_describer`."""
-        self._describer = build_describer(model_folder)
+        self._describer = build_describer(model_folder, trust_remote_code=trust_remote_code)
 
     def __call__(self, file: InputFile) -> np.ndarray:
         """Raises `DataError` when the file is no usable picture."""
@@ -36,9 +36,10 @@ class PictureDescriber:
 class StoredClipDescriber:
     """Path of a stored clip -> (its info, [frames * d] float32)."""
 
-    def __init__(self, model_folder: Path | None, num_frames: int) -> None:
-        """See `descriptors.describe_clip`."""
-        self._describer, self._num_frames = build_describer(model_folder), num_frames
+    def __init__(self, model_folder: Path | None, num_frames: int, *, trust_remote_code: bool = False) -> None:
+        """See `descriptors.build_describer` and `descriptors.describe_clip`."""
+        self._describer = build_describer(model_folder, trust_remote_code=trust_remote_code)
+        self._num_frames = num_frames
 
     def __call__(self, path: Path) -> tuple[Mapping[str, Any], np.ndarray]:
         """Raises `DataError` when the file is no stored clip."""

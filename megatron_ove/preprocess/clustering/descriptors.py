@@ -1,8 +1,8 @@
 """A picture as one vector whose cosine says how alike two pictures are.
 
 `ColourAndGradientDescriber` needs no trained weights: colours and edge layout, enough to group pictures of the same
-scene. It is the laptop default. `FolderModelDescriber` runs a vision model from a local HuggingFace folder; a
-production concept bank is made with one. A clip's descriptor is its frames' descriptors one after the other.
+scene. It is the laptop default. A production concept bank is made with a vision model (`model_folder.py`). A clip's
+descriptor is its frames' descriptors one after the other.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess.clustering.model_folder import FolderModelDescriber
 
 _SIDE = 64  # pixels; both halves are computed on a picture of this size
 _COLOUR_BINS = (8, 6, 6)  # L, a, b
@@ -23,9 +24,10 @@ _GRADIENT_BINS = 9
 
 
 class Describer(Protocol):
-    """Turns pictures into vectors."""
+    """Turns pictures into vectors. Those of describers of one name can be compared."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def describe(self, picture: np.ndarray) -> np.ndarray:
         """Returns [d] float32 of length 1 for a [height, width, 3] uint8 RGB picture."""
@@ -49,50 +51,15 @@ class ColourAndGradientDescriber:
         return _normalised(np.concatenate([_normalised(part) for part in parts]))
 
 
-class FolderModelDescriber:
-    """A vision model from a local HuggingFace folder: image features if it has them, else its pooled output.
+def build_describer(model_folder: str | Path | None = None, *, trust_remote_code: bool = False) -> Describer:
+    """Returns the default describer, or the model in `model_folder`.
 
-    Nothing is downloaded. Models whose own code must run need `trust_remote_code`.
+    Raises:
+        DataError: see `FolderModelDescriber`.
     """
-
-    def __init__(self, folder: str | Path, *, device: str = "cpu", trust_remote_code: bool = False) -> None:
-        """Loads model and image processor.
-
-        Raises:
-            DataError: the folder does not hold a model.
-        """
-        from transformers import AutoImageProcessor, AutoModel
-
-        path = Path(folder)
-        if not (path / "config.json").is_file():
-            raise DataError(
-                f"the model folder {path} has no config.json, so it is no HuggingFace model; give the folder that "
-                "save_pretrained or a download wrote"
-            )
-        options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        self._processor = AutoImageProcessor.from_pretrained(str(path), **options)
-        self._model = AutoModel.from_pretrained(str(path), **options).eval().to(device)
-        self._device = device
-        self.name = f"model:{path.resolve().name}"
-
-    def describe(self, picture: np.ndarray) -> np.ndarray:
-        """See `Describer.describe`; d is the model's feature size."""
-        import torch
-
-        pixels = self._processor(images=picture, return_tensors="pt")["pixel_values"].to(self._device)
-        with torch.no_grad():
-            if hasattr(self._model, "get_image_features"):
-                features = self._model.get_image_features(pixel_values=pixels)
-            else:
-                output = self._model(pixel_values=pixels)
-                pooled = getattr(output, "pooler_output", None)
-                features = output.last_hidden_state.mean(dim=1) if pooled is None else pooled
-        return _normalised(features.flatten().float().cpu().numpy())
-
-
-def build_describer(model_folder: str | Path | None = None) -> Describer:
-    """Returns the default describer, or the model in `model_folder`."""
-    return ColourAndGradientDescriber() if model_folder is None else FolderModelDescriber(model_folder)
+    if model_folder is None:
+        return ColourAndGradientDescriber()
+    return FolderModelDescriber(model_folder, trust_remote_code=trust_remote_code)
 
 
 def describe_clip(frames: np.ndarray, describer: Describer, *, num_frames: int) -> np.ndarray:

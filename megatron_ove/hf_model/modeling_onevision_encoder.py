@@ -88,16 +88,14 @@ class OneVisionEncoderEmbeddings(nn.Module):
 
     def __init__(self, config: OneVisionEncoderConfig) -> None:
         super().__init__()
-        side = config.patch_size
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=side, stride=side, bias=False
-        )
+        side, width = config.patch_size, config.hidden_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=side, stride=side, bias=False)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Maps [B, T, C, H, W] to [B, T * Hp * Wp, D], ordered by time, then row, then column."""
         weight = self.patch_embedding.weight
         embedded = self.patch_embedding(frames.flatten(0, 1).to(weight.dtype))  # [B*T, D, Hp, Wp]
-        return embedded.flatten(2).transpose(1, 2).reshape(frames.shape[0], -1, weight.shape[0])
+        return embedded.flatten(2).transpose(1, 2).unflatten(0, frames.shape[:2]).flatten(1, 2)
 
 
 class OneVisionEncoderMLP(nn.Module):
@@ -132,8 +130,7 @@ class OneVisionEncoderAttention(nn.Module):
         )
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         dropout = self.config.attention_dropout if self.training else 0.0
-        implementation = self.config._attn_implementation
-        attended, weights = _attend(query, key, value, implementation=implementation, dropout=dropout)
+        attended, weights = _attend(query, key, value, implementation=self.config._attn_implementation, dropout=dropout)
         return self.out_proj(attended), weights
 
 
@@ -283,13 +280,15 @@ def _token_positions(
 
 
 def _check_range(indices: Tensor, sizes: tuple[int, int, int], things: str) -> None:
-    low, high = (int(value) for value in indices.aminmax())
     limit = sizes[0] * sizes[1] * sizes[2]
+    if torch.compiler.is_compiling():  # a graph cannot read values; a wrong one ends the run on the device
+        torch._assert_async(((indices >= 0) & (indices < limit)).all(), f"visible_indices leaves the {limit} {things}")
+        return
+    low, high = (int(value) for value in indices.aminmax()) if indices.numel() else (0, 0)
     if low < 0 or high >= limit:
         raise ValueError(
             f"visible_indices reaches from {low} to {high}, but there are only {sizes[0]} x {sizes[1]} x {sizes[2]} = "
-            f"{limit} {things}; count t * Hp * Wp + h * Wp + w there, or say with patch_positions where the encoded "
-            "patches sit"
+            f"{limit} {things}; count t * Hp * Wp + h * Wp + w there, or say with patch_positions where they sit"
         )
 
 
@@ -302,9 +301,7 @@ def _initialize(tensor: Tensor | None, draw: Callable[[Tensor], Any]) -> None:
 
 class OneVisionEncoderModel(PreTrainedModel):
     """Encodes images [B, C, H, W] and clips [B, C, T, H, W] of any size; not padded, so all samples of a batch have
-    equally many tokens.
-
-    Attention: "sdpa" (default; torch chooses its flash kernel where it can) or "eager".
+    equally many tokens. Attention is "sdpa" (default; torch chooses its flash kernel where it can) or "eager".
     """
 
     config: OneVisionEncoderConfig
@@ -325,6 +322,10 @@ class OneVisionEncoderModel(PreTrainedModel):
         self.layernorm_post = _build_norm(config) if config.use_head else None
         self.head = OneVisionEncoderPoolingHead(config) if config.use_head else None
         self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers looks for its own attention code; ours asks the configuration in every forward
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding

@@ -1,1 +1,0 @@
-"""The modelling code that is copied into every export; imports nothing of this package, only torch and transformers."""
