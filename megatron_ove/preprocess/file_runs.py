@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
@@ -92,6 +93,7 @@ def _outcomes(make_task: Callable[[], Task], files: Sequence[Any], workers: int)
 
 
 def _start_worker(make_task: Callable[[], Task]) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a task may load torch, which would take every core in each process
     cv2.setNumThreads(1)
     _Process.task = make_task()
 
