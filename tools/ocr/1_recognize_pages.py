@@ -31,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
         "--detection-side",
         type=whole_number(1),
         default=DETECTION_SIDE,
-        help="pages are scaled to at most this many pixels to find lines (default: %(default)s)",
+        help="largest side of the tiles in which lines are found, whatever the size of the page; less needs less memory "
+        "(default: %(default)s)",
     )
     parser.add_argument("--detection-model-dir", type=Path, help="paddleocr: exported detection model")
     parser.add_argument("--recognition-model-dir", type=Path, help="paddleocr: exported recognition model")
