@@ -187,4 +187,4 @@ def test_detection_side_bounds_what_the_model_is_given(monkeypatch: pytest.Monke
     find = engine._find  # type: ignore[attr-defined]
     monkeypatch.setattr(engine, "_find", lambda part: sizes.append(max(part.shape[:2])) or find(part))
     engine.recognize(np.full((700, 900, 3), 255, np.uint8))
-    assert sizes and max(sizes) == 256
+    assert sizes and max(sizes) <= 256

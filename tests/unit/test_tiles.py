@@ -71,7 +71,7 @@ def test_low_lines_are_found_once_each_wherever_tiles_cut_them(size: tuple[int, 
     bars = [(15, top, width - 15, top + 16) for top in range(10, height - 20, 29)]
     find = Finder()
     _assert_equal(find_lines(_page(width, height, bars), find, side=SIDE), bars, within=4)
-    assert find.largest == SIDE  # memory does not grow with the page
+    assert find.largest <= SIDE  # memory does not grow with the page
 
 
 def test_a_line_over_many_tiles_is_one_line_at_any_slant() -> None:
@@ -82,7 +82,7 @@ def test_a_line_over_many_tiles_is_one_line_at_any_slant() -> None:
     assert len(found) == 2
     for box in found:
         assert np.linalg.norm(box[1] - box[0]) == pytest.approx(5850, rel=0.01)
-        assert np.linalg.norm(box[3] - box[0]) == pytest.approx(20, abs=13)  # tiles cut it slightly askew
+        assert np.linalg.norm(box[3] - box[0]) == pytest.approx(20, abs=8)
 
 
 def test_columns_stay_apart_and_rows_are_read_from_left_to_right() -> None:
@@ -113,6 +113,22 @@ def test_parts_of_one_tile_are_never_joined() -> None:
 def test_no_page_is_too_thin() -> None:
     for shape in ((1, 1), (2, 3000), (5000, 1), (8, 9000)):
         assert len(find_lines(np.full((*shape, 3), 255, np.uint8), Finder(), side=SIDE)) == 0
+
+
+def test_a_strip_is_given_to_the_model_with_ground_around_its_line() -> None:
+    seen = []
+
+    def find(part: np.ndarray) -> np.ndarray:
+        seen.append(part)
+        return np.array([[[5, 2], [290, 2], [290, 40], [5, 40]]], np.float32)
+
+    strip = np.full((24, 300, 3), 230, np.uint8)
+    strip[4:20, 10:280] = 20
+    strip[4:20, 10:280:2] = 230
+    boxes = find_lines(strip, find, side=SIDE)
+    assert seen[0].shape == (64, 300, 3)
+    assert (seen[0][24:] == 230).all()
+    assert _bounds(boxes) == [(5, 2, 290, 24)]  # no box reaches over the edge of the page
 
 
 def test_lines_are_cut_out_upright_and_not_higher_than_they_are_read() -> None:

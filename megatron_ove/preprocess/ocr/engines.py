@@ -22,6 +22,7 @@ from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.ocr.reading import read_page
 
 DETECTION_SIDE = 1280  # pixels; see tiles.py: how much of a page is searched for lines at once, at the scale it needs
+MIN_DETECTION_SIDE = 256  # smaller tiles hold no line, and a page would have thousands of them
 
 
 @dataclass(frozen=True)

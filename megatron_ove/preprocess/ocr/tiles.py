@@ -9,6 +9,7 @@ cuts is whole in the tile beside it or in the union of both parts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import cv2
@@ -19,10 +20,12 @@ FindLines = Callable[[np.ndarray], np.ndarray]
 
 MIN_LINE_HEIGHT = 12.5  # pixels of a box, which text of eight pixels has; lower lines are looked at again more closely
 _LEAST_SCALE = 1 / 3  # of the first look: text of 18 pixels and more is never too low to be seen at all
+_LEAST_SIDE = 64  # pixels; a strip with one line is filled up to this with its ground
 _OVERLAP = 96  # pixels of two neighbouring tiles: more than three lines of MIN_LINE_HEIGHT at twice the scale
 _LONGEST_SHAPE = 1.5  # a page longer than this times its width is looked at as several pages
 _LOW_SHARE = 0.02  # of the page's letters
 _SAME_LINE = 0.5  # of the lower box's height
+_HIGH_PART, _LONG_PART = 0.8, 0.25  # of the highest and the longest part of a line
 _COVERED = 0.5  # of a box
 
 
@@ -54,27 +57,38 @@ def _look(picture: np.ndarray, find: FindLines, *, side: int, scale: float) -> n
     height, width = picture.shape[:2]
     boxes, tiles = [np.zeros((0, 4, 2), np.float32)], [np.zeros(0, np.int64)]
     size, overlap = side / scale, min(_OVERLAP, side // 4) / scale  # in the picture's pixels
-    corners = [(top, left) for top in _starts(height, size, overlap) for left in _starts(width, size, overlap)]
-    for number, (top, left) in enumerate(corners):
-        part = picture[top : top + round(size), left : left + round(size)]
+    spans = itertools.product(_spans(height, size, overlap), _spans(width, size, overlap))
+    for number, ((top, bottom), (left, right)) in enumerate(spans):
+        part = picture[top:bottom, left:right]
         if scale < 1.0:
             shape = (max(1, round(part.shape[1] * scale)), max(1, round(part.shape[0] * scale)))
             factors = np.array([part.shape[1] / shape[0], part.shape[0] / shape[1]], np.float32)
             part = cv2.resize(part, shape, interpolation=cv2.INTER_AREA)
         else:
             factors = np.ones(2, np.float32)
-        lines = find(np.ascontiguousarray(part)).reshape(-1, 4, 2) * factors + np.array([left, top], np.float32)
+        lines = find(_filled_up(part)).reshape(-1, 4, 2) * factors + np.array([left, top], np.float32)
+        lines = np.clip(lines, 0, np.array([width, height], np.float32))
         boxes.append(lines.astype(np.float32))
         tiles.append(np.full(len(lines), number))
     return join_lines(np.concatenate(boxes), np.concatenate(tiles))
 
 
-def _starts(length: int, size: float, overlap: float) -> list[int]:
-    """Returns where tiles of `size` begin so that they cover `length`, evenly spaced, with at least that overlap."""
+def _filled_up(part: np.ndarray) -> np.ndarray:
+    """Returns a contiguous part, with ground around it below and to the right if it is a strip."""
+    below, beside = (max(0, _LEAST_SIDE - length) for length in part.shape[:2])
+    if not below and not beside:
+        return np.ascontiguousarray(part)
+    ground = np.median(part, axis=(0, 1)).tolist()
+    return np.asarray(cv2.copyMakeBorder(part, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=ground))
+
+
+def _spans(length: int, size: float, overlap: float) -> list[tuple[int, int]]:
+    """Returns begin and end of as few tiles as cover `length`, all equally long, with at least that overlap."""
     if length <= round(size):
-        return [0]
+        return [(0, length)]
     count = int(np.ceil((length - overlap) / (size - overlap)))
-    return [round(i * (length - size) / (count - 1)) for i in range(count)]
+    step = (length - overlap) / count
+    return [(round(i * step), min(length, round(i * step + step + overlap))) for i in range(count)]
 
 
 def join_lines(boxes: np.ndarray, tiles: np.ndarray) -> np.ndarray:
@@ -116,11 +130,22 @@ def _is_same_line(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def _around(boxes: np.ndarray) -> np.ndarray:
-    """Returns the corners of the smallest rectangle around boxes [n, 4, 2], clockwise from the top left."""
-    corners = cv2.boxPoints(cv2.minAreaRect(boxes.reshape(-1, 2).astype(np.float32)))
+    """Returns the corners of the rectangle around the parts [n, 4, 2] of one line, clockwise from the top left.
+
+    Its slant and height are those of its long and high parts: what a tile's edge left of a line points anywhere.
+    """
+    lengths, heights = _sides(boxes).max(1), _sides(boxes).min(1)
+    is_whole = heights >= _HIGH_PART * heights.max()
+    is_whole &= lengths >= _LONG_PART * lengths[is_whole].max()
+    whole = boxes[is_whole]
+    x, y = cv2.fitLine(whole.reshape(-1, 2), cv2.DIST_L2, 0, 0.01, 0.01)[:2].ravel()
+    axes = np.array([[x, y], [-y, x]], np.float32)
+    along, middle = boxes.reshape(-1, 2) @ axes[0], np.median(whole.mean(1) @ axes[1])
+    across = middle + heights.max() * np.array([-0.5, 0.5])
+    corners = np.array([(u, v) for u in (along.min(), along.max()) for v in across]) @ axes
     total, difference = corners.sum(1), corners[:, 0] - corners[:, 1]
     order = [total.argmin(), difference.argmax(), total.argmax(), difference.argmin()]
-    return corners[order].astype(np.float32) if len(set(order)) == 4 else corners.astype(np.float32)
+    return corners[order if len(set(order)) == 4 else [0, 2, 3, 1]].astype(np.float32)
 
 
 def _sides(boxes: np.ndarray) -> np.ndarray:
