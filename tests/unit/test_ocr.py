@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import sys
+import types
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFont
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess.ocr import engines
 from megatron_ove.preprocess.ocr.engines import PaddleOcrEngine, RapidOcrEngine, build_engine
 from megatron_ove.preprocess.ocr.lines import TextLine, believable_lines
 from megatron_ove.preprocess.ocr.tags import page_tags, rank_words
@@ -72,6 +79,42 @@ def test_missing_paddle_extra_is_explained() -> None:
             PaddleOcrEngine(detection_model_dir="a", recognition_model_dir="b")
 
 
+def test_paddle_models_find_and_read_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {}
+
+    class Detection:
+        def __init__(self, **options: object) -> None:
+            made["detection"] = options
+
+        def predict(self, picture: np.ndarray) -> list[dict[str, object]]:
+            assert picture[0, 0].tolist() == [0, 0, 255]  # red, in OpenCV's order
+            return [{"dt_polys": [[[10, 20], [60, 20], [60, 40], [10, 40]]], "dt_scores": [0.9]}]
+
+    class Recognition:
+        def __init__(self, **options: object) -> None:
+            made["recognition"] = options
+
+        def predict(self, picture: np.ndarray) -> list[dict[str, object]]:
+            return [{"rec_text": f"{picture.shape[1]} x {picture.shape[0]}", "rec_score": 0.75}]
+
+    package = types.ModuleType("paddleocr")
+    package.__spec__ = importlib.machinery.ModuleSpec("paddleocr", None)
+    package.TextDetection, package.TextRecognition = Detection, Recognition  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "paddleocr", package)
+    monkeypatch.setattr(engines, "version", lambda name: "3.7.0")
+    for name in ("det", "rec"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inference.yml").write_text(f"Global: {{model_name: some_{name}}}")
+        (tmp_path / name / "inference.pdiparams").write_bytes(b"weights")
+    engine = PaddleOcrEngine(detection_model_dir=tmp_path / "det", recognition_model_dir=tmp_path / "rec")
+    lines = engine.recognize(np.full((100, 200, 3), (255, 0, 0), np.uint8))
+    assert [(line.text, line.score, line.box[2]) for line in lines] == [("50 x 20", 0.75, (60.0, 40.0))]
+    assert made["detection"]["model_name"] == "some_det"
+    assert made["detection"]["limit_side_len"] == 1280
+    assert made["recognition"]["model_dir"] == str(tmp_path / "rec")
+    assert sorted(engine.info.models) == ["det/inference.pdiparams", "rec/inference.pdiparams"]
+
+
 def test_unknown_engine() -> None:
     with pytest.raises(DataError, match=r"there is no OCR engine 'eyes'; choose rapidocr or paddleocr"):
         build_engine("eyes", {})
@@ -120,9 +163,29 @@ def test_reasons_for_pages_without_tags() -> None:
         page_tags([_line("other words")], _vocabulary("law"))
 
 
-def test_detection_side_reaches_the_engine(engine: RapidOcrEngine) -> None:
-    random = np.random.default_rng(5)
-    passage = draw_passage("en", random, num_characters=300)
-    page = render_page(passage, draw_style("en", random, width=420, height=260), seed=1)
-    blurred = build_engine("rapidocr", {"detection_side": 64}).recognize(page.picture)
-    assert len(blurred) < len(engine.recognize(page.picture))
+def _text_page(width: int, height: int, size: int, pitch: int) -> tuple[np.ndarray, list[str]]:
+    """A page of numbered lines of one size."""
+    page, lines = Image.new("RGB", (width, height), "white"), []
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size)
+    for top in range(size, height - 2 * size, pitch):
+        lines.append(f"river garden bridge market {100 + len(lines)}")
+        draw.text((size, top), lines[-1], font=font, fill="black")
+    return np.asarray(page), lines
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "pitch"), [((400, 2000), 24, 400), ((800, 1100), 18, 210)], ids=["screenshot", "fine print"]
+)
+def test_every_word_of_a_large_page_is_read(shape: tuple[int, int], size: int, pitch: int) -> None:
+    page, expected = _text_page(*shape, size, pitch)
+    lines = RapidOcrEngine(detection_side=320).recognize(page)
+    read = [line.text for line in believable_lines(lines)]
+    assert read == expected  # each line once, none of them nonsense
+
+
+def test_detection_side_bounds_what_the_model_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, sizes = build_engine("rapidocr", {"detection_side": 256}), []
+    find = engine._find  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine, "_find", lambda part: sizes.append(max(part.shape[:2])) or find(part))
+    engine.recognize(np.full((700, 900, 3), 255, np.uint8))
+    assert sizes and max(sizes) <= 256

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import marshal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from megatron_ove.preprocess.ocr import words
@@ -53,3 +58,30 @@ def test_segmentation_name_tells_whether_icu_ran(monkeypatch: pytest.MonkeyPatch
     assert words.segmentation_name().endswith("/icu")
     monkeypatch.setattr(words, "_has_icu", lambda: False)
     assert words.segmentation_name().endswith("/no-icu")
+
+
+def test_a_planted_cache_has_no_effect_and_none_is_made(tmp_path: Path) -> None:
+    planted = tmp_path / "jieba.cache"
+    planted.write_bytes(marshal.dumps(({"中": 1, "国人": 10**6}, 10**6)))
+    code = "from megatron_ove.preprocess.ocr.words import segment_words; print(*segment_words('中国人民'))"
+    root = str(Path(words.__file__).parents[3])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"TMPDIR": str(tmp_path), "PYTHONPATH": root, "PYTHONUTF8": "1"},
+        capture_output=True,
+        check=True,
+    )
+    assert result.stdout.decode().split() == segment_words("中国人民")
+    assert [path.name for path in tmp_path.iterdir()] == ["jieba.cache"]
+
+
+def test_a_vocabulary_of_an_earlier_version_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "_has_icu", lambda: True)
+    assert words.segmentation_name() == "nfkc-casefold/jieba-0.42.1-7197c3211ddd/icu"
+    assert words.is_same_segmentation("nfkc-casefold/jieba-0.42.1-7197c3211ddd/icu")
+    assert words.is_same_segmentation("nfkc-casefold/jieba-0.42.1/icu")  # the same dictionary, not yet named
+    assert not words.is_same_segmentation("nfkc-casefold/jieba-0.42.1/no-icu")
+    assert not words.is_same_segmentation("nfkc-casefold/jieba-0.42.1-0123456789ab/icu")
+    assert not words.is_same_segmentation(None)
+    monkeypatch.setattr(words, "_dictionary_digits", lambda: "0123456789ab")  # another dictionary is installed
+    assert not words.is_same_segmentation("nfkc-casefold/jieba-0.42.1/icu")

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
-from megatron_ove.preprocess.ocr.engines import DETECTION_SIDE
+from megatron_ove.preprocess.ocr.engines import DETECTION_SIDE, MIN_DETECTION_SIDE
 from megatron_ove.preprocess.ocr.recognition import PageRecognizer
 from megatron_ove.preprocess.record_files import (
     RecordFile,
@@ -43,9 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", choices=["rapidocr", "paddleocr"], default="rapidocr", help="default: %(default)s")
     parser.add_argument(
         "--detection-side",
-        type=whole_number(1),
+        type=whole_number(MIN_DETECTION_SIDE),
         default=DETECTION_SIDE,
-        help="pages are scaled to at most this many pixels to find lines (default: %(default)s)",
+        help="largest side of the tiles in which lines are found, whatever the page's size; less needs less memory "
+        "(default: %(default)s)",
     )
     parser.add_argument("--detection-model-dir", type=Path, help="paddleocr: exported detection model")
     parser.add_argument("--recognition-model-dir", type=Path, help="paddleocr: exported recognition model")

@@ -6,14 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import show_progress
 from megatron_ove.preprocess.ocr.lines import MIN_SCORE
-from megatron_ove.preprocess.ocr.recognition import PAGE_FIELDS, PageRecord
+from megatron_ove.preprocess.ocr.recognition import common_engine, read_pages
 from megatron_ove.preprocess.ocr.tags import rank_words
 from megatron_ove.preprocess.ocr.vocabulary import MAX_WORDS, build_vocabulary
 from megatron_ove.preprocess.ocr.words import segmentation_name
-from megatron_ove.preprocess.record_files import read_records
 from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
 
 
@@ -39,18 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    pages = [
-        PageRecord.from_record(record)
-        for path in arguments.lines
-        for record in read_records(path, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS)
-    ]
-    engines = [page.engine for page in pages]
-    if any(engine != engines[0] for engine in engines):
-        names = sorted({f"{engine['name']} {engine['version']}" for engine in engines})
-        raise DataError(
-            f"the pages were read by different engines or models ({', '.join(names)}), whose words do not match; read "
-            "all of them with one engine"
-        )
+    pages = [page for path in arguments.lines for page in read_pages(path)]
     vocabulary = build_vocabulary(
         (
             rank_words(page.lines, min_score=arguments.min_score)
@@ -60,7 +47,7 @@ def _work(arguments: argparse.Namespace) -> None:
         min_pages=arguments.min_pages,
         permutation_seed=arguments.seed if arguments.id_order == "permuted" else None,
         info={
-            "engine": engines[0] if engines else None,
+            "engine": common_engine(pages),
             "segmentation": segmentation_name(),
             "min_score": arguments.min_score,
         },

@@ -19,8 +19,10 @@ import numpy as np
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.ocr.lines import TextLine
+from megatron_ove.preprocess.ocr.reading import read_page
 
-DETECTION_SIDE = 1280  # pixels; larger pages are scaled down for detection only, text is read at full size
+DETECTION_SIDE = 1280  # pixels; see tiles.py: how much of a page is searched for lines at once, at the scale it needs
+MIN_DETECTION_SIDE = 256  # smaller tiles hold no line, and a page would have thousands of them
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,16 @@ class RapidOcrEngine:
     """PP-OCR through onnxruntime, with one thread: run one engine per process."""
 
     def __init__(self, *, detection_side: int = DETECTION_SIDE) -> None:
-        """Loads the models; `detection_side` is the largest picture side used for finding lines."""
+        """Loads the models; `detection_side` is the largest side of the tiles in which lines are found."""
         import rapidocr
 
+        self._side = detection_side
         self._engine = rapidocr.RapidOCR(
             params={
                 "EngineConfig.onnxruntime.intra_op_num_threads": 1,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
                 "Global.log_level": "error",
-                "Global.use_cls": False,  # pages are upright; the classifier only costs time
+                "Global.use_preprocess_img": False,  # it would scale every page to 2,000 pixels before it is read
                 "Det.limit_type": "max",
                 "Det.limit_side_len": detection_side,
                 "Rec.rec_batch_num": 1,  # on one thread a batch only adds padding: 15 % slower at 6
@@ -69,8 +72,16 @@ class RapidOcrEngine:
 
     def recognize(self, picture: np.ndarray) -> list[TextLine]:
         """See `OcrEngine.recognize`."""
-        result = self._engine(np.ascontiguousarray(picture[..., ::-1]))  # OpenCV's channel order
-        return _lines(result.txts, result.scores, result.boxes)
+        return read_page(picture, self._find, self._read, side=self._side)
+
+    def _find(self, picture: np.ndarray) -> np.ndarray:
+        # The classifier of upside-down lines only costs time: pages are upright.
+        boxes = self._engine(_bgr(picture), use_det=True, use_cls=False, use_rec=False).boxes
+        return np.zeros((0, 4, 2), np.float32) if boxes is None else np.asarray(boxes, np.float32)
+
+    def _read(self, line: np.ndarray) -> tuple[str, float]:
+        result = self._engine(_bgr(line), use_det=False, use_cls=False, use_rec=True)
+        return (str(result.txts[0]), float(result.scores[0])) if result.txts else ("", 0.0)
 
 
 class PaddleOcrEngine:
@@ -90,7 +101,7 @@ class PaddleOcrEngine:
             detection_model_dir: folder of an exported detection model (holds inference.yml).
             recognition_model_dir: folder of an exported recognition model.
             device: "cpu" or "gpu:0".
-            detection_side: largest picture side used for finding lines.
+            detection_side: largest side of the tiles in which lines are found.
 
         Raises:
             DataError: the extra is not installed, or a folder holds no exported model.
@@ -107,20 +118,19 @@ class PaddleOcrEngine:
                     f"the {role} model folder {folder} has no inference.yml, so it is not an exported PaddleOCR model; "
                     "download and unpack the inference model and give its folder"
                 )
-        from paddleocr import PaddleOCR
+        from paddleocr import TextDetection, TextRecognition
 
-        self._engine = PaddleOCR(
-            text_detection_model_name=_model_name(folders["detection"]),
-            text_detection_model_dir=str(folders["detection"]),
-            text_recognition_model_name=_model_name(folders["recognition"]),
-            text_recognition_model_dir=str(folders["recognition"]),
-            use_doc_orientation_classify=False,
-            use_doc_unwarping=False,
-            use_textline_orientation=False,
-            text_det_limit_type="max",
-            text_det_limit_side_len=detection_side,
-            device=device,
-            **({"cpu_threads": 1} if device == "cpu" else {}),
+        common = {"device": device, **({"cpu_threads": 1} if device == "cpu" else {})}
+        self._side = detection_side
+        self._detection = TextDetection(
+            model_name=_model_name(folders["detection"]),
+            model_dir=str(folders["detection"]),
+            limit_type="max",
+            limit_side_len=detection_side,
+            **common,
+        )
+        self._recognition = TextRecognition(
+            model_name=_model_name(folders["recognition"]), model_dir=str(folders["recognition"]), **common
         )
         models = {
             f"{folder.name}/{path.name}": _digest(path)
@@ -131,8 +141,14 @@ class PaddleOcrEngine:
 
     def recognize(self, picture: np.ndarray) -> list[TextLine]:
         """See `OcrEngine.recognize`."""
-        result = self._engine.predict(np.ascontiguousarray(picture[..., ::-1]))[0]
-        return _lines(result["rec_texts"], result["rec_scores"], result["rec_polys"])
+        return read_page(picture, self._find, self._read, side=self._side)
+
+    def _find(self, picture: np.ndarray) -> np.ndarray:
+        return np.asarray(self._detection.predict(_bgr(picture))[0]["dt_polys"], np.float32).reshape(-1, 4, 2)
+
+    def _read(self, line: np.ndarray) -> tuple[str, float]:
+        result = self._recognition.predict(_bgr(line))[0]
+        return str(result["rec_text"]), float(result["rec_score"])
 
 
 def build_engine(name: str, options: Mapping[str, Any]) -> OcrEngine:
@@ -143,13 +159,8 @@ def build_engine(name: str, options: Mapping[str, Any]) -> OcrEngine:
     return engines[name](**options)
 
 
-def _lines(texts: Any, scores: Any, boxes: Any) -> list[TextLine]:
-    if texts is None or boxes is None:
-        return []
-    return [
-        TextLine(str(text), float(score), tuple((float(x), float(y)) for x, y in box))
-        for text, score, box in zip(texts, scores, boxes, strict=True)
-    ]
+def _bgr(picture: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(picture[..., ::-1])  # OpenCV's channel order
 
 
 def _digest(path: Path) -> str:

@@ -1,16 +1,20 @@
-"""One page file -> one record of its lines; what the workers of tools/ocr/1_recognize_pages.py run."""
+"""Pages as records of their lines: made by the workers of tools/ocr/1_recognize_pages.py, or by hand, and read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ove.errors import DataError
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.engines import build_engine
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.pictures import load_picture
+from megatron_ove.preprocess.record_files import read_records
+
+MIN_SIDE = 8  # pixels; no letter is readable in less
 
 
 class PageRecognizer:
@@ -23,6 +27,11 @@ class PageRecognizer:
     def __call__(self, page: InputFile) -> dict[str, Any]:
         """Returns {"width", "height", "engine", "lines"}; raises `DataError` when the file is no usable picture."""
         picture = load_picture(page.path, page.sheet)
+        if min(picture.shape[:2]) < MIN_SIDE:
+            raise DataError(
+                f"{page} has {picture.shape[1]} x {picture.shape[0]} pixels, which is too thin for a line of text (at "
+                f"least {MIN_SIDE} on each side); if it was cut or scaled by mistake, make it again, else remove it"
+            )
         lines = self._engine.recognize(picture)
         return {
             "width": picture.shape[1],
@@ -32,31 +41,27 @@ class PageRecognizer:
         }
 
 
-PAGE_FIELDS = ("key", "file", "width", "height", "engine", "lines")
+PAGE_FIELDS = ("key", "file", "lines")
 """What a line of lines.jsonl must have."""
 
 
 @dataclass(frozen=True)
 class PageRecord:
-    """A recognized page as stored between the OCR steps.
+    """A page with its text, as stored between the OCR steps.
 
     Attributes:
         key: unique name of the page.
         file: the picture.
-        width: of the picture, in pixels, rotation applied.
-        height: of the picture, in pixels.
-        engine: what recognized it.
-        lines: all recognized lines, unfiltered.
+        lines: all lines, unfiltered.
+        engine: what recognized it; None for a text that was known beforehand.
         sheet: which picture of a file with several.
         file_state: size and time of the file when it was read; None if that is not known.
     """
 
     key: str
     file: str
-    width: int
-    height: int
-    engine: Mapping[str, Any]
     lines: tuple[TextLine, ...]
+    engine: Mapping[str, Any] | None = None
     sheet: int = 0
     file_state: Sequence[int] | None = None
 
@@ -66,14 +71,60 @@ class PageRecord:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PageRecord:
-        """Rebuilds a page from a line of lines.jsonl."""
-        return cls(
-            key=record["key"],
-            file=record["file"],
-            width=record["width"],
-            height=record["height"],
-            engine=record["engine"],
-            lines=tuple(TextLine.from_record(line) for line in record["lines"]),
-            sheet=record.get("sheet", 0),
-            file_state=record.get("file_state"),
+        """Rebuilds a page from a line of lines.jsonl.
+
+        Raises:
+            DataError: a field is missing or holds something else; the sentence names it and goes behind "line 1 of X".
+        """
+        for name in ("key", "file"):
+            if not isinstance(record.get(name), str) or not record[name]:
+                raise DataError(f"has the {name} {record.get(name)!r}, which is no name")
+        engine, lines = record.get("engine"), record.get("lines")
+        if engine is not None and not (isinstance(engine, Mapping) and {"name", "version"} <= engine.keys()):
+            raise DataError(f"has the engine {engine!r}, which has no name and version; leave it out for a known text")
+        if not isinstance(lines, list):
+            raise DataError(f"has the lines {lines!r}, which are no list")
+        texts = tuple(_line(i, line) for i, line in enumerate(lines))
+        sheet, state = record.get("sheet", 0), record.get("file_state")
+        if type(sheet) is not int or sheet < 0:
+            raise DataError(f"has the sheet {sheet!r}, which is no number from 0 on")
+        return cls(record["key"], record["file"], texts, engine, sheet, state)
+
+
+def _line(index: int, record: object) -> TextLine:
+    try:
+        return TextLine.from_record(record)
+    except DataError as error:
+        raise DataError(f"has in lines[{index}] a line that {error}") from error
+
+
+def read_pages(path: str | Path) -> list[PageRecord]:
+    """Reads a lines.jsonl of step 1, or one that a user wrote (docs/data_format.md); in its order.
+
+    Raises:
+        DataError: no such file, or the first line of it that is no page, with its number and the field.
+    """
+    pages = []
+    records = read_records(path, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS)
+    for number, record in enumerate(records, start=1):
+        try:
+            pages.append(PageRecord.from_record(record))
+        except DataError as error:
+            raise DataError(f"line {number} of {path} {error}") from error
+    return pages
+
+
+def common_engine(pages: Iterable[PageRecord]) -> Mapping[str, Any] | None:
+    """Returns the engine that read the pages; None if all texts were known beforehand, which go with any engine.
+
+    Raises:
+        DataError: two pages were read by different engines or models.
+    """
+    engines = [page.engine for page in pages if page.engine is not None]
+    if any(engine != engines[0] for engine in engines):
+        names = sorted({f"{engine['name']} {engine['version']}" for engine in engines})
+        raise DataError(
+            f"the pages were read by different engines or models ({', '.join(names)}), whose words do not match; read "
+            "all of them with one engine"
         )
+    return engines[0] if engines else None

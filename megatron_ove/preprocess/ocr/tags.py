@@ -1,6 +1,7 @@
 """A page's lines -> exactly 100 tag ids, most visible words first.
 
-A word weighs as much as its share of its line's box area, times the line's score; the heaviest occurrence counts.
+A word weighs as much as its share of its line's box area, times the line's score; the heaviest occurrence counts. On
+pages whose text was known beforehand, without boxes, the words that come first are the heaviest.
 Source: OneVision-Encoder stores the first 100 in reading order and repeats them if there are fewer. Ranking by area
 keeps headlines, and -1 keeps the loss free of duplicates; `fill="cyclic"` restores the repetition.
 """
@@ -35,9 +36,16 @@ class PageTags:
 
 
 def rank_words(lines: Sequence[TextLine], *, min_score: float = MIN_SCORE) -> dict[str, float]:
-    """Returns every word of a page with its weight (square pixels x score), heaviest first, ties by the word."""
+    """Returns every word of a page with its weight (square pixels x score), heaviest first, ties by the word.
+
+    If a line has no box, areas cannot be compared: then the weights fall from the first word of the page to the last.
+    """
+    believed = believable_lines(lines, min_score=min_score)
+    if not all(line.box for line in believed):
+        in_order = dict.fromkeys(word for line in believed for word in segment_words(line.text))
+        return {word: float(len(in_order) - place) for place, word in enumerate(in_order)}
     weights: dict[str, float] = {}
-    for line in believable_lines(lines, min_score=min_score):
+    for line in believed:
         words = segment_words(line.text)
         area_per_character = line.area * line.score / max(len(line.text), 1)
         for word in words:
@@ -69,6 +77,10 @@ def page_tags(
     if not weights:
         if not lines:
             raise DataError("the page has no text: no line was recognized")
+        if not any(line.box for line in lines):
+            raise DataError(
+                f"the page has no text: none of the {len(lines)} texts given for it holds a word that counts"
+            )
         best = max(line.score for line in lines)
         raise DataError(
             f"the page has no text: none of its {len(lines)} recognized lines has at least {MIN_CHARACTERS} characters "

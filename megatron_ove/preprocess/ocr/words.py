@@ -4,7 +4,7 @@ NFKC and case folding, then one rule per script: Han through jieba without its s
 and the scripts of South-East Asia through ICU's dictionaries when PyICU is installed, everything else by Unicode word
 characters. Without PyICU Japanese gives its kanji and katakana runs (hiragana, mostly grammar, is left out), and Thai,
 Lao, Khmer and Burmese give overlapping pairs of grapheme clusters: weaker tags, but stable ones. `segmentation_name()`
-says which rules ran and is stored with a vocabulary.
+says which rules ran, down to the content of jieba's dictionary, and is stored with a vocabulary.
 
 Known misses: lines whose spaces the recognizer lost, pieces of URLs, elisions ("l'automne" stays one word).
 """
@@ -12,11 +12,14 @@ Known misses: lines whose spaces the recognizer lost, pieces of URLs, elisions (
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+import io
 import itertools
 import logging
 import unicodedata
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 
 import regex
 
@@ -35,6 +38,9 @@ _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "‐": "-", "�
 
 MAX_WORD_CHARACTERS = 32
 MAX_DIGITS = 8
+
+_NUM_DIGITS = 12
+_UNDIGESTED, _DIGESTED = "/jieba-0.42.1/", "/jieba-0.42.1-7197c3211ddd/"
 
 
 def segment_words(text: str) -> list[str]:
@@ -58,8 +64,19 @@ def segment_words(text: str) -> list[str]:
 
 
 def segmentation_name() -> str:
-    """Names the rules in force, e.g. "nfkc-casefold/jieba-0.42.1/icu"."""
-    return f"nfkc-casefold/jieba-0.42.1/{'icu' if _has_icu() else 'no-icu'}"
+    """Names the rules in force, e.g. "nfkc-casefold/jieba-0.42.1-7197c3211ddd/icu"; the digits are the dictionary's."""
+    return f"nfkc-casefold/jieba-{version('jieba')}-{_dictionary_digits()}/{'icu' if _has_icu() else 'no-icu'}"
+
+
+def is_same_segmentation(stored: object) -> bool:
+    """Tells whether words that were stored with this segmentation name were made by the rules in force.
+
+    Names of earlier versions have no digits, but those versions were pinned to jieba 0.42.1: they stand for its
+    dictionary.
+    """
+    if not isinstance(stored, str):
+        return False
+    return stored.replace(_UNDIGESTED, _DIGESTED, 1) == segmentation_name()
 
 
 def _is_useful(word: str) -> bool:
@@ -94,13 +111,32 @@ def _sea_words(run: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1)
 def _jieba():  # type: ignore[no-untyped-def]  # an untyped package's object
-    """Returns a jieba tokenizer with its bundled dictionary, apart from jieba's global one; takes 0.7 s."""
+    """Returns a jieba tokenizer with its bundled dictionary, apart from jieba's global one; takes 0.7 s.
+
+    jieba's own `initialize` would take the words from a file "jieba.cache" in the temporary folder, if there is one,
+    whoever wrote it and whatever jieba it came from. So that the same text gives the same words, no cache is used.
+    """
     import jieba
 
     jieba.setLogLevel(logging.ERROR)
     tokenizer = jieba.Tokenizer()
-    tokenizer.initialize()
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(io.BytesIO(_dictionary()))
+    tokenizer.initialized = True
     return tokenizer
+
+
+def _dictionary() -> bytes:
+    """Returns jieba's bundled dictionary, a text file of 5 MB."""
+    import jieba
+
+    with jieba.Tokenizer().get_dict_file() as stream:
+        return bytes(stream.read())
+
+
+@functools.lru_cache(maxsize=1)
+def _dictionary_digits() -> str:
+    """Returns the first digits of the dictionary's SHA-256."""
+    return hashlib.sha256(_dictionary()).hexdigest()[:_NUM_DIGITS]
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,132 @@
+"""Pages with text + vocabulary -> samples of a shard set: the last step, whoever read the words."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from megatron_ove.errors import DataError
+from megatron_ove.preprocess.file_runs import run_over_files
+from megatron_ove.preprocess.input_files import InputFile
+from megatron_ove.preprocess.ocr.lines import MIN_SCORE
+from megatron_ove.preprocess.ocr.recognition import PageRecord
+from megatron_ove.preprocess.ocr.tags import NUM_TAGS, page_tags
+from megatron_ove.preprocess.ocr.words import is_same_segmentation, segmentation_name
+from megatron_ove.preprocess.pictures import JpegPreparer
+from megatron_ove.preprocess.record_files import stale_reason
+from megatron_ove.preprocess.tool_arguments import whole_number
+from megatron_ove.rejects import RejectsFile
+from megatron_ove.vocabulary import Vocabulary
+
+_READ_BY = "tools/ocr/1_recognize_pages.py"
+
+
+class SampleWriter(Protocol):
+    """What pages are added to: a `ShardWriter`."""
+
+    def add(self, key: str, members: Mapping[str, bytes], labels: np.ndarray, *, source: str | None = None) -> bool:
+        """Checks one sample and appends it; False when it was rejected."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaggedPage:
+    """A page that can be written: its picture, and [num_tags] int32 word ids, -1 = none."""
+
+    picture: InputFile
+    ids: np.ndarray
+
+
+def add_tag_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how words become labels: --num-tags and --fill."""
+    parser.add_argument(
+        "--num-tags", type=whole_number(1), default=NUM_TAGS, help="label slots of a page (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fill",
+        choices=["none", "cyclic"],
+        default="none",
+        help="what follows a page's last tag: -1, or the tags again as OneVision-Encoder does (default: %(default)s)",
+    )
+
+
+def check_origin(vocabulary: Vocabulary, pages: Iterable[PageRecord], path: Path) -> None:
+    """Refuses pages that were read or would be segmented otherwise than those of the vocabulary at `path`.
+
+    Texts that were known beforehand go with every engine's vocabulary, and their vocabulary with every engine.
+
+    Raises:
+        DataError: they do not match.
+    """
+    segmentation, engine = vocabulary.info.get("segmentation"), vocabulary.info.get("engine")
+    if not is_same_segmentation(segmentation):
+        raise DataError(
+            f"{path} was built with the word segmentation {segmentation}, but this installation has "
+            f"{segmentation_name()}; build the vocabulary again, or install or remove PyICU"
+        )
+    for page in pages:
+        if engine is not None and page.engine is not None and page.engine != engine:
+            raise DataError(
+                f"{page.file} was read by {page.engine['name']} {page.engine['version']} with other models than the "
+                f"pages of {path}; read all pages with one engine"
+            )
+
+
+def tag_pages(
+    pages: Iterable[PageRecord],
+    vocabulary: Vocabulary,
+    *,
+    rejects: RejectsFile,
+    num_tags: int = NUM_TAGS,
+    fill: Literal["none", "cyclic"] = "none",
+    min_score: float = MIN_SCORE,
+) -> list[TaggedPage]:
+    """Chooses the tags of every page.
+
+    A page without any, one that stands there twice, and one whose file has changed since it was read go to `rejects`.
+    """
+    tagged: dict[tuple[str, int], TaggedPage] = {}
+    for page in pages:
+        picture = page.input_file
+        try:
+            if picture.identity in tagged:
+                raise DataError(f"{picture} stands in the list of pages twice; its first lines are used")
+            if page.file_state is not None and (reason := stale_reason(page.file, page.file_state, _READ_BY)):
+                raise DataError(reason)
+            tags = page_tags(page.lines, vocabulary, num_tags=num_tags, fill=fill, min_score=min_score)
+        except DataError as error:
+            rejects.add(picture, str(error))
+            continue
+        tagged[picture.identity] = TaggedPage(picture, tags.ids)
+    return list(tagged.values())
+
+
+def add_pages(
+    writer: SampleWriter,
+    pages: Iterable[TaggedPage],
+    *,
+    rejects: RejectsFile,
+    longest_side: int,
+    quality: int,
+    workers: int,
+) -> None:
+    """Adds every page to `writer` as the JPEG of its picture; an unusable picture goes to `rejects`.
+
+    Args:
+        writer: the open shard set.
+        pages: each file once.
+        rejects: of this stage.
+        longest_side: in pixels; larger pictures are scaled down.
+        quality: of JPEGs that must be made.
+        workers: processes.
+    """
+    ids = {page.picture: page.ids for page in pages}
+    make_task = functools.partial(JpegPreparer, longest_side=longest_side, quality=quality)
+    for picture, jpeg in run_over_files(make_task, list(ids), title="writing pages", workers=workers, rejects=rejects):
+        writer.add(picture.key, {"jpg": jpeg}, ids[picture], source=str(picture))
