@@ -33,6 +33,7 @@ from megatron_ove.preprocess.tool_arguments import (
     whole_number,
 )
 
+_READING = "tiles"  # changes when the same engine reads other words; earlier versions scaled large pages down
 _FIELDS = ("file", "key", "file_state", "run_settings")
 
 
@@ -70,7 +71,8 @@ def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    settings = {"engine": arguments.engine, **{k: str(v) for k, v in _engine_options(arguments).items()}}
+    options = {name: str(value) for name, value in _engine_options(arguments).items()}
+    settings = {"engine": arguments.engine, "reading": _READING, **options}
     earlier = read_records(arguments.output, made_by="this script", fields=_FIELDS) if arguments.output.exists() else []
     require_same_settings(earlier, "run_settings", settings, arguments.output)
     listing = list_inputs(arguments.pages, "picture")
