@@ -110,6 +110,13 @@ def test_parts_of_one_tile_are_never_joined() -> None:
     assert _bounds(joined) == [(0, 0, 190, 20), (90, 15, 190, 35)]
 
 
+def test_what_is_as_high_as_long_is_joined_as_it_stands() -> None:
+    box = np.array([[100, 100], [160, 100], [160, 162], [100, 162]], np.float32)
+    joined = join_lines(np.stack([box, box + np.float32([1, -1]), box + np.float32([-1, 2])]), np.arange(3))
+    assert len(joined) == 1
+    assert np.abs(joined[0] - box).max() <= 3
+
+
 def test_no_page_is_too_thin() -> None:
     for shape in ((1, 1), (2, 3000), (5000, 1), (8, 9000)):
         assert len(find_lines(np.full((*shape, 3), 255, np.uint8), Finder(), side=SIDE)) == 0

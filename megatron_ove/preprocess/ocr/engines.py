@@ -81,7 +81,7 @@ class RapidOcrEngine:
 
     def _read(self, line: np.ndarray) -> tuple[str, float]:
         result = self._engine(_bgr(line), use_det=False, use_cls=False, use_rec=True)
-        return (str(result.txts[0]), float(result.scores[0])) if result.txts else ("", 0.0)
+        return (str(result.txts[0]), float(result.scores[0])) if result.txts and result.scores else ("", 0.0)
 
 
 class PaddleOcrEngine:

@@ -1,7 +1,8 @@
 """Lines of pages, and which of the recognized ones are believed.
 
-Text-free photographs give single characters with high scores ("8" at 0.90), and scripts the models do not know come out
-as well-formed nonsense at 0.57-0.79, while good lines score 0.97 and more: hence both a length and a score rule.
+Text-free photographs give single characters with high scores ("8" at 0.90); scripts the models do not know and lines
+that are sideways or upside down come out as well-formed nonsense at 0.56-0.79, while good lines score 0.97 and more:
+hence both a length and a score rule. Lines that were read too small passed every score; tiles.py prevents that.
 """
 
 from __future__ import annotations

@@ -137,15 +137,20 @@ def _around(boxes: np.ndarray) -> np.ndarray:
     lengths, heights = _sides(boxes).max(1), _sides(boxes).min(1)
     is_whole = heights >= _HIGH_PART * heights.max()
     is_whole &= lengths >= _LONG_PART * lengths[is_whole].max()
-    whole = boxes[is_whole]
-    x, y = cv2.fitLine(whole.reshape(-1, 2), cv2.DIST_L2, 0, 0.01, 0.01)[:2].ravel()
+    whole, lengths = boxes[is_whole], lengths[is_whole]
+    is_flat = _sides(whole[lengths.argmax()][None])[0].argmax() == 0
+    directions = whole[:, 1] - whole[:, 0] if is_flat else whole[:, 3] - whole[:, 0]
+    angles = np.arctan2(directions[:, 1], directions[:, 0])
+    order = angles.argsort()
+    middle = np.searchsorted(lengths[order].cumsum(), lengths.sum() / 2)  # the slant that half of the line has
+    x, y = np.cos(angles[order[middle]]), np.sin(angles[order[middle]])
     axes = np.array([[x, y], [-y, x]], np.float32)
-    along, middle = boxes.reshape(-1, 2) @ axes[0], np.median(whole.mean(1) @ axes[1])
-    across = middle + heights.max() * np.array([-0.5, 0.5])
-    corners = np.array([(u, v) for u in (along.min(), along.max()) for v in across]) @ axes
+    along, across = boxes.reshape(-1, 2) @ axes[0], whole @ axes[1]
+    sides = np.quantile(across.min(1), 0.1), np.quantile(across.max(1), 0.9)
+    corners = np.array([(u, v) for u in (along.min(), along.max()) for v in sides]) @ axes
     total, difference = corners.sum(1), corners[:, 0] - corners[:, 1]
-    order = [total.argmin(), difference.argmax(), total.argmax(), difference.argmin()]
-    return corners[order if len(set(order)) == 4 else [0, 2, 3, 1]].astype(np.float32)
+    places = [total.argmin(), difference.argmax(), total.argmax(), difference.argmin()]
+    return corners[places if len(set(places)) == 4 else [0, 2, 3, 1]].astype(np.float32)
 
 
 def _sides(boxes: np.ndarray) -> np.ndarray:
