@@ -86,7 +86,12 @@ def test_sharded_safetensors(pretrained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "pipeline", "dtype"),
     [
-        (4, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, torch.float32),
+        pytest.param(
+            4,
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            torch.float32,
+            marks=pytest.mark.full,
+        ),
         (2, {}, torch.bfloat16),
     ],
 )

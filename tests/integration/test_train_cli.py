@@ -80,18 +80,18 @@ def test_a_finished_run_is_not_trained_again(trained):
     assert result.returncode == 0 and "All 6 steps are done." in result.stderr
     assert "Resumed from" in result.stderr  # another configuration (checkpoint.interval_steps): said by the trainer
     assert (run_dir / "metrics.jsonl").read_text() == before
-
-
-def test_the_same_command_of_a_finished_run_ends_without_starting_anything(trained, tmp_path):
-    run_dir = shutil.copytree(trained[1], tmp_path / "run")
-    arguments = ["train", str(trained[0]), "--set", f"run_dir={run_dir}"]
-    assert call(*arguments, "--nproc", "2").returncode == 0  # finds the checkpoint, and marks itself done
-    code = f"import sys; from megatron_ove.cli.main import main; print(main({arguments!r}), 'torch' in sys.modules)"
+    # That launch found the checkpoint and marked the run done, so the same command starts nothing.
+    code = f"import sys; from megatron_ove.cli.main import main; print(main({['train', str(path)]!r}), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert result.stdout == "0 False\n"
     assert "All 6 steps are done. Raise train.num_steps to train on." in result.stderr
+
+
+def test_a_finished_run_goes_on_when_it_gets_more_steps(trained, tmp_path):
+    run_dir = shutil.copytree(trained[1], tmp_path / "run")
     (run_dir / "stop").touch()  # left behind by an earlier launch
-    longer = call(*arguments, "--nproc", "2", "--set", "train.num_steps=7")
+    more = ("--set", f"run_dir={run_dir}", "--set", "train.num_steps=7")
+    longer = call("train", str(trained[0]), *more, "--nproc", "2")
     assert longer.returncode == 0 and "Resumed from" in longer.stderr and "All 7 steps are done." in longer.stderr
     assert not (run_dir / "stop").exists()
     assert json.loads((run_dir / "done").read_text())["step"] == 7

@@ -131,7 +131,7 @@ def test_not_available_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton brings its assembler on Linux only")
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), BF16])
 def test_compiles_for_hopper(tmp_path: Path, dtype: torch.dtype) -> None:
     """The interpreter accepts what the compiler does not; tiles must fit, and bf16 products use the tensor cores."""
     sizes = Sizes(a=256, b=512, e=1024, s=8, k=8, padding=2)
