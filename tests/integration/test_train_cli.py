@@ -81,7 +81,8 @@ def test_a_finished_run_is_not_trained_again(trained):
     assert "Resumed from" in result.stderr  # another configuration (checkpoint.interval_steps): said by the trainer
     assert (run_dir / "metrics.jsonl").read_text() == before
     # That launch found the checkpoint and marked the run done, so the same command starts nothing.
-    code = f"import sys; from megatron_ove.cli.main import main; print(main({['train', str(path)]!r}), 'torch' in sys.modules)"
+    again = ["train", str(path)]
+    code = f"import sys; from megatron_ove.cli.main import main; print(main({again!r}), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert result.stdout == "0 False\n"
     assert "All 6 steps are done. Raise train.num_steps to train on." in result.stderr
