@@ -90,6 +90,20 @@ def test_columns_stay_apart_and_rows_are_read_from_left_to_right() -> None:
     _assert_equal(find_lines(_page(1500, 600, bars), Finder(), side=SIDE), bars, within=4)
 
 
+def test_cut_letters_at_the_edge_of_a_tile_join_no_lines() -> None:
+    bars = [(15, top, 280, top + 20) for top in range(10, 260, 33)]
+    page = _page(600, 290, bars)  # two tiles, of which the second one begins at 246
+
+    def find(part: np.ndarray) -> np.ndarray:
+        boxes = Finder()(part)
+        if (part[:, 0] < 128).any():  # one box over the ends of several lines
+            end = boxes[:, :, 0].max()
+            boxes = np.array([[[0, 10], [end, 10], [end, 90], [0, 90]]], np.float32)
+        return boxes
+
+    _assert_equal(find_lines(page, find, side=SIDE), bars, within=2)
+
+
 def test_a_letter_too_large_for_a_closer_look_is_kept_from_the_first() -> None:
     def find(picture: np.ndarray) -> np.ndarray:
         boxes = Finder()(picture)
@@ -115,6 +129,13 @@ def test_what_is_as_high_as_long_is_joined_as_it_stands() -> None:
     joined = join_lines(np.stack([box, box + np.float32([1, -1]), box + np.float32([-1, 2])]), np.arange(3))
     assert len(joined) == 1
     assert np.abs(joined[0] - box).max() <= 3
+
+
+def test_a_cut_end_does_not_slant_a_line() -> None:
+    line = np.array([[45, 2308], [2480, 2308], [2480, 2368], [45, 2368]], np.float32)
+    end = np.array([[2336, 2296], [2492, 2287], [2495, 2374], [2336, 2383]], np.float32)  # as a model saw it
+    joined = join_lines(np.stack([line, end]), np.arange(2))
+    assert _bounds(joined) == [(45, 2308, 2495, 2368)]
 
 
 def test_no_page_is_too_thin() -> None:

@@ -25,7 +25,7 @@ _OVERLAP = 96  # pixels of two neighbouring tiles: more than three lines of MIN_
 _LONGEST_SHAPE = 1.5  # a page longer than this times its width is looked at as several pages
 _LOW_SHARE = 0.02  # of the page's letters
 _SAME_LINE = 0.5  # of the lower box's height
-_HIGH_PART, _LONG_PART = 0.8, 0.25  # of the highest and the longest part of a line
+_LONG_PART, _HIGH_PART = 0.5, 0.8  # of the longest part of a line, and of the highest one that is long
 _COVERED = 0.5  # of a box
 
 
@@ -68,6 +68,13 @@ def _look(picture: np.ndarray, find: FindLines, *, side: int, scale: float) -> n
             factors = np.ones(2, np.float32)
         lines = find(_filled_up(part)).reshape(-1, 4, 2) * factors + np.array([left, top], np.float32)
         lines = np.clip(lines, 0, np.array([width, height], np.float32))
+        # Cut letters at a tile's edge make odd boxes; what lies there only, the next tile sees away from its own edge.
+        low, high = lines.min(1), lines.max(1)
+        keep = (high[:, 0] > left + overlap / 2) | (left == 0)
+        keep &= (high[:, 1] > top + overlap / 2) | (top == 0)
+        keep &= (low[:, 0] < right - overlap / 2) | (right == width)
+        keep &= (low[:, 1] < bottom - overlap / 2) | (bottom == height)
+        lines = lines[keep]
         boxes.append(lines.astype(np.float32))
         tiles.append(np.full(len(lines), number))
     return join_lines(np.concatenate(boxes), np.concatenate(tiles))
@@ -135,8 +142,8 @@ def _around(boxes: np.ndarray) -> np.ndarray:
     Its slant and height are those of its long and high parts: what a tile's edge left of a line points anywhere.
     """
     lengths, heights = _sides(boxes).max(1), _sides(boxes).min(1)
-    is_whole = heights >= _HIGH_PART * heights.max()
-    is_whole &= lengths >= _LONG_PART * lengths[is_whole].max()
+    height = heights[lengths >= _LONG_PART * lengths.max()].max()
+    is_whole = (lengths >= _LONG_PART * lengths.max()) & (heights >= _HIGH_PART * height)
     whole, lengths = boxes[is_whole], lengths[is_whole]
     is_flat = _sides(whole[lengths.argmax()][None])[0].argmax() == 0
     directions = whole[:, 1] - whole[:, 0] if is_flat else whole[:, 3] - whole[:, 0]
