@@ -118,7 +118,7 @@ def test_a_letter_too_large_for_a_closer_look_is_kept_from_the_first() -> None:
 
 def test_parts_of_one_tile_are_never_joined() -> None:
     box = np.array([[0, 0], [100, 0], [100, 20], [0, 20]], np.float32)
-    boxes = np.stack([box, box + np.float32([90, 0]), box + np.float32([90, 15])])
+    boxes = np.stack([box, box + np.array([90, 0], np.float32), box + np.array([90, 15], np.float32)])
     assert len(join_lines(boxes, np.array([0, 0, 0]))) == 3
     joined = join_lines(boxes, np.array([0, 1, 2]))  # the third lies a quarter in their row: the next line
     assert _bounds(joined) == [(0, 0, 190, 20), (90, 15, 190, 35)]
@@ -126,7 +126,9 @@ def test_parts_of_one_tile_are_never_joined() -> None:
 
 def test_what_is_as_high_as_long_is_joined_as_it_stands() -> None:
     box = np.array([[100, 100], [160, 100], [160, 162], [100, 162]], np.float32)
-    joined = join_lines(np.stack([box, box + np.float32([1, -1]), box + np.float32([-1, 2])]), np.arange(3))
+    joined = join_lines(
+        np.stack([box, box + np.array([1, -1], np.float32), box + np.array([-1, 2], np.float32)]), np.arange(3)
+    )
     assert len(joined) == 1
     assert np.abs(joined[0] - box).max() <= 3
 
@@ -172,7 +174,7 @@ def test_lines_are_cut_out_upright_and_not_higher_than_they_are_read() -> None:
     assert tall.shape == (30, 200, 3)
     large = cut_line(page, np.array([[20, 100], [270, 100], [270, 300], [20, 300]], np.float32))
     assert large.shape == (64, 80, 3)
-    outside = cut_line(page, flat + np.float32([200, 340]))  # a joined box may reach over the edge
+    outside = cut_line(page, flat + np.array([200, 340], np.float32))  # a joined box may reach over the edge
     assert outside.shape == (30, 200, 3)
 
 
