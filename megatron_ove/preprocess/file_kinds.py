@@ -122,7 +122,7 @@ _UNREADABLE: tuple[tuple[Callable[[bytes], bool], str], ...] = (
     ),
     (
         lambda head: (
-            re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg|<svg)", head, re.S)
+            re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(?>(?>\s|<!--.*?-->)*)(<!DOCTYPE svg|<svg)", head, re.S)
             is not None
         ),
         "is an SVG drawing, which is not rendered here; convert it to PNG first",

@@ -269,3 +269,10 @@ def test_frames_and_previews_are_no_sheets(tmp_path: Path) -> None:
         out.newFrame()
     items = list_inputs(tmp_path, "picture").inputs
     assert [item.sheet for item in items] == [0] * 6
+
+
+def test_many_comments_do_not_hold_up_a_worker(tmp_path: Path) -> None:
+    """Without an atomic group the search for an SVG's beginning doubles with every comment."""
+    (tmp_path / "x.png").write_bytes(b"<!---->" * 85)
+    with pytest.raises(DataError, match="is not a picture"):
+        load_picture(tmp_path / "x.png")
