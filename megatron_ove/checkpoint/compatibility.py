@@ -93,6 +93,10 @@ def _objective_differences(saved: Mapping[str, Any], current: Mapping[str, Any])
                 f"objectives.{name}.num_classes is {saved[name].get('num_classes')} there and "
                 f"{current[name].get('num_classes')} here"
             )
+        else:
+            before, now = (config[name].get("centering", "none") for config in (saved, current))
+            if before != now and "embeddings" in (before, now):  # such class centers lie around another point
+                yield f"objectives.{name}.centering is {before} there and {now} here"
 
 
 def exactness_warnings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ def _check_device(name: str) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the figures; returns the exit status."""
-    from megatron_ove.convert.class_centers import load_class_centers
+    from megatron_ove.convert.class_centers import load_class_centers, load_embedding_mean
     from megatron_ove.data.shard_index import ShardSet
     from megatron_ove.evaluation.embedding import SampleSettings, embed_shard_set
     from megatron_ove.evaluation.evaluate_shards import evaluate_embeddings, format_figures
@@ -66,7 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     settings = SampleSettings(patch_size=patch_size, image_size=image_size, max_patches=arguments.max_patches)
     embedded = embed_shard_set(huggingface_encoder(model, patch_size), shards, settings, device=arguments.device)
     centers = load_class_centers(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
-    figures = evaluate_embeddings(embedded, k=arguments.k, class_centers=centers, group_pattern=arguments.group_pattern)
+    mean = load_embedding_mean(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
+    figures = evaluate_embeddings(
+        embedded,
+        k=arguments.k,
+        class_centers=centers,
+        embedding_mean=mean,
+        group_pattern=arguments.group_pattern,
+    )
     sys.stdout.write(f"{len(shards)} samples of {arguments.shards}\n{format_figures(figures)}\n")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

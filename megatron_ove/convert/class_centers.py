@@ -42,6 +42,19 @@ def load_class_centers(checkpoint_dir: str | Path, objective: str, *, verify: bo
     )
 
 
+def load_embedding_mean(checkpoint_dir: str | Path, objective: str) -> Tensor | None:
+    """Returns what is to be taken from embeddings before they are compared with an objective's class centers.
+
+    Returns:
+        [e] fp32 on the CPU, the running mean of a head with `centering: embeddings`; None = nothing.
+    """
+    config = read_checkpoint_facts(checkpoint_dir, verify=False)["config"]["objectives"][objective]
+    if config.get("centering", "none") != "embeddings":
+        return None
+    key = f"objectives.{objective}.embedding_mean"
+    return read_tensors(checkpoint_dir, key)[key].float()
+
+
 def load_words(checkpoint_dir: str | Path, objective: str) -> Vocabulary | None:
     """Returns the words of an objective's classes; None where the checkpoint carries none.
 

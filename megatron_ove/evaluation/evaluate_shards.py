@@ -21,7 +21,12 @@ from megatron_ove.evaluation.retrieval import (
 
 
 def evaluate_embeddings(
-    embedded: EmbeddedSet, *, k: int, class_centers: Tensor | None = None, group_pattern: str | None = None
+    embedded: EmbeddedSet,
+    *,
+    k: int,
+    class_centers: Tensor | None = None,
+    embedding_mean: Tensor | None = None,
+    group_pattern: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Computes every figure that the data at hand allows.
 
@@ -30,6 +35,7 @@ def evaluate_embeddings(
         k: cut-off of rankings.
         class_centers: [c, e]; adds "labels": sample -> its own labels by nearest class centers, and "samples": label
             -> the samples that carry it by nearness to its class center.
+        embedding_mean: [e], taken from embeddings before they are compared with class centers; None = nothing.
         group_pattern: regular expression whose first group, found in a sample's key, names what belongs together; adds
             "groups": sample -> the other samples of its group.
 
@@ -47,8 +53,9 @@ def evaluate_embeddings(
                 f"the shard set has label {largest}, but the objective has only {class_centers.shape[0]} class "
                 "centers; give the objective that was trained with these labels"
             )
-        figures["labels"] = label_retrieval(embedded.embeddings, class_centers, embedded.labels, k)
-        figures["samples"] = sample_retrieval(embedded.embeddings, class_centers, embedded.labels, k)
+        compared = embedded.embeddings if embedding_mean is None else embedded.embeddings - embedding_mean
+        figures["labels"] = label_retrieval(compared, class_centers, embedded.labels, k)
+        figures["samples"] = sample_retrieval(compared, class_centers, embedded.labels, k)
     if group_pattern is not None:
         figures["groups"] = group_retrieval(embedded.embeddings, group_names(embedded.keys, group_pattern), k)
     return figures

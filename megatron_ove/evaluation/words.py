@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_ove.batch import Batch
 from megatron_ove.checkpoint.manifest import checkpoints_at, structural_problem
 from megatron_ove.convert.checkpoint_files import read_checkpoint_facts
-from megatron_ove.convert.class_centers import load_class_centers, load_words
+from megatron_ove.convert.class_centers import load_class_centers, load_embedding_mean, load_words
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
 from megatron_ove.convert.hf_export import trained_image_size
 from megatron_ove.data.shard_format import PICTURE_MEMBER
@@ -50,7 +50,7 @@ class WordReader:
 
     Attributes:
         checkpoint: the folder.
-        encode: the encoder.
+        encode: the encoder, less the running mean that the objective's embeddings are centered by.
         directions: [c, e] fp32 on the CPU, class centers of length 1, in the order of the words.
         vocabulary: c words.
         settings: how pictures become patches: as the objective's source makes them, with its largest budget.
@@ -153,7 +153,11 @@ def load_word_reader(
         )
     if len(words) < len(centers):
         logger.warning("%d of the %d classes of %s have no word.", len(centers) - len(words), len(centers), name)
+    mean = load_embedding_mean(checkpoint, name)
     encoder, config = load_encoder_for_inference(checkpoint, verify=False)
+    device = next(encoder.parameters()).device
+    mean = torch.zeros(centers.shape[1]) if mean is None else mean
+    mean = mean.to(device)
     source = facts["config"]["data"]["sources"][facts["config"]["objectives"][name]["source"]]
     budgets = source["max_patches"]  # a number or a list
     settings = SampleSettings(
@@ -164,9 +168,8 @@ def load_word_reader(
 
     @torch.inference_mode()
     def encode(batch: Batch) -> Tensor:
-        return encoder(batch).pooled
+        return encoder(batch).pooled - mean
 
-    device = next(encoder.parameters()).device
     return WordReader(checkpoint, encode, F.normalize(centers[: len(words)], dim=-1), words, settings, device)
 
 

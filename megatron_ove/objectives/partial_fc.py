@@ -27,6 +27,7 @@ from megatron_ove.heads.active_classes import (
     draw_negatives,
     weigh_active_rows,
 )
+from megatron_ove.heads.centering import EmbeddingMean, center_gradient, centered_directions
 from megatron_ove.heads.class_centers import ClassCenters
 from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, FusedSoftmax
 from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE
@@ -85,6 +86,10 @@ class PartialFC(Objective):
             chunk_size=config.chunk_size,
             is_fused=self._is_fused,
         )
+        self._mean: EmbeddingMean | None = None
+        if config.centering == "embeddings":
+            replicas = None if self._is_stage_wide else topology.data_group
+            self._mean = EmbeddingMean(embedding_size, topology.device, replicas)
         self._plans: dict[int, MicrobatchPlan] = {}
 
     def num_items(self, batch: Batch) -> int:
@@ -157,6 +162,21 @@ class PartialFC(Objective):
             raise RuntimeError(f"objective '{self.name}' got a batch that was not given to prepare_step")
         return plan
 
+    def before_gather(self, pooled: Tensor) -> Tensor:
+        """Returns what is gathered of this replica's [b_own, e] embeddings: their directions unless they are centered,
+        for which every rank needs them as they are."""
+        return normalize(pooled, dim=1) if self._config.centering == "none" else pooled
+
+    def directions_of(self, gathered: Tensor, plan: MicrobatchPlan) -> Tensor:
+        """Returns [b, e] fp32, embeddings as they meet the table, of what `before_gather` returned on all replicas."""
+        if self._config.centering == "none":
+            return gathered
+        is_labelled = (plan.labels >= 0).any(1)
+        if self._mean is None:
+            return normalize(center_gradient(gathered, is_labelled), dim=1)
+        self._mean.observe(gathered, is_labelled)
+        return centered_directions(gathered, is_labelled)
+
     def softmax_of(self, embeddings: Tensor, plan: MicrobatchPlan) -> HeadShare:
         """Returns this rank's share of the softmax of a microbatch whose [b, e] embeddings are gathered."""
         share = FusedSoftmax if self._is_fused else SampledSoftmax
@@ -186,17 +206,26 @@ class PartialFC(Objective):
 
     def apply_update(self, lr: float) -> None:
         self.centers.apply_update(lr)
+        if self._mean is not None:
+            self._mean.apply_update()
         self._plans = {}
 
     def discard_update(self) -> None:
         self.centers.discard_update()
+        if self._mean is not None:
+            self._mean.discard_update()
         self._plans = {}
 
     def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
-        return self.centers.sharded_state_dict(prefix)
+        state = self.centers.sharded_state_dict(prefix)
+        if self._mean is not None:
+            state |= self._mean.sharded_state_dict(prefix, replica=self._topology.class_group.rank())
+        return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.centers.load_state(state)
+        if self._mean is not None:
+            self._mean.load_state(state, self.name)
 
     def _draw_slots(self, batch: Batch) -> Tensor:
         """Returns class ids of the drawn labels, [b_own, k] int32, -1 = none."""
@@ -286,14 +315,16 @@ def _forward_heads(heads: Sequence[PartialFC], features: VisionFeatures, batch: 
     """Three collectives for heads whose tables are sharded over the same ranks: gather, sum, reduce-scatter."""
     plans = [head.plan_of(batch) for head in heads]
     topology, centers = heads[0]._topology, heads[0].centers
-    embeddings = normalize(features.pooled[torch.cat([plan.rows for plan in plans])].float(), dim=1)
+    own = features.pooled[torch.cat([plan.rows for plan in plans])].float().split([len(plan.rows) for plan in plans])
+    embeddings = torch.cat([head.before_gather(x) for head, x in zip(heads, own, strict=True)])
     if heads[0]._is_stage_wide:
         counts = np.stack([plan.row_counts for plan in plans])
         embeddings = gather_replica_rows(embeddings, topology.data_group, topology.class_group, counts)
     else:
         embeddings = sum_gradient_over_group(embeddings, topology.tensor_group)
     gathered = embeddings.split([len(plan.labels) for plan in plans])
-    parts = [head.softmax_of(x, plan) for head, x, plan in zip(heads, gathered, plans, strict=True)]
+    directions = [head.directions_of(x, plan) for head, x, plan in zip(heads, gathered, plans, strict=True)]
+    parts = [head.softmax_of(x, plan) for head, x, plan in zip(heads, directions, plans, strict=True)]
     statistics = exchange_statistics(parts, centers.class_group)
     return [head.loss_terms(*pair, plan) for head, pair, plan in zip(heads, statistics, plans, strict=True)]
 

@@ -143,6 +143,9 @@ def _add_heads(
         if not table.is_stage_wide and table.num_active:
             ledger.add("data", "all_reduce", table.num_active * row)
             ledger.add("data", "all_reduce", table.num_active * 4)
+        if not table.is_stage_wide and config.objectives[table.name].centering == "embeddings":
+            ledger.add("data", "all_reduce", row)  # the step's sum of embeddings, and their number
+            ledger.add("data", "all_reduce", 8)
         ledger.add("class" if table.is_stage_wide else "tensor", "all_reduce", 8)  # norm of the table's gradient
 
 

@@ -22,7 +22,7 @@ from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.class_order import rows_of_classes
 from megatron_ove.parallel.topology import ParallelTopology, initialize_topology
 from tests.support.objective_steps import begin
-from tests.support.reference_heads import dense_sample_losses
+from tests.support.reference_heads import center_dense, dense_sample_losses
 
 SEED, NAME = 11, "tags"
 SOURCES = ("other", "pages")
@@ -204,13 +204,19 @@ class Reference:
     drawn: Tensor
 
 
-def dense_step(case: Case, weights: Tensor | None = None, centers: Tensor | None = None) -> Reference:
+def dense_step(
+    case: Case,
+    weights: Tensor | None = None,
+    centers: Tensor | None = None,
+    groups: Sequence[Sequence[int]] = (),
+) -> Reference:
     """The step's loss (mean over labelled samples) and gradients in float64.
 
     Args:
         case: the step.
         weights: as `dense_sample_losses` takes them.
         centers: [c, e], in table order; None = a fresh table.
+        groups: samples that share a microbatch, for `centering`.
     """
     if centers is None:
         centers = initial_rows(SEED, NAME, 0, case.config.num_classes, case.embeddings.shape[1])
@@ -218,11 +224,18 @@ def dense_step(case: Case, weights: Tensor | None = None, centers: Tensor | None
     embeddings = case.embeddings.double().requires_grad_()
     drawn = draw_label_slots(case.labels, case.seeds, case.config.labels_per_step)
     drawn = rows_of_classes(drawn, case.config.num_classes)
-    losses = dense_sample_losses(embeddings, centers, drawn, case.config, weights)
+    is_labelled = (drawn >= 0).any(1)
+    met = embeddings
+    if case.config.centering == "embeddings":
+        met = center_dense(embeddings, groups, is_labelled)
+    losses = dense_sample_losses(met, centers, drawn, case.config, weights)
     loss = losses.sum() / case.num_items
     loss.backward()
     assert embeddings.grad is not None and centers.grad is not None
-    return Reference(float(loss.detach()), embeddings.grad, centers.grad, centers.detach(), drawn)
+    gradient = embeddings.grad
+    if case.config.centering == "gradient":
+        gradient = center_dense(gradient, groups, is_labelled)
+    return Reference(float(loss.detach()), gradient, centers.grad, centers.detach(), drawn)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,16 @@ def dense_sample_losses(
     return torch.stack([_sample_loss(cosines[i], labels[i].tolist(), config, weights) for i in range(len(labels))])
 
 
+def center_dense(x: Tensor, groups: Sequence[Sequence[int]], is_labelled: Tensor) -> Tensor:
+    """Takes from every labelled row of x [n, e] the mean of those of its group; rows of no group stay as they are."""
+    rows = list(x)
+    for group in groups:
+        labelled = [index for index in group if is_labelled[index]]
+        for index in labelled:
+            rows[index] = x[index] - torch.stack([x[other] for other in labelled]).mean(0)
+    return torch.stack(rows)
+
+
 def _sample_loss(cosine: Tensor, labels: list[int], config: PartialFCConfig, weights: Tensor) -> Tensor:
     losses = []
     for slot, label in enumerate(labels):
