@@ -50,7 +50,7 @@ class PartialFCConfig(StrictModel):
     """zero: a filtered negative gets logit 0, as published; mask: it leaves the softmax."""
     centering: Literal["none", "gradient", "embeddings"] = "none"
     """gradient: what all labelled samples of a microbatch have in common is taken out of their embeddings' gradient;
-    embeddings: out of the embeddings as well. For small runs from fresh weights; depends on what shares a microbatch."""
+    embeddings: out of the embeddings too. For small runs from fresh weights; depends on what shares a microbatch."""
     class_group: Literal["stage", "tensor"] = "stage"
     """Ranks that share the table: all of the last pipeline stage (tensor x data), or the tensor-parallel ones only."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
