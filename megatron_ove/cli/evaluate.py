@@ -5,13 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_ove.cli.word_options import write_line
 from megatron_ove.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_ove.data.shard_index import ShardSet
+    from megatron_ove.evaluation.embedding import EmbeddedSet
+    from megatron_ove.vocabulary import Vocabulary
+
+_DRAWN_PAGES = 24
 
 _DESCRIPTION = """Embeds every sample of a shard set with an exported encoder and prints retrieval figures: labels
 shared with the nearest other samples; with --checkpoint, the sample's labels among the nearest class centers, and a
-label's samples among those nearest to its class center; with --group-pattern, other samples of the same group."""
+label's samples among those nearest to its class center, against those of another sample, and words read on pages
+where the checkpoint carries words; with --group-pattern, other samples of the same group."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -29,6 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-patches", type=int, default=1024, help="most patches of a page or clip (default 1024)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--output", help="also write the figures to this JSON file")
+    parser.add_argument("--pages", type=int, default=5, help="pages whose words are printed (default 5; 0 = none)")
+    parser.add_argument("--picture", help="also draw 24 pages and the words read on them to this PNG file")
     parser.set_defaults(run=run)
 
 
@@ -44,7 +59,7 @@ def _check_device(name: str) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the figures; returns the exit status."""
-    from megatron_ove.convert.class_centers import load_class_centers, load_embedding_mean
+    from megatron_ove.convert.class_centers import load_class_centers, load_embedding_mean, load_words
     from megatron_ove.data.shard_index import ShardSet
     from megatron_ove.evaluation.embedding import SampleSettings, embed_shard_set
     from megatron_ove.evaluation.evaluate_shards import evaluate_embeddings, format_figures
@@ -54,11 +69,26 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} looks at nothing; give at least 1")
-    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
-        raise ConfigError(f"--output {arguments.output} lies in a folder that does not exist; make it first")
+    if arguments.pages < 0:
+        raise ConfigError(f"--pages {arguments.pages} is less than none; give 0 or more")
+    for name in ("output", "picture"):
+        value = getattr(arguments, name)
+        if value and not Path(value).resolve().parent.is_dir():
+            raise ConfigError(f"--{name} {value} lies in a folder that does not exist; make it first")
+    if arguments.picture and not arguments.checkpoint:
+        raise ConfigError(
+            "--picture draws the words that class centers stand for, and there are none without --checkpoint and "
+            "--objective; give both"
+        )
     _check_device(arguments.device)
     if bool(arguments.checkpoint) != bool(arguments.objective):
         raise ConfigError("--checkpoint and --objective name a table of class centers together; give both or neither")
+    words = load_words(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
+    if arguments.picture and words is None:
+        raise ConfigError(
+            f"--picture needs words, and the checkpoint {arguments.checkpoint} carries none for "
+            f"{arguments.objective}; leave it away"
+        )
     shards = ShardSet.open(arguments.shards)
     model = load_exported_model(arguments.model).to(arguments.device)
     patch_size = int(model.config.patch_size)
@@ -77,4 +107,23 @@ def run(arguments: argparse.Namespace) -> int:
     sys.stdout.write(f"{len(shards)} samples of {arguments.shards}\n{format_figures(figures)}\n")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if centers is not None and words is not None:
+        compared = embedded if mean is None else replace(embedded, embeddings=embedded.embeddings - mean)
+        _show_pages(arguments, shards, compared, centers, words)
     return 0
+
+
+def _show_pages(
+    arguments: argparse.Namespace, shards: ShardSet, compared: EmbeddedSet, centers: Tensor, words: Vocabulary
+) -> None:
+    from megatron_ove.evaluation.pages_read import choose_pages, draw_pages, read_pages
+
+    rows = choose_pages(compared, arguments.pages)
+    if rows:
+        sys.stdout.write("Words of pages; in brackets what is read but not there:\n")
+    for page in read_pages(compared, rows, centers, words):
+        write_line(f"  {page}")
+    if arguments.picture:
+        rows = choose_pages(compared, _DRAWN_PAGES)
+        draw_pages(shards, rows, read_pages(compared, rows, centers, words), arguments.picture)
+        sys.stdout.write(f"{arguments.picture}\n")

@@ -8,7 +8,7 @@ Shape letters: q queries, g gallery items, e embedding, c classes, L stored labe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,18 @@ def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
     return (precision * ranked).sum(dim=1) / relevant.sum(dim=1)
 
 
+def first_right(scores: Tensor, relevant: Tensor) -> Tensor:
+    """Returns [q] fp32: 1 where the best scored item is relevant, else 0; nan where nothing is relevant."""
+    best = relevant.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0].float()
+    return torch.where(relevant.any(dim=1), best, torch.nan)
+
+
+def other_samples(count: int) -> Tensor:
+    """Returns [count] int64: for every sample another one, always the same; each is taken once."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
 def labels_to_relevant(labels: Tensor, num_classes: int) -> Tensor:
     """Returns [q, num_classes] bool: which classes are among a query's labels [q, L] int (-1 = none)."""
     relevant = torch.zeros(labels.shape[0], num_classes + 1, dtype=torch.bool, device=labels.device)
@@ -84,17 +96,21 @@ def label_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, k
         k: cut-off of the recall.
 
     Returns:
-        "recall_at_<k>" and "mean_average_precision" over the queries with a label, "chance_recall_at_<k>" (what a
-        random order of the classes gives), and "queries", how many there were.
+        "recall_at_<k>", "mean_average_precision" and "first_right" (how often the nearest class is a label) over the
+        queries with a label; each as "chance_..." for scores that belong to another sample, so that knowing which
+        classes are frequent counts as chance; and "queries", how many there were.
     """
     scores = cosine_scores(embeddings, class_centers)
     relevant = labels_to_relevant(labels, class_centers.shape[0])
-    return {
-        f"recall_at_{k}": mean_over_queries(recall_at_k(scores, relevant, k)),
-        f"chance_recall_at_{k}": min(1.0, k / class_centers.shape[0]),
-        "mean_average_precision": mean_over_queries(average_precision(scores, relevant)),
-        "queries": int(relevant.any(dim=1).sum()),
-    }
+
+    def measure(scores: Tensor) -> dict[str, float]:
+        return {
+            f"recall_at_{k}": mean_over_queries(recall_at_k(scores, relevant, k)),
+            "mean_average_precision": mean_over_queries(average_precision(scores, relevant)),
+            "first_right": mean_over_queries(first_right(scores, relevant)),
+        }
+
+    return _with_chance(measure, scores, scores[other_samples(len(scores))], int(relevant.any(dim=1).sum()))
 
 
 def sample_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, k: int) -> dict[str, float]:
@@ -107,19 +123,21 @@ def sample_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, 
         k: cut-off of the recall.
 
     Returns:
-        "recall_at_<k>" and "mean_average_precision" over the classes that some sample carries, "chance_recall_at_<k>"
-        (what a random order of the samples gives), and "queries", how many such classes there are.
+        "recall_at_<k>" and "mean_average_precision" over the classes that some sample carries, each as "chance_..." for
+        scores that belong to another sample, and "queries", how many such classes there are.
     """
     classes = labels[labels >= 0].unique()  # [q], sorted
     places = torch.searchsorted(classes, labels.contiguous()).where(labels >= 0, -1)
     relevant = labels_to_relevant(places, len(classes)).T  # [q, n]
     scores = cosine_scores(class_centers[classes.long()], embeddings)
-    return {
-        f"recall_at_{k}": mean_over_queries(recall_at_k(scores, relevant, k)),
-        f"chance_recall_at_{k}": min(1.0, k / len(embeddings)),
-        "mean_average_precision": mean_over_queries(average_precision(scores, relevant)),
-        "queries": len(classes),
-    }
+
+    def measure(scores: Tensor) -> dict[str, float]:
+        return {
+            f"recall_at_{k}": mean_over_queries(recall_at_k(scores, relevant, k)),
+            "mean_average_precision": mean_over_queries(average_precision(scores, relevant)),
+        }
+
+    return _with_chance(measure, scores, scores[:, other_samples(len(embeddings))], len(classes))
 
 
 def group_retrieval(embeddings: Tensor, groups: Sequence[str], k: int) -> dict[str, float]:
@@ -150,6 +168,14 @@ def group_retrieval(embeddings: Tensor, groups: Sequence[str], k: int) -> dict[s
 def mean_over_queries(values: Tensor) -> float:
     """Returns the mean of the values that are not nan; nan when there is none."""
     return float(values.nanmean())
+
+
+def _with_chance(
+    measure: Callable[[Tensor], dict[str, float]], scores: Tensor, others: Tensor, queries: int
+) -> dict[str, float]:
+    """Returns the figures of scores, those of scores that say nothing of their sample, and the number of queries."""
+    chance = {f"chance_{name}": value for name, value in measure(others).items()}
+    return {**measure(scores), **chance, "queries": queries}
 
 
 def _ranked(scores: Tensor, relevant: Tensor) -> Tensor:

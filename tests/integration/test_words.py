@@ -134,6 +134,35 @@ def test_read_prints_the_words_whose_centers_are_nearest(
     assert capsys.readouterr().out == expected
 
 
+def test_evaluate_shows_the_words_of_pages(
+    sources: dict[str, str], checkpoint: Path, wordless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, drawn, output = tmp_path / "export", tmp_path / "pages.png", tmp_path / "figures.json"
+    assert main(["convert", "export", "--checkpoint", str(checkpoint), "--output", str(export)]) == 0
+    capsys.readouterr()
+    command = ["evaluate", "--model", str(export), "--shards", sources["ocr"], "--max-patches", "16"]
+    command += ["--objective", OBJECTIVE, "--pages", "2", "--picture", str(drawn), "--checkpoint"]
+    assert main([*command, str(checkpoint), "--output", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("Words of pages; in brackets what is read but not there:")
+    shards = ShardSet.open(sources["ocr"])
+    embedded = embed_shard_set(
+        huggingface_encoder(load_exported_model(export), 14), shards, SampleSettings(max_patches=16)
+    )
+    centers = load_class_centers(checkpoint, OBJECTIVE)
+    for line, row in zip(lines[start + 1 : start + 3], (0, len(shards) - 1), strict=True):
+        has = [f"word{label}" for label in dict.fromkeys(shards.labels[row].tolist()) if label >= 0]
+        nearest = cosine_scores(embedded.embeddings[[row]], centers)[0].topk(min(len(has), 8)).indices.tolist()
+        reads = [f"word{index}" if f"word{index}" in has else f"(word{index})" for index in nearest]
+        assert line == f"  {shards.key(row)}  has {', '.join(has)}  reads {', '.join(reads)}"
+    figures = json.loads(output.read_text())
+    assert {"first_right", "chance_first_right", "chance_mean_average_precision"} <= set(figures["labels"])
+    with Image.open(drawn) as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+    assert main([*command, str(wordless)]) == 2
+    assert f"--picture needs words, and the checkpoint {wordless} carries none" in capsys.readouterr().err
+
+
 def test_a_picture_that_cannot_be_used_does_not_stop_the_others(
     checkpoint: Path, page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

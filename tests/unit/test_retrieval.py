@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from megatron_ove.evaluation.retrieval import (
     average_precision,
     cosine_scores,
+    first_right,
     group_retrieval,
     label_retrieval,
     labels_to_relevant,
     mean_over_queries,
+    other_samples,
     recall_at_k,
     reciprocal_rank,
     same_group,
@@ -74,7 +76,10 @@ def test_label_retrieval_by_class_centers() -> None:
     assert figures["queries"] == 2
     assert figures["recall_at_1"] == pytest.approx((0.5 + 1.0) / 2)
     assert figures["mean_average_precision"] == pytest.approx(((1.0 + 2 / 3) / 2 + 1.0) / 2)
-    assert figures["chance_recall_at_1"] == 0.25
+    assert figures["first_right"] == 1.0
+    chance = label_retrieval(embeddings[other_samples(3)], centers, labels, k=1)
+    for name in ("recall_at_1", "mean_average_precision", "first_right"):
+        assert figures[f"chance_{name}"] == chance[name]
 
 
 def test_sample_retrieval_by_class_centers() -> None:
@@ -85,9 +90,30 @@ def test_sample_retrieval_by_class_centers() -> None:
     assert figures["queries"] == 3
     assert figures["recall_at_1"] == pytest.approx(2 / 3)
     assert figures["mean_average_precision"] == pytest.approx((1 + 1 / 3 + 1) / 3)
-    assert figures["chance_recall_at_1"] == pytest.approx(1 / 3)
+    chance = sample_retrieval(embeddings[other_samples(3)], torch.eye(4) * 5, labels, k=1)
+    for name in ("recall_at_1", "mean_average_precision"):
+        assert figures[f"chance_{name}"] == chance[name]
     nothing = sample_retrieval(embeddings, torch.eye(4), torch.full((3, 2), -1), k=1)
     assert nothing["queries"] == 0 and math.isnan(nothing["recall_at_1"])
+
+
+@pytest.mark.parametrize("count", [2, 3, 24, 1000])
+def test_chance_looks_at_another_sample_each(count: int) -> None:
+    others = other_samples(count)
+    assert sorted(others.tolist()) == list(range(count))
+    assert (others != torch.arange(count)).all()
+
+
+def test_first_right() -> None:
+    assert first_right(SCORES, RELEVANT).tolist() == [0.0, 1.0]
+    assert math.isnan(first_right(SCORES, torch.zeros_like(RELEVANT))[0])
+
+
+def test_knowing_which_classes_are_frequent_is_chance() -> None:
+    """An encoder that gives every page the same embedding finds the frequent words: as often as chance does."""
+    labels = torch.tensor([[0], [0], [0], [1]])
+    figures = label_retrieval(torch.ones(4, 3), torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 1, 0]]), labels, k=1)
+    assert figures["first_right"] == figures["chance_first_right"] == 0.75
 
 
 def test_group_retrieval_never_finds_itself() -> None:

@@ -1,0 +1,104 @@
+"""Single pages of a labelled set and the words that a head reads on them: as text, and as a picture to look at."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from megatron_ove.data.shard_format import PICTURE_MEMBER
+from megatron_ove.data.shard_index import ShardSet
+from megatron_ove.evaluation.embedding import EmbeddedSet
+from megatron_ove.evaluation.retrieval import cosine_scores
+from megatron_ove.preprocess.text_render.fonts import font_paths, open_font
+from megatron_ove.vocabulary import Vocabulary
+
+_MOST_WORDS = 8
+_COLUMNS, _CELL, _GAP, _TEXT_SIZE = 6, 200, 12, 14
+_RIGHT, _WRONG = (0, 120, 40), (190, 30, 30)
+
+
+@dataclass(frozen=True)
+class PageRead:
+    """A page and the nearest words, as many as it has, at most eight.
+
+    Attributes:
+        key: of the sample.
+        words: on the page, by its labels.
+        read: words whose class centers are nearest, best first.
+    """
+
+    key: str
+    words: tuple[str, ...]
+    read: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line; words that are not on the page in brackets."""
+        read = ", ".join(word if word in self.words else f"({word})" for word in self.read)
+        return f"{self.key}  has {', '.join(self.words)}  reads {read}"
+
+
+def choose_pages(embedded: EmbeddedSet, count: int) -> list[int]:
+    """Returns rows of at most `count` labelled samples, evenly spread over the set."""
+    labelled = (embedded.labels >= 0).any(dim=1).nonzero().flatten().tolist()
+    places = np.linspace(0, len(labelled) - 1, min(count, len(labelled))).round().astype(int)
+    return [labelled[place] for place in places]
+
+
+def read_pages(
+    embedded: EmbeddedSet, rows: Sequence[int], class_centers: Tensor, vocabulary: Vocabulary
+) -> list[PageRead]:
+    """Returns what is read on samples.
+
+    Args:
+        embedded: embeddings as they are compared with class centers.
+        rows: samples to look at, each with a label.
+        class_centers: [c, e], in the order of the vocabulary; centers beyond its end have no word and are left out.
+        vocabulary: words of the classes.
+    """
+    count = min(len(vocabulary), len(class_centers))
+    scores = cosine_scores(embedded.embeddings[list(rows)], class_centers[:count])
+    pages = []
+    for row, of_page in zip(rows, scores, strict=True):
+        ids = dict.fromkeys(label for label in embedded.labels[row].tolist() if 0 <= label < count)
+        nearest = of_page.topk(min(max(len(ids), 1), _MOST_WORDS)).indices.tolist()
+        words = vocabulary.words
+        pages.append(PageRead(embedded.keys[row], tuple(words[i] for i in ids), tuple(words[i] for i in nearest)))
+    return pages
+
+
+def draw_pages(shards: ShardSet, rows: Sequence[int], pages: Sequence[PageRead], path: str | Path) -> None:
+    """Writes a PNG of pages with the words read below each: green if they are on the page, red if not."""
+    cells = [_draw_page(shards.read(row, PICTURE_MEMBER), page) for row, page in zip(rows, pages, strict=True)]
+    columns = min(_COLUMNS, len(cells))
+    lines = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in line) + _GAP for line in lines]
+    sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, sum(heights) + _GAP), "white")
+    top = _GAP
+    for line, height in zip(lines, heights, strict=True):
+        for place, cell in enumerate(line):
+            sheet.paste(cell, (_GAP + place * (_CELL + _GAP), top))
+        top += height
+    sheet.save(path, "PNG")
+
+
+def _draw_page(stored: bytes, page: PageRead) -> Image.Image:
+    picture = Image.open(io.BytesIO(stored)).convert("RGB")
+    scale = _CELL / picture.width
+    if picture.height * scale > 2 * _CELL:
+        scale = 2 * _CELL / picture.height
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    line = _TEXT_SIZE + 5
+    cell = Image.new("RGB", (_CELL, picture.height + 6 + line * len(page.read)), "white")
+    cell.paste(picture, (0, 0))
+    pen = ImageDraw.Draw(cell)
+    for place, word in enumerate(page.read):
+        font = open_font(font_paths("en")[0], _TEXT_SIZE)
+        colour = _RIGHT if word in page.words else _WRONG
+        pen.text((2, picture.height + 4 + place * line), word, font=font, fill=colour)
+    return cell
