@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Any
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.input_files import InputFile, real_path
+from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.rejects import RejectsFile, printable, read_rejects
 
 
@@ -199,12 +201,19 @@ def file_state(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def open_rejects(path: str | Path, *, stage: str, files: Collection[object]) -> RejectsFile:
-    """Opens a rejects file for a stage that judges `files` (again): their earlier lines of this stage are taken out."""
+@contextmanager
+def open_rejects(path: str | Path, *, stage: str, files: Collection[object]) -> Iterator[RejectsFile]:
+    """Opens a rejects file for a stage that judges `files` (again): their earlier lines of this stage are taken out.
+
+    Raises:
+        DataError: the file holds something else, or another run writes to it.
+    """
     target = Path(path)
     judged = {printable(str(file)) for file in files}
-    records = read_rejects(target)
-    kept = [record for record in records if record["stage"] != stage or record["file"] not in judged]
-    if len(kept) < len(records):
-        write_records(target, kept)
-    return RejectsFile(target, stage=stage)
+    with sole_writer(target):
+        records = read_rejects(target)
+        kept = [record for record in records if record["stage"] != stage or record["file"] not in judged]
+        if len(kept) < len(records):
+            write_records(target, kept)
+        with RejectsFile(target, stage=stage) as rejects:
+            yield rejects

@@ -72,8 +72,9 @@ def test_a_line_cut_off_by_a_kill_costs_only_itself(tmp_path: Path) -> None:
 def test_another_file_is_not_taken_for_rejects(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mine"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"line 1 of .*mine is no record of a rejected file, so the file is something"):
-        open_rejects(path, stage="ocr", files=[])
+    sentence = r"line 1 of .*mine is no record of a rejected file, so the file is something"
+    with pytest.raises(DataError, match=sentence), open_rejects(path, stage="ocr", files=[]):
+        pass
     assert path.read_bytes() == content
 
 

@@ -19,6 +19,7 @@ from megatron_ove.preprocess.clustering.descriptors import build_describer
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.record_files import as_record, continue_records, file_state, open_rejects
+from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.preprocess.tool_arguments import (
     add_describer_option,
     add_run_options,
@@ -53,6 +54,11 @@ def _earlier(output: Path, describer: str) -> dict[str, tuple[dict[str, Any], np
 
 
 def _work(arguments: argparse.Namespace) -> None:
+    with sole_writer(arguments.output):
+        _describe(arguments)
+
+
+def _describe(arguments: argparse.Namespace) -> None:
     trust = arguments.trust_remote_code
     name = build_describer(arguments.model_folder, trust_remote_code=trust).name
     earlier = _earlier(arguments.output, name)

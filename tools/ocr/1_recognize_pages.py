@@ -25,6 +25,7 @@ from megatron_ove.preprocess.record_files import (
     read_records,
     require_same_settings,
 )
+from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.preprocess.tool_arguments import (
     add_run_options,
     report,
@@ -71,6 +72,11 @@ def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _work(arguments: argparse.Namespace) -> None:
+    with sole_writer(arguments.output):
+        _recognize(arguments)
+
+
+def _recognize(arguments: argparse.Namespace) -> None:
     options = {name: str(value) for name, value in _engine_options(arguments).items()}
     settings = {"engine": arguments.engine, "reading": _READING, **options}
     earlier = read_records(arguments.output, made_by="this script", fields=_FIELDS) if arguments.output.exists() else []
