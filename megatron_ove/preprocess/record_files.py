@@ -17,27 +17,33 @@ from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.rejects import RejectsFile, printable, read_rejects
 
 
-def read_records(path: str | Path, *, made_by: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Reads a JSON-lines file; a last line that a kill cut off is left out.
+def read_records(
+    path: str | Path, *, made_by: str, fields: Sequence[str] = (), may_be_cut: bool = False
+) -> list[dict[str, Any]]:
+    """Reads a JSON-lines file.
 
     Args:
         path: the file.
         made_by: the script that makes such files, for the error sentence.
         fields: what every record must have.
+        may_be_cut: whether one of our scripts wrote it, so that a broken last line without an end is a write that a
+            kill cut off, and is left out. In a file of a user's it is a mistake like any other.
 
     Raises:
-        DataError: no such file, or a broken line that is not the last.
+        DataError: no such file, or a broken line.
     """
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{file} does not exist; make it with {made_by}")
-    lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
+    content = file.read_bytes()
+    may_be_cut = may_be_cut and not content.endswith(b"\n")
+    lines = [line for line in content.split(b"\n") if line.strip()]
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
-            if number == len(lines) and line.startswith(b"{"):  # cut off by a kill
+            if may_be_cut and number == len(lines) and line.startswith(b"{"):
                 break
             raise DataError(
                 f"line {number} of {file} is not JSON ({error}); make the file again with {made_by}"

@@ -14,6 +14,7 @@ import pytest
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
+from megatron_ove.preprocess.ocr.recognition import read_pages
 from megatron_ove.preprocess.record_files import file_state, open_rejects, read_records
 from megatron_ove.rejects import RejectsFile, count_rejects, read_rejects
 
@@ -140,7 +141,25 @@ def test_records_of_another_kind_are_refused(tmp_path: Path, content: bytes, tex
         read_records(tmp_path / "lines.jsonl", made_by="tools/x.py", fields=("key", "file"))
 
 
+CUT = '{"key": "a", "file": "b", "run_settings": {}, "lines": []}\n{"key": "c", "fi'
+
+
 def test_a_last_record_cut_off_by_a_kill_is_made_again(tmp_path: Path) -> None:
-    (tmp_path / "lines.jsonl").write_text('{"key": "a", "file": "b"}\n{"key": "c", "fi')
-    records = read_records(tmp_path / "lines.jsonl", made_by="tools/x.py", fields=("key", "file"))
-    assert records == [{"key": "a", "file": "b"}]
+    path = tmp_path / "lines.jsonl"
+    path.write_text(CUT)
+    records = read_records(path, made_by="tools/x.py", fields=("key", "file"), may_be_cut=True)
+    assert [record["key"] for record in records] == ["a"]
+    assert [page.key for page in read_pages(path)] == ["a"]  # it has settings, so step 1 wrote it
+
+
+def test_a_last_record_that_is_broken_otherwise_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text(CUT + "\n")
+    with pytest.raises(DataError, match=r"line 2 of .* is not JSON .*; make the file again with tools/x\.py"):
+        read_records(path, made_by="tools/x.py", may_be_cut=True)
+    path.write_text(CUT)
+    with pytest.raises(DataError, match=r"line 2 of .* is not JSON"):
+        read_records(path, made_by="tools/x.py")
+    path.write_text(CUT.replace('"run_settings": {}, ', ""))  # of a user, who may have lost the end of the line
+    with pytest.raises(DataError, match=r"line 2 of .* is not JSON"):
+        read_pages(path)

@@ -79,7 +79,9 @@ def _work(arguments: argparse.Namespace) -> None:
 def _recognize(arguments: argparse.Namespace) -> None:
     options = {name: str(value) for name, value in _engine_options(arguments).items()}
     settings = {"engine": arguments.engine, "reading": _READING, **options}
-    earlier = read_records(arguments.output, made_by="this script", fields=_FIELDS) if arguments.output.exists() else []
+    earlier: list[dict[str, Any]] = []
+    if arguments.output.exists():
+        earlier = read_records(arguments.output, made_by="this script", fields=_FIELDS, may_be_cut=True)
     require_same_settings(earlier, "run_settings", settings, arguments.output)
     listing = list_inputs(arguments.pages, "picture")
     plan = continue_records(earlier, listing.inputs)

@@ -105,13 +105,23 @@ def read_pages(path: str | Path) -> list[PageRecord]:
         DataError: no such file, or the first line of it that is no page, with its number and the field.
     """
     pages = []
-    records = read_records(path, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS)
+    records = read_records(
+        path, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS, may_be_cut=_is_of_step_1(Path(path))
+    )
     for number, record in enumerate(records, start=1):
         try:
             pages.append(PageRecord.from_record(record))
         except DataError as error:
             raise DataError(f"line {number} of {path} {error}") from error
     return pages
+
+
+def _is_of_step_1(path: Path) -> bool:
+    """Whether step 1 wrote this lines.jsonl, which puts its settings into every line, and not a user."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return b'"run_settings": ' in stream.readline()
 
 
 def common_engine(pages: Iterable[PageRecord]) -> Mapping[str, Any] | None:
