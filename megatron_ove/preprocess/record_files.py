@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,8 @@ from megatron_ove.errors import DataError
 from megatron_ove.preprocess.input_files import InputFile, real_path
 from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.rejects import RejectsFile, printable, read_rejects
+
+_STAT_THREADS, _STAT_PART = 32, 256
 
 
 def read_records(
@@ -66,16 +69,20 @@ class Continuation:
         elsewhere: earlier records of none of the inputs, which stay.
         kept: earlier records of inputs that are unchanged.
         todo: inputs without a current record, with keys that no other record has.
+        num_gone_sheets: earlier records that are dropped: their file is there, but with fewer sheets.
     """
 
     elsewhere: list[Mapping[str, Any]]
     kept: list[Mapping[str, Any]]
     todo: list[InputFile]
+    num_gone_sheets: int = 0
 
     def counts(self, num_new: int) -> str:
-        """Says how many are new, were kept, and are of elsewhere."""
+        """Says how many are new, were kept, are of elsewhere, and were dropped."""
         parts = [f"{num_new} new", f"{len(self.kept)} kept"]
-        return ", ".join(parts + ([f"{len(self.elsewhere)} of elsewhere kept"] if self.elsewhere else []))
+        parts += [f"{len(self.elsewhere)} of elsewhere kept"] if self.elsewhere else []
+        parts += [f"{self.num_gone_sheets} dropped of sheets that are gone"] if self.num_gone_sheets else []
+        return ", ".join(parts)
 
 
 def continue_records(earlier: Iterable[Mapping[str, Any]], inputs: Sequence[InputFile]) -> Continuation:
@@ -92,7 +99,9 @@ def continue_records(earlier: Iterable[Mapping[str, Any]], inputs: Sequence[Inpu
         known[str(real_path(Path(record["file"]))), record.get("sheet", 0)] = record
     keys = {record["key"] for record in known.values()}
     here = {item.identity for item in inputs}
-    elsewhere = [record for identity, record in known.items() if identity not in here]
+    files = {file for file, _ in here}
+    elsewhere = [record for (file, _), record in known.items() if file not in files]
+    num_gone_sheets = sum(file in files and (file, sheet) not in here for file, sheet in known)
     kept, todo = [], []
     for item in inputs:
         record = known.get(item.identity)
@@ -103,7 +112,7 @@ def continue_records(earlier: Iterable[Mapping[str, Any]], inputs: Sequence[Inpu
         else:
             todo.append(replace(item, key=_free_key(item.key, keys)))
             keys.add(todo[-1].key)
-    return Continuation(elsewhere, kept, todo)
+    return Continuation(elsewhere, kept, todo, num_gone_sheets)
 
 
 def as_record(item: InputFile, state: Sequence[int]) -> dict[str, Any]:
@@ -128,11 +137,43 @@ def stale_reason(file: str, state: Sequence[int], step: str) -> str | None:
     return f"{file} has changed since {step} looked at it, so what was found may not be in it; run that step again"
 
 
+def current_rows(
+    looked_at: Sequence[tuple[str, Sequence[int] | None]], *, what: str, step: str
+) -> tuple[list[int], str]:
+    """Tells which inputs may be used with what was found in them earlier (see `stale_reason`).
+
+    Args:
+        looked_at: (path, `file_state` then) of each; None where that is not known, which is believed.
+        what: their name in the sentence, e.g. "pages".
+        step: the script that looked at them.
+
+    Returns:
+        Their places, and a sentence on how many are left out; "" if none is.
+
+    Raises:
+        DataError: none may be used.
+    """
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:  # they wait for the file server, not for a processor
+        parts = [looked_at[start : start + _STAT_PART] for start in range(0, len(looked_at), _STAT_PART)]
+        reasons = list(chain.from_iterable(pool.map(lambda part: _stale_reasons(part, step), parts)))
+    rows = [row for row, reason in enumerate(reasons) if reason is None]
+    if len(rows) == len(reasons):
+        return rows, ""
+    first = next(filter(None, reasons))
+    if not rows:
+        raise DataError(f"none of the {len(reasons)} {what} is as it was when it was looked at; the first: {first}")
+    return rows, f"{len(reasons) - len(rows)} of {len(reasons)} {what} are left out; the first: {first}"
+
+
+def _stale_reasons(looked_at: Iterable[tuple[str, Sequence[int] | None]], step: str) -> list[str | None]:
+    return [None if state is None else stale_reason(file, state, step) for file, state in looked_at]
+
+
 def _free_key(key: str, taken: Collection[str]) -> str:
     """Returns `key`, or with a number if a file of the same name in another folder has it."""
     if key not in taken:
         return key
-    return next(free for number in itertools.count(2) if (free := f"{key}-{number}") not in taken)
+    return next(free for number in count(2) if (free := f"{key}-{number}") not in taken)
 
 
 def require_same_settings(

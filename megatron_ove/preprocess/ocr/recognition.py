@@ -14,6 +14,7 @@ from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.pictures import load_picture
 from megatron_ove.preprocess.record_files import read_records
 
+READ_BY = "tools/ocr/1_recognize_pages.py"
 MIN_SIDE = 8  # pixels; no letter is readable in less
 
 
@@ -105,9 +106,7 @@ def read_pages(path: str | Path) -> list[PageRecord]:
         DataError: no such file, or the first line of it that is no page, with its number and the field.
     """
     pages = []
-    records = read_records(
-        path, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS, may_be_cut=_is_of_step_1(Path(path))
-    )
+    records = read_records(path, made_by=READ_BY, fields=PAGE_FIELDS, may_be_cut=_is_of_step_1(Path(path)))
     for number, record in enumerate(records, start=1):
         try:
             pages.append(PageRecord.from_record(record))
