@@ -1,6 +1,7 @@
 """Step 1 of the clustering pipeline: a folder of pictures -> descriptors.npz (one vector per picture).
 
-Run it again to go on: pictures that are described already are kept, those of another folder are added.
+Run it again to go on, also after it was interrupted (Ctrl-C, SIGTERM): pictures that are described already are kept,
+those of another folder are added.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +72,32 @@ def _describe(arguments: argparse.Namespace) -> None:
     num_before = len(described)
     with open_rejects(arguments.rejects, stage="images", files=[*plan.todo, *listing.unreadable]) as rejects:
         report_listing(listing, rejects)
-        described += [
-            (as_record(item, states[item]), vector)
+        try:
             for item, vector in run_over_files(
                 make_task, plan.todo, title="describing pictures", workers=arguments.workers, rejects=rejects
-            )
-        ]
+            ):
+                described.append((as_record(item, states[item]), vector))
+        finally:  # a run that is stopped keeps what it did
+            if described:
+                _save(described, name, arguments.output)
         num_new = len(described) - num_before
         if num_new + len(plan.kept) == 0:
             raise DataError(
                 f"none of the {len(listing.inputs)} files in {arguments.pictures} is a usable picture; the reasons are "
                 f"in {arguments.rejects}"
             )
-        DescriptorSet(
-            SampleFiles.from_records([record for record, _ in described]),
-            descriptors=np.stack([vector for _, vector in described]),
-            describer=name,
-        ).save(arguments.output)
         report(
             f"{num_new + len(plan.kept)} pictures described by {name} ({plan.counts(num_new)}), {rejects.count} "
             f"rejected -> {arguments.output}"
         )
+
+
+def _save(described: Sequence[tuple[Mapping[str, Any], np.ndarray]], describer: str, output: Path) -> None:
+    DescriptorSet(
+        SampleFiles.from_records([record for record, _ in described]),
+        descriptors=np.stack([vector for _, vector in described]),
+        describer=describer,
+    ).save(output)
 
 
 def main(argv: list[str] | None = None) -> int:
