@@ -33,11 +33,11 @@ def read_records(
             kill cut off, and is left out. In a file of a user's it is a mistake like any other.
 
     Raises:
-        DataError: no such file, or a broken line.
+        DataError: no such file, a broken line, or a `file` that no file can be called.
     """
     file = Path(path)
     if not file.is_file():
-        raise DataError(f"{file} does not exist; make it with {made_by}")
+        raise DataError(f"{file} {'is no file' if file.exists() else 'does not exist'}; make it with {made_by}")
     content = file.read_bytes()
     may_be_cut = may_be_cut and not content.endswith(b"\n")
     lines = [line for line in content.split(b"\n") if line.strip()]
@@ -45,7 +45,7 @@ def read_records(
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of what is nested without end
             if may_be_cut and number == len(lines) and line.startswith(b"{"):
                 break
             raise DataError(
@@ -57,8 +57,29 @@ def read_records(
                 f"line {number} of {file} has no {', '.join(missing)}, so the file is something else; give a file made "
                 f"with {made_by}"
             )
+        problem = _wrong_field(record, fields)
+        if problem:
+            raise DataError(f"line {number} of {file} {problem}; correct it, or make the file again with {made_by}")
         records.append(record)
     return records
+
+
+def _wrong_field(record: Mapping[str, Any], fields: Sequence[str]) -> str | None:
+    """Returns what is wrong with the fields that say which input a record is of, as the end of a sentence, or None."""
+    name = record.get("file") if "file" in fields else None
+    if isinstance(name, str) and ("\0" in name or printable(name) != name):
+        return f"has the file {name!r}, but no file can be called so"
+    if "file_state" in fields:  # of our own files; a table of a user's is judged by who reads it
+        if not isinstance(record["file"], str) or not isinstance(record["key"], str):
+            return f"has the key {record['key']!r} and the file {record['file']!r}, which are no names"
+        if not is_file_state(record["file_state"]):
+            return f"has the file_state {record['file_state']!r}, which is not [bytes, modification time in ns]"
+    return None
+
+
+def is_file_state(value: object) -> bool:
+    """Whether `value` is what `file_state` returns."""
+    return isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value)
 
 
 @dataclass(frozen=True)
@@ -185,7 +206,7 @@ def require_same_settings(
         DataError: naming the settings that differ.
     """
     for record in earlier:
-        before = record[field]
+        before = record[field] if isinstance(record[field], Mapping) else {}
         if before != settings:
             names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
             differences = "; ".join(f"{name} {before.get(name)} there, {settings.get(name)} now" for name in names)

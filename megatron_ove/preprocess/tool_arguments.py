@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megatron_ove.errors import MegatronOveError, file_system_sentence
 from megatron_ove.preprocess.folders import Listing
-from megatron_ove.rejects import RejectsFile
+from megatron_ove.rejects import RejectsFile, printable
 
 
 def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
@@ -133,7 +133,7 @@ def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Nam
 
 
 def _show_error(sentence: str) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"error: {sentence}", highlight=False, markup=False)
+    Console(stderr=True, soft_wrap=True).print(f"error: {printable(sentence)}", highlight=False, markup=False)
     return 2
 
 
@@ -147,4 +147,4 @@ def report_listing(listing: Listing, rejects: RejectsFile) -> None:
 
 def report(message: str) -> None:
     """Prints one plain line of a tool's outcome."""
-    Console(soft_wrap=True).print(message, highlight=False, markup=False)
+    Console(soft_wrap=True).print(printable(message), highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""A tool that is stopped, by whatever, keeps what it did, and the same command continues."""
+"""A tool that is stopped, by whatever, keeps what it did, and the same command continues; its sentence is shown."""
 
 from __future__ import annotations
 
@@ -59,3 +59,8 @@ def test_described_pictures_are_kept(
     assert run_script("clustering/1_describe_pictures.py", *arguments) == 0
     assert "(2 new, 2 kept), 0 rejected" in capsys.readouterr().out
     assert len(DescriptorSet.load(tmp_path / "d.npz").descriptors) == 4
+
+
+def test_a_name_that_is_not_utf8_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("ocr/2_build_vocabulary.py", "absent\udcff.jsonl", "--output", "v.json") == 2
+    assert r"error: absent\udcff.jsonl does not exist; make it with" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.engines import build_engine
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.pictures import load_picture
-from megatron_ove.preprocess.record_files import read_records
+from megatron_ove.preprocess.record_files import is_file_state, read_records
 
 READ_BY = "tools/ocr/1_recognize_pages.py"
 MIN_SIDE = 8  # pixels; no letter is readable in less
@@ -89,6 +89,10 @@ class PageRecord:
         sheet, state = record.get("sheet", 0), record.get("file_state")
         if type(sheet) is not int or sheet < 0:
             raise DataError(f"has the sheet {sheet!r}, which is no number from 0 on")
+        if state is not None and not is_file_state(state):
+            raise DataError(
+                f"has the file_state {state!r}, which is not [bytes, modification time in ns]; leave it out"
+            )
         return cls(record["key"], record["file"], texts, engine, sheet, state)
 
 
