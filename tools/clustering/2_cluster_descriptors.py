@@ -59,6 +59,12 @@ def _centers(arguments: argparse.Namespace, described: DescriptorSet) -> Centers
         seed=arguments.seed,
         threads=arguments.threads,
     )
+    if len(trained) < arguments.clusters:
+        report(
+            f"{len(trained)} clusters instead of the {arguments.clusters} asked for, because no more could be told "
+            f"apart among {len(described.descriptors)} samples, most likely for copies of one picture; their number is "
+            "that of the classes"
+        )
     centers = Centers(trained, described.describer, arguments.seed, len(described.descriptors))
     centers.save(arguments.centers)
     return centers
