@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.input_files import InputFile, real_path
+from megatron_ove.preprocess.input_files import InputFile, real_path, state_of
 from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.rejects import RejectsFile, printable, read_rejects
 
@@ -109,24 +110,28 @@ class Continuation:
 def continue_records(earlier: Iterable[Mapping[str, Any]], inputs: Sequence[InputFile]) -> Continuation:
     """Compares the inputs with earlier records, so that finished work of this and of any other folder stays.
 
-    An input is the same by whatever path it is found; it keeps its key. A file that has changed since is done again.
+    An input is the same by whatever path its folder is found; it keeps its key. A file that has changed since is done
+    again. Among hundreds of millions of files nothing may ask a file server once for each: listed inputs have their
+    state, records have real paths as a rule, and of other paths each folder is resolved once.
 
     Args:
         earlier: records with `key`, `file`, `file_state`, and `sheet` if it is not the first.
         inputs: what the folder holds now.
     """
-    known: dict[tuple[str, int], Mapping[str, Any]] = {}
-    for record in earlier:
-        known[str(real_path(Path(record["file"]))), record.get("sheet", 0)] = record
-    keys = {record["key"] for record in known.values()}
     here = {item.identity for item in inputs}
     files = {file for file, _ in here}
+    known: dict[tuple[str, int], Mapping[str, Any]] = {}
+    real_folders: dict[str, str] = {}
+    for record in earlier:
+        file = record["file"] if record["file"] in files else _in_real_folder(record["file"], real_folders)
+        known[file, record.get("sheet", 0)] = record
+    keys = {record["key"] for record in known.values()}
     elsewhere = [record for (file, _), record in known.items() if file not in files]
     num_gone_sheets = sum(file in files and (file, sheet) not in here for file, sheet in known)
     kept, todo = [], []
     for item in inputs:
         record = known.get(item.identity)
-        if record is not None and record["file_state"] == file_state(item.path):
+        if record is not None and record["file_state"] == _state(item):
             kept.append(record)
         elif record is not None:
             todo.append(replace(item, key=record["key"]))
@@ -136,10 +141,22 @@ def continue_records(earlier: Iterable[Mapping[str, Any]], inputs: Sequence[Inpu
     return Continuation(elsewhere, kept, todo, num_gone_sheets)
 
 
-def as_record(item: InputFile, state: Sequence[int]) -> dict[str, Any]:
-    """Returns the part of a record that says which input it is of; `state` as it was before the input was read."""
+def _in_real_folder(file: str, real_folders: dict[str, str]) -> str:
+    """Returns the path with links of its folder followed; what is found out is added to `real_folders`."""
+    folder, name = os.path.split(file)
+    if folder not in real_folders:
+        real_folders[folder] = str(real_path(Path(folder)))
+    return str(Path(real_folders[folder], name))
+
+
+def _state(item: InputFile) -> list[int]:
+    return file_state(item.path) if item.state is None else item.state
+
+
+def as_record(item: InputFile) -> dict[str, Any]:
+    """Returns the part of a record that says which input it is of, and its state before it was read."""
     sheet = {"sheet": item.sheet} if item.sheet else {}
-    return {"key": item.key, "file": str(item.path), **sheet, "file_state": list(state)}
+    return {"key": item.key, "file": str(item.path), **sheet, "file_state": _state(item)}
 
 
 def stale_reason(file: str, state: Sequence[int], step: str) -> str | None:
@@ -158,6 +175,17 @@ def stale_reason(file: str, state: Sequence[int], step: str) -> str | None:
     return f"{file} has changed since {step} looked at it, so what was found may not be in it; run that step again"
 
 
+def stale_reasons(looked_at: Sequence[tuple[str, Sequence[int] | None]], step: str) -> list[str | None]:
+    """Returns the `stale_reason` of each (path, state then), for many files at once; None also for an unknown state."""
+
+    def of_part(start: int) -> list[str | None]:
+        part = looked_at[start : start + _STAT_PART]
+        return [None if state is None else stale_reason(file, state, step) for file, state in part]
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:  # they wait for the file server, not for a processor
+        return list(chain.from_iterable(pool.map(of_part, range(0, len(looked_at), _STAT_PART))))
+
+
 def current_rows(
     looked_at: Sequence[tuple[str, Sequence[int] | None]], *, what: str, step: str
 ) -> tuple[list[int], str]:
@@ -174,9 +202,7 @@ def current_rows(
     Raises:
         DataError: none may be used.
     """
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:  # they wait for the file server, not for a processor
-        parts = [looked_at[start : start + _STAT_PART] for start in range(0, len(looked_at), _STAT_PART)]
-        reasons = list(chain.from_iterable(pool.map(lambda part: _stale_reasons(part, step), parts)))
+    reasons = stale_reasons(looked_at, step)
     rows = [row for row, reason in enumerate(reasons) if reason is None]
     if len(rows) == len(reasons):
         return rows, ""
@@ -184,10 +210,6 @@ def current_rows(
     if not rows:
         raise DataError(f"none of the {len(reasons)} {what} is as it was when it was looked at; the first: {first}")
     return rows, f"{len(reasons) - len(rows)} of {len(reasons)} {what} are left out; the first: {first}"
-
-
-def _stale_reasons(looked_at: Iterable[tuple[str, Sequence[int] | None]], step: str) -> list[str | None]:
-    return [None if state is None else stale_reason(file, state, step) for file, state in looked_at]
 
 
 def _free_key(key: str, taken: Collection[str]) -> str:
@@ -258,15 +280,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def file_state(path: Path) -> list[int]:
-    """Returns [size in bytes, modification time in ns]: equal states mean that a file need not be done again.
-
-    A file that is not there (a link to nothing) gets [-1, -1]; whoever reads it gives the reason.
-    """
+    """Returns the `state_of` the file as it is now."""
     try:
-        status = path.stat()
+        return state_of(path.stat())
     except OSError:
-        return [-1, -1]
-    return [status.st_size, status.st_mtime_ns]
+        return state_of(None)
 
 
 @contextmanager

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess import record_files
 from megatron_ove.preprocess.clustering.descriptor_sets import (
     DescriptorSet,
     LabelSet,
     SampleFiles,
     clip_describer_name,
 )
+from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.record_files import as_record, continue_records, current_rows, file_state
 from tests.support.tool_scripts import run_script
@@ -30,7 +32,7 @@ def write_pages(folder: Path, num: int) -> list[dict[str, object]]:
         path = folder / f"{number}.png"
         path.write_bytes(bytes(number))
         item = InputFile(path, path.name, f"{folder.name}-{number}")
-        records.append({**as_record(item, file_state(path)), "lines": [{"text": "law right"}]})
+        records.append({**as_record(item), "lines": [{"text": "law right"}]})
     return records
 
 
@@ -83,8 +85,27 @@ def test_many_files_stay_in_order(tmp_path: Path) -> None:
 def test_records_of_sheets_that_are_gone_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "scan.tif").write_text("two sheets")
     items = [InputFile(tmp_path / "scan.tif", "scan.tif", f"scan-{sheet}", sheet) for sheet in range(3)]
-    earlier = [as_record(item, file_state(item.path)) for item in items]
+    earlier = [as_record(item) for item in items]
     elsewhere = {"key": "other", "file": "/elsewhere/b.tif", "sheet": 2, "file_state": [1, 2]}
     plan = continue_records([*earlier, elsewhere], items[:2])
     assert (plan.kept, plan.elsewhere, plan.todo, plan.num_gone_sheets) == (earlier[:2], [elsewhere], [], 1)
     assert plan.counts(0) == "0 new, 2 kept, 1 of elsewhere kept, 1 dropped of sheets that are gone"
+
+
+def test_no_file_is_asked_for_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server takes half a millisecond for a question, which is days for hundreds of millions of files."""
+    write_pages(tmp_path / "A", 20)
+    inputs = list_inputs(tmp_path / "A", "picture").inputs
+    (tmp_path / "link").symlink_to(tmp_path / "A")
+    records = [as_record(item) for item in inputs]
+    by_link = [{**record, "file": str(tmp_path / "link" / Path(record["file"]).name)} for record in records]
+    elsewhere = [{**record, "file": f"/elsewhere/{i}.png", "key": f"e{i}"} for i, record in enumerate(records)]
+    monkeypatch.setattr(record_files, "file_state", lambda path: pytest.fail("a file is looked at again"))
+    resolved, real_path = [], record_files.real_path
+    monkeypatch.setattr(record_files, "real_path", lambda path: resolved.append(str(path)) or real_path(path))
+    assert [as_record(item) for item in inputs] == records
+    assert continue_records(records, inputs).kept == records
+    assert resolved == []
+    plan = continue_records(by_link + elsewhere, inputs)
+    assert (plan.kept, plan.elsewhere, plan.todo) == (by_link, elsewhere, [])
+    assert resolved == [str(tmp_path / "link"), "/elsewhere"]

@@ -20,7 +20,7 @@ from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet, Pi
 from megatron_ove.preprocess.clustering.descriptors import build_describer
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
-from megatron_ove.preprocess.record_files import as_record, continue_records, file_state, open_rejects
+from megatron_ove.preprocess.record_files import as_record, continue_records, open_rejects
 from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.preprocess.tool_arguments import (
     add_describer_option,
@@ -66,7 +66,6 @@ def _describe(arguments: argparse.Namespace) -> None:
     earlier = _earlier(arguments.output, name)
     listing = list_inputs(arguments.pictures, "picture")
     plan = continue_records([record for record, _ in earlier.values()], listing.inputs)
-    states = {item: file_state(item.path) for item in plan.todo}
     make_task = functools.partial(PictureDescriber, arguments.model_folder, trust_remote_code=trust)
     described = [(record, earlier[record["key"]][1]) for record in plan.elsewhere + plan.kept]
     num_before = len(described)
@@ -76,7 +75,7 @@ def _describe(arguments: argparse.Namespace) -> None:
             for item, vector in run_over_files(
                 make_task, plan.todo, title="describing pictures", workers=arguments.workers, rejects=rejects
             ):
-                described.append((as_record(item, states[item]), vector))
+                described.append((as_record(item), vector))
         finally:  # a run that is stopped keeps what it did
             if described:
                 _save(described, name, arguments.output)

@@ -20,7 +20,6 @@ from megatron_ove.preprocess.record_files import (
     RecordFile,
     as_record,
     continue_records,
-    file_state,
     open_rejects,
     read_records,
     require_same_settings,
@@ -85,7 +84,6 @@ def _recognize(arguments: argparse.Namespace) -> None:
     require_same_settings(earlier, "run_settings", settings, arguments.output)
     listing = list_inputs(arguments.pages, "picture")
     plan = continue_records(earlier, listing.inputs)
-    states = {item: file_state(item.path) for item in plan.todo}
     make_task = functools.partial(PageRecognizer, arguments.engine, _engine_options(arguments))
     with (
         open_rejects(arguments.rejects, stage="ocr", files=[*plan.todo, *listing.unreadable]) as rejects,
@@ -96,7 +94,7 @@ def _recognize(arguments: argparse.Namespace) -> None:
         for item, page in run_over_files(
             make_task, plan.todo, title="reading pages", workers=arguments.workers, rejects=rejects
         ):
-            out.add({**as_record(item, states[item]), "run_settings": settings, **page})
+            out.add({**as_record(item), "run_settings": settings, **page})
             num_new += 1
         if num_new + len(plan.kept) == 0:
             raise DataError(
