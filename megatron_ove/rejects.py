@@ -85,7 +85,7 @@ def read_rejects(path: str | Path) -> list[dict[str, str]]:
         try:
             record = json.loads(line)
             records.append({key: str(record[key]) for key in ("stage", "file", "reason")})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if line.startswith(b'{"stage": '):
                 continue
             raise DataError(

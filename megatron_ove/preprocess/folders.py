@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_kinds import HEAD_BYTES, SUFFIXES, FileKind, looks_like
-from megatron_ove.preprocess.input_files import InputFile, real_path, sample_key
+from megatron_ove.preprocess.input_files import InputFile, real_path, sample_key, state_of
 from megatron_ove.preprocess.pictures import sheets_of
 from megatron_ove.rejects import printable
 
@@ -74,17 +74,18 @@ def list_inputs(folder: str | Path, kind: FileKind) -> Listing:
         raise DataError(f"the {_NAMES[kind]} folder {root} {state}; give the folder that holds your {_NAMES[kind]}s")
     listing = Listing(root, kind)
     seen: set[Path] = set()
-    files: list[tuple[str, Path]] = []
+    files: list[tuple[str, Path, list[int]]] = []
     for name, path in _walk(root, listing):
         if path in seen:
             listing.skipped["more paths to the same file"] += 1
             continue
         seen.add(path)
-        if _is_input(path, Path(name).suffix.lower(), listing):
-            files.append((name, path))
-    for name, path in sorted(files):
+        state = _state_of_input(path, Path(name).suffix.lower(), listing)
+        if state is not None:
+            files.append((name, path, state))
+    for name, path, state in sorted(files):
         sheets = sheets_of(path) if kind == "picture" else (0,)
-        listing.inputs += [InputFile(path, name, sample_key(name, sheet), sheet) for sheet in sheets]
+        listing.inputs += [InputFile(path, name, sample_key(name, sheet), sheet, state) for sheet in sheets]
     if not listing.inputs:
         ignored = listing.ignored_sentence() or "it is empty"
         problem = "".join(f"; {reason}" for reason in list(listing.unreadable.values())[:1])
@@ -144,27 +145,33 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_input(path: Path, suffix: str, listing: Listing) -> bool:
-    """Whether a tool should try the file at `path`, whose name ends in `suffix`; else it is counted here."""
+def _state_of_input(path: Path, suffix: str, listing: Listing) -> list[int] | None:
+    """Returns the state of the file at `path` if a tool should try it; else it is counted here.
+
+    Args:
+        path: of the file.
+        suffix: what its name ends in, in lower case.
+        listing: counts.
+    """
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
     except OSError:
         if suffix in SUFFIXES[listing.kind]:
-            return True  # a link to nothing: whoever reads it gives the reason
+            return state_of(None)
         listing.skipped["links to nothing"] += 1
-        return False
-    if not stat.S_ISREG(mode):
+        return None
+    if not stat.S_ISREG(status.st_mode):
         listing.skipped["pipes, sockets and devices"] += 1
-        return False
+        return None
     if suffix in SUFFIXES[listing.kind]:
-        return True
+        return state_of(status)
     try:
         with path.open("rb") as stream:
             head = stream.read(HEAD_BYTES)
     except OSError as error:
         listing.unreadable[path] = f"{path} cannot be read ({error.strerror}); check its permissions"
-        return False
+        return None
     if looks_like(head, listing.kind):
-        return True
+        return state_of(status)
     listing.other_files[suffix] += 1
-    return False
+    return None

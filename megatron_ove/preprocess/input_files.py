@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -18,12 +18,14 @@ class InputFile:
         name: path below the folder it was found in, with "/".
         key: names its sample; unique, free of dots.
         sheet: 0 for the first or only picture of the file, 1 for the second page of a TIFF, and so on.
+        state: the file's `state_of` when its folder was looked through; None if it was found otherwise.
     """
 
     path: Path
     name: str
     key: str
     sheet: int = 0
+    state: list[int] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.path} (sheet {self.sheet + 1})" if self.sheet else str(self.path)
@@ -38,6 +40,14 @@ def sample_key(name: str, sheet: int = 0) -> str:
     """Returns a key for the file `name`, a path below its folder: unique there, without dots, the same everywhere."""
     readable = re.sub(r"[^0-9A-Za-z_-]+", "_", name.rsplit(".", 1)[0])[-40:].strip("_")
     return f"{readable}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}" + (f"-s{sheet + 1}" if sheet else "")
+
+
+def state_of(status: os.stat_result | None) -> list[int]:
+    """Returns [size in bytes, modification time in ns]: equal states mean that a file need not be done again.
+
+    A file that is not there (None: a link to nothing) gets [-1, -1]; whoever reads it gives the reason.
+    """
+    return [-1, -1] if status is None else [status.st_size, status.st_mtime_ns]
 
 
 def real_path(path: Path) -> Path:

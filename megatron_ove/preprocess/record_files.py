@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.input_files import InputFile, real_path
+from megatron_ove.preprocess.input_files import InputFile, real_path, state_of
+from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.rejects import RejectsFile, printable, read_rejects
 
+_STAT_THREADS, _STAT_PART = 32, 256
 
-def read_records(path: str | Path, *, made_by: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Reads a JSON-lines file; a last line that a kill cut off is left out.
+
+def read_records(
+    path: str | Path, *, made_by: str, fields: Sequence[str] = (), may_be_cut: bool = False
+) -> list[dict[str, Any]]:
+    """Reads a JSON-lines file.
 
     Args:
         path: the file.
         made_by: the script that makes such files, for the error sentence.
         fields: what every record must have.
+        may_be_cut: whether one of our scripts wrote it, so that a broken last line without an end is a write that a
+            kill cut off, and is left out. In a file of a user's it is a mistake like any other.
 
     Raises:
-        DataError: no such file, or a broken line that is not the last.
+        DataError: no such file, a broken line, or a `file` that no file can be called.
     """
     file = Path(path)
     if not file.is_file():
-        raise DataError(f"{file} does not exist; make it with {made_by}")
-    lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
+        raise DataError(f"{file} {'is no file' if file.exists() else 'does not exist'}; make it with {made_by}")
+    content = file.read_bytes()
+    may_be_cut = may_be_cut and not content.endswith(b"\n")
+    lines = [line for line in content.split(b"\n") if line.strip()]
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines) and line.startswith(b"{"):  # cut off by a kill
+        except (ValueError, RecursionError) as error:  # the latter of what is nested without end
+            if may_be_cut and number == len(lines) and line.startswith(b"{"):
                 break
             raise DataError(
                 f"line {number} of {file} is not JSON ({error}); make the file again with {made_by}"
@@ -46,8 +58,29 @@ def read_records(path: str | Path, *, made_by: str, fields: Sequence[str] = ()) 
                 f"line {number} of {file} has no {', '.join(missing)}, so the file is something else; give a file made "
                 f"with {made_by}"
             )
+        problem = _wrong_field(record, fields)
+        if problem:
+            raise DataError(f"line {number} of {file} {problem}; correct it, or make the file again with {made_by}")
         records.append(record)
     return records
+
+
+def _wrong_field(record: Mapping[str, Any], fields: Sequence[str]) -> str | None:
+    """Returns what is wrong with the fields that say which input a record is of, as the end of a sentence, or None."""
+    name = record.get("file") if "file" in fields else None
+    if isinstance(name, str) and ("\0" in name or printable(name) != name):
+        return f"has the file {name!r}, but no file can be called so"
+    if "file_state" in fields:  # of our own files; a table of a user's is judged by who reads it
+        if not isinstance(record["file"], str) or not isinstance(record["key"], str):
+            return f"has the key {record['key']!r} and the file {record['file']!r}, which are no names"
+        if not is_file_state(record["file_state"]):
+            return f"has the file_state {record['file_state']!r}, which is not [bytes, modification time in ns]"
+    return None
+
+
+def is_file_state(value: object) -> bool:
+    """Whether `value` is what `file_state` returns."""
+    return isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value)
 
 
 @dataclass(frozen=True)
@@ -58,50 +91,72 @@ class Continuation:
         elsewhere: earlier records of none of the inputs, which stay.
         kept: earlier records of inputs that are unchanged.
         todo: inputs without a current record, with keys that no other record has.
+        num_gone_sheets: earlier records that are dropped: their file is there, but with fewer sheets.
     """
 
     elsewhere: list[Mapping[str, Any]]
     kept: list[Mapping[str, Any]]
     todo: list[InputFile]
+    num_gone_sheets: int = 0
 
     def counts(self, num_new: int) -> str:
-        """Says how many are new, were kept, and are of elsewhere."""
+        """Says how many are new, were kept, are of elsewhere, and were dropped."""
         parts = [f"{num_new} new", f"{len(self.kept)} kept"]
-        return ", ".join(parts + ([f"{len(self.elsewhere)} of elsewhere kept"] if self.elsewhere else []))
+        parts += [f"{len(self.elsewhere)} of elsewhere kept"] if self.elsewhere else []
+        parts += [f"{self.num_gone_sheets} dropped of sheets that are gone"] if self.num_gone_sheets else []
+        return ", ".join(parts)
 
 
 def continue_records(earlier: Iterable[Mapping[str, Any]], inputs: Sequence[InputFile]) -> Continuation:
     """Compares the inputs with earlier records, so that finished work of this and of any other folder stays.
 
-    An input is the same by whatever path it is found; it keeps its key. A file that has changed since is done again.
+    An input is the same by whatever path its folder is found; it keeps its key. A file that has changed since is done
+    again. Among hundreds of millions of files nothing may ask a file server once for each: listed inputs have their
+    state, records have real paths as a rule, and of other paths each folder is resolved once.
 
     Args:
         earlier: records with `key`, `file`, `file_state`, and `sheet` if it is not the first.
         inputs: what the folder holds now.
     """
-    known: dict[tuple[str, int], Mapping[str, Any]] = {}
-    for record in earlier:
-        known[str(real_path(Path(record["file"]))), record.get("sheet", 0)] = record
-    keys = {record["key"] for record in known.values()}
     here = {item.identity for item in inputs}
-    elsewhere = [record for identity, record in known.items() if identity not in here]
+    files = {file for file, _ in here}
+    known: dict[tuple[str, int], Mapping[str, Any]] = {}
+    real_folders: dict[str, str] = {}
+    for record in earlier:
+        file = record["file"] if record["file"] in files else _in_real_folder(record["file"], real_folders)
+        known[file, record.get("sheet", 0)] = record
+    keys = {record["key"] for record in known.values()}
+    elsewhere = [record for (file, _), record in known.items() if file not in files]
+    num_gone_sheets = sum(file in files and (file, sheet) not in here for file, sheet in known)
     kept, todo = [], []
     for item in inputs:
         record = known.get(item.identity)
-        if record is not None and record["file_state"] == file_state(item.path):
+        if record is not None and record["file_state"] == _state(item):
             kept.append(record)
         elif record is not None:
             todo.append(replace(item, key=record["key"]))
         else:
             todo.append(replace(item, key=_free_key(item.key, keys)))
             keys.add(todo[-1].key)
-    return Continuation(elsewhere, kept, todo)
+    return Continuation(elsewhere, kept, todo, num_gone_sheets)
 
 
-def as_record(item: InputFile, state: Sequence[int]) -> dict[str, Any]:
-    """Returns the part of a record that says which input it is of; `state` as it was before the input was read."""
+def _in_real_folder(file: str, real_folders: dict[str, str]) -> str:
+    """Returns the path with links of its folder followed; what is found out is added to `real_folders`."""
+    folder, name = os.path.split(file)
+    if folder not in real_folders:
+        real_folders[folder] = str(real_path(Path(folder)))
+    return str(Path(real_folders[folder], name))
+
+
+def _state(item: InputFile) -> list[int]:
+    return file_state(item.path) if item.state is None else item.state
+
+
+def as_record(item: InputFile) -> dict[str, Any]:
+    """Returns the part of a record that says which input it is of, and its state before it was read."""
     sheet = {"sheet": item.sheet} if item.sheet else {}
-    return {"key": item.key, "file": str(item.path), **sheet, "file_state": list(state)}
+    return {"key": item.key, "file": str(item.path), **sheet, "file_state": _state(item)}
 
 
 def stale_reason(file: str, state: Sequence[int], step: str) -> str | None:
@@ -120,11 +175,48 @@ def stale_reason(file: str, state: Sequence[int], step: str) -> str | None:
     return f"{file} has changed since {step} looked at it, so what was found may not be in it; run that step again"
 
 
+def stale_reasons(looked_at: Sequence[tuple[str, Sequence[int] | None]], step: str) -> list[str | None]:
+    """Returns the `stale_reason` of each (path, state then), for many files at once; None also for an unknown state."""
+
+    def of_part(start: int) -> list[str | None]:
+        part = looked_at[start : start + _STAT_PART]
+        return [None if state is None else stale_reason(file, state, step) for file, state in part]
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:  # they wait for the file server, not for a processor
+        return list(chain.from_iterable(pool.map(of_part, range(0, len(looked_at), _STAT_PART))))
+
+
+def current_rows(
+    looked_at: Sequence[tuple[str, Sequence[int] | None]], *, what: str, step: str
+) -> tuple[list[int], str]:
+    """Tells which inputs may be used with what was found in them earlier (see `stale_reason`).
+
+    Args:
+        looked_at: (path, `file_state` then) of each; None where that is not known, which is believed.
+        what: their name in the sentence, e.g. "pages".
+        step: the script that looked at them.
+
+    Returns:
+        Their places, and a sentence on how many are left out; "" if none is.
+
+    Raises:
+        DataError: none may be used.
+    """
+    reasons = stale_reasons(looked_at, step)
+    rows = [row for row, reason in enumerate(reasons) if reason is None]
+    if len(rows) == len(reasons):
+        return rows, ""
+    first = next(filter(None, reasons))
+    if not rows:
+        raise DataError(f"none of the {len(reasons)} {what} is as it was when it was looked at; the first: {first}")
+    return rows, f"{len(reasons) - len(rows)} of {len(reasons)} {what} are left out; the first: {first}"
+
+
 def _free_key(key: str, taken: Collection[str]) -> str:
     """Returns `key`, or with a number if a file of the same name in another folder has it."""
     if key not in taken:
         return key
-    return next(free for number in itertools.count(2) if (free := f"{key}-{number}") not in taken)
+    return next(free for number in count(2) if (free := f"{key}-{number}") not in taken)
 
 
 def require_same_settings(
@@ -136,7 +228,7 @@ def require_same_settings(
         DataError: naming the settings that differ.
     """
     for record in earlier:
-        before = record[field]
+        before = record[field] if isinstance(record[field], Mapping) else {}
         if before != settings:
             names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
             differences = "; ".join(f"{name} {before.get(name)} there, {settings.get(name)} now" for name in names)
@@ -188,23 +280,26 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def file_state(path: Path) -> list[int]:
-    """Returns [size in bytes, modification time in ns]: equal states mean that a file need not be done again.
-
-    A file that is not there (a link to nothing) gets [-1, -1]; whoever reads it gives the reason.
-    """
+    """Returns the `state_of` the file as it is now."""
     try:
-        status = path.stat()
+        return state_of(path.stat())
     except OSError:
-        return [-1, -1]
-    return [status.st_size, status.st_mtime_ns]
+        return state_of(None)
 
 
-def open_rejects(path: str | Path, *, stage: str, files: Collection[object]) -> RejectsFile:
-    """Opens a rejects file for a stage that judges `files` (again): their earlier lines of this stage are taken out."""
+@contextmanager
+def open_rejects(path: str | Path, *, stage: str, files: Collection[object]) -> Iterator[RejectsFile]:
+    """Opens a rejects file for a stage that judges `files` (again): their earlier lines of this stage are taken out.
+
+    Raises:
+        DataError: the file holds something else, or another run writes to it.
+    """
     target = Path(path)
     judged = {printable(str(file)) for file in files}
-    records = read_rejects(target)
-    kept = [record for record in records if record["stage"] != stage or record["file"] not in judged]
-    if len(kept) < len(records):
-        write_records(target, kept)
-    return RejectsFile(target, stage=stage)
+    with sole_writer(target):
+        records = read_rejects(target)
+        kept = [record for record in records if record["stage"] != stage or record["file"] not in judged]
+        if len(kept) < len(records):
+            write_records(target, kept)
+        with RejectsFile(target, stage=stage) as rejects:
+            yield rejects

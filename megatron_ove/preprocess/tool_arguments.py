@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from megatron_ove.errors import MegatronOveError, file_system_sentence
 from megatron_ove.preprocess.folders import Listing
-from megatron_ove.rejects import RejectsFile
+from megatron_ove.rejects import RejectsFile, printable
 
 
 def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
@@ -89,11 +92,33 @@ def add_describer_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which batch systems send some seconds before they kill."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Lets SIGTERM end a tool as Ctrl-C does, so that it keeps what is finished."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """Runs a tool; returns 0, 2 after showing the sentence of a user error, or 130 when it was interrupted."""
+    """Runs a tool; returns 0, 2 after showing the sentence of a user error, 130 after Ctrl-C, or 143 after SIGTERM."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        work(arguments)
+        with _sigterm_interrupts():
+            work(arguments)
     except MegatronOveError as error:
         return _show_error(str(error))
     except OSError as error:
@@ -101,14 +126,14 @@ def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Nam
         if sentence is None:
             raise
         return _show_error(sentence)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _show_error("interrupted; what is finished is kept, the same command continues or starts again")
-        return 130
+        return 143 if isinstance(error, _Terminated) else 130
     return 0
 
 
 def _show_error(sentence: str) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"error: {sentence}", highlight=False, markup=False)
+    Console(stderr=True, soft_wrap=True).print(f"error: {printable(sentence)}", highlight=False, markup=False)
     return 2
 
 
@@ -122,4 +147,4 @@ def report_listing(listing: Listing, rejects: RejectsFile) -> None:
 
 def report(message: str) -> None:
     """Prints one plain line of a tool's outcome."""
-    Console(soft_wrap=True).print(message, highlight=False, markup=False)
+    Console(soft_wrap=True).print(printable(message), highlight=False, markup=False)

@@ -113,9 +113,16 @@ def test_clips_of_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     cluster = [tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 2, "--centers", tmp_path / "c.npz"]
     assert run_script("clustering/2_cluster_descriptors.py", *cluster) == 0
     write_video(tmp_path / "B/clip.mp4", moving_square(6)[0])
+    table = (stored / "clips.jsonl").read_bytes()
     assert run_script("codec/1_select_patches.py", tmp_path / "B", stored, *common) == 0
     write = ["codec/3_write_clip_shards.py", stored, tmp_path / "l.npz", tmp_path / "set", "--rejects", rejects]
+    new_table = (stored / "clips.jsonl").read_bytes()
+    (stored / "clips.jsonl").write_bytes(table)  # as if it was killed before its end
     assert run_script(*write) == 0
+    assert "was selected again by a run of step 1 that did not get to its end" in reject_reasons(rejects)["clip.mp4"]
+    assert len(ShardSet.open(tmp_path / "set")) == 1
+    (stored / "clips.jsonl").write_bytes(new_table)
+    assert run_script(*write, "--overwrite") == 0
     assert "was selected again since it got labels" in reject_reasons(rejects)["clip.mp4"]
     assert len(ShardSet.open(tmp_path / "set")) == 1
     assert run_script("codec/1_select_patches.py", tmp_path / "A", stored, *common, "--min-score", 0.5) == 2

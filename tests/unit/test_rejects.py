@@ -14,7 +14,8 @@ import pytest
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
-from megatron_ove.preprocess.record_files import file_state, open_rejects, read_records
+from megatron_ove.preprocess.ocr.recognition import read_pages
+from megatron_ove.preprocess.record_files import file_state, open_rejects, read_records, require_same_settings
 from megatron_ove.rejects import RejectsFile, count_rejects, read_rejects
 
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
@@ -68,12 +69,15 @@ def test_a_line_cut_off_by_a_kill_costs_only_itself(tmp_path: Path) -> None:
     assert [record["file"] for record in read_rejects(path)] == ["b.jpg", "d.jpg"]
 
 
-@pytest.mark.parametrize("content", [b"nonsense\n", b'{"file": "a.jpg"}\n', b"[1]\n", b"\xff\xd8\xff\xe0\x00"])
+@pytest.mark.parametrize(
+    "content", [b"nonsense\n", b'{"file": "a.jpg"}\n', b"[1]\n", b"[" * 100_000, b"\xff\xd8\xff\xe0\x00"]
+)
 def test_another_file_is_not_taken_for_rejects(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mine"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"line 1 of .*mine is no record of a rejected file, so the file is something"):
-        open_rejects(path, stage="ocr", files=[])
+    sentence = r"line 1 of .*mine is no record of a rejected file, so the file is something"
+    with pytest.raises(DataError, match=sentence), open_rejects(path, stage="ocr", files=[]):
+        pass
     assert path.read_bytes() == content
 
 
@@ -131,6 +135,15 @@ def test_a_link_to_nothing_has_a_state_of_its_own(tmp_path: Path) -> None:
         (b"[]\n", "line 1 of .* has no key, file, so the file is something else"),
         (b"\x9d\x00\n", r"line 1 of .* is not JSON \(.*\); make the file again with tools/x\.py"),
         (b'{"key": \n{"key": "b", "file": "c"}\n', "line 1 of .* is not JSON"),
+        (b"[" * 100_000 + b"\n", "line 1 of .* is not JSON"),
+        (
+            rb'{"key": "a", "file": "a\u0000.png"}' + b"\n",
+            r"line 1 of .* has the file 'a\\x00.png', but no file can be",
+        ),
+        (
+            rb'{"key": "a", "file": "\ud800.png"}' + b"\n",
+            r"line 1 of .* has the file '\\ud800.png', but no file can be",
+        ),
     ],
 )
 def test_records_of_another_kind_are_refused(tmp_path: Path, content: bytes, text: str) -> None:
@@ -139,7 +152,56 @@ def test_records_of_another_kind_are_refused(tmp_path: Path, content: bytes, tex
         read_records(tmp_path / "lines.jsonl", made_by="tools/x.py", fields=("key", "file"))
 
 
+CUT = '{"key": "a", "file": "b", "run_settings": {}, "lines": []}\n{"key": "c", "fi'
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"file_state": 5},
+            r"line 1 of .* has the file_state 5, which is not \[bytes, modification time in ns\]; correct",
+        ),
+        ({"file_state": [1, None]}, r"line 1 of .* has the file_state \[1, None\], which"),
+        ({"file": 5}, r"line 1 of .* has the key 'a' and the file 5, which are no names"),
+        ({"key": ["a"]}, r"line 1 of .* has the key \['a'\] and the file 'b', which are no names"),
+    ],
+)
+def test_records_of_ours_with_a_field_of_another_form_are_refused(
+    change: dict[str, object], text: str, tmp_path: Path
+) -> None:
+    record = {"key": "a", "file": "b", "file_state": [1, 2], **change}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(DataError, match=text):
+        read_records(tmp_path / "lines.jsonl", made_by="tools/x.py", fields=("key", "file", "file_state"))
+
+
+def test_a_folder_is_no_file_of_records(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{tmp_path} is no file; make it with tools/x\.py"):
+        read_records(tmp_path, made_by="tools/x.py")
+
+
+def test_settings_of_another_form_are_other_settings(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"made with other settings \(engine None there, rapidocr now\)"):
+        require_same_settings([{"run_settings": 5}], "run_settings", {"engine": "rapidocr"}, tmp_path)
+
+
 def test_a_last_record_cut_off_by_a_kill_is_made_again(tmp_path: Path) -> None:
-    (tmp_path / "lines.jsonl").write_text('{"key": "a", "file": "b"}\n{"key": "c", "fi')
-    records = read_records(tmp_path / "lines.jsonl", made_by="tools/x.py", fields=("key", "file"))
-    assert records == [{"key": "a", "file": "b"}]
+    path = tmp_path / "lines.jsonl"
+    path.write_text(CUT)
+    records = read_records(path, made_by="tools/x.py", fields=("key", "file"), may_be_cut=True)
+    assert [record["key"] for record in records] == ["a"]
+    assert [page.key for page in read_pages(path)] == ["a"]  # it has settings, so step 1 wrote it
+
+
+def test_a_last_record_that_is_broken_otherwise_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text(CUT + "\n")
+    with pytest.raises(DataError, match=r"line 2 of .* is not JSON .*; make the file again with tools/x\.py"):
+        read_records(path, made_by="tools/x.py", may_be_cut=True)
+    path.write_text(CUT)
+    with pytest.raises(DataError, match=r"line 2 of .* is not JSON"):
+        read_records(path, made_by="tools/x.py")
+    path.write_text(CUT.replace('"run_settings": {}, ', ""))  # of a user, who may have lost the end of the line
+    with pytest.raises(DataError, match=r"line 2 of .* is not JSON"):
+        read_pages(path)

@@ -74,6 +74,13 @@ def test_low_lines_are_found_once_each_wherever_tiles_cut_them(size: tuple[int, 
     assert find.largest <= SIDE  # memory does not grow with the page
 
 
+@pytest.mark.parametrize("height", [9, 6], ids=["seen in the second look", "seen in the third look"])
+def test_lines_too_low_for_the_first_look_are_looked_for_more_closely(height: int) -> None:
+    """The first look is at a third of the page's size, the second at two thirds."""
+    bars = [(15, top, 1485, top + height) for top in range(40, 1900, 300)]
+    _assert_equal(find_lines(_page(1500, 2000, bars), Finder(), side=SIDE), bars, within=4)
+
+
 def test_a_line_over_many_tiles_is_one_line_at_any_slant() -> None:
     page = _page(6000, 700, [(50, 300, 5900, 320), (50, 360, 5900, 380)])
     turn = cv2.getRotationMatrix2D((3000, 350), 2.0, 1.0)

@@ -109,6 +109,8 @@ def test_texts_beside_pictures(tmp_path: Path) -> None:
     [
         ({"words": ["law"]}, r"line 2 of .* has no file"),
         ({"file": 3, "words": []}, r"line 2 of .* has the file 3, which is no name; write lines such as \{"),
+        ({"file": "a\0.png", "text": "b"}, r"line 2 of .* has the file 'a\\x00.png', but no file can be called so"),
+        ({"file": "\ud800", "text": "b"}, r"line 2 of .* has the file '\\ud800', but no file can be called so"),
         ({"file": "a.png"}, r"line 2 of .* has neither words nor text, but one is needed"),
         ({"file": "a.png", "words": ["b"], "text": "b"}, r"line 2 of .* has both words and text, but one is needed"),
         ({"file": "a.png", "words": "law"}, r"line 2 of .* has the words 'law', which are no list of strings"),
@@ -164,6 +166,9 @@ def test_lines_written_by_hand_need_only_a_text(tmp_path: Path) -> None:
         ({"lines": ["law"]}, r"lines\[0\] a line that is no object with a text"),
         ({"lines": [{"text": "a", "score": "high"}]}, r"has the score 'high', which is no number from 0 to 1"),
         ({"lines": [{"text": "a", "score": 97}]}, r"has the score 97, which is no number from 0 to 1"),
+        ({"lines": [{"text": "a", "score": 10**400}]}, r"has the score 10+, which is no number from 0 to 1"),
+        ({"lines": [{"text": "a", "box": [[10**400, 0]] * 4}]}, r"has the box .*, which is no list of four corners"),
+        ({"file_state": 5}, r"line 1 of .* has the file_state 5, which is not \[bytes, modification time in ns\]"),
         (
             {"lines": [{"text": "a", "box": [1, 2, 3, 4]}]},
             r"has the box \[1, 2, 3, 4\], which is no list of four corners",

@@ -1,7 +1,8 @@
 """Step 2 of the clustering pipeline (pictures and clips): descriptors.npz -> centers.npz and labels.npz.
 
 With --clusters the centers are trained on these descriptors; with --use-centers existing ones are used, so that
-held-out samples get the labels of the training set.
+held-out samples get the labels of the training set. Pictures whose file has changed or is gone are left out, as in
+step 3: a folder that was renamed would count twice.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def _centers(arguments: argparse.Namespace, described: DescriptorSet) -> Centers
         seed=arguments.seed,
         threads=arguments.threads,
     )
+    if len(trained) < arguments.clusters:
+        report(
+            f"{len(trained)} clusters instead of the {arguments.clusters} asked for, because no more could be told "
+            f"apart among {len(described.descriptors)} samples, most likely for copies of one picture; their number is "
+            "that of the classes"
+        )
     centers = Centers(trained, described.describer, arguments.seed, len(described.descriptors))
     centers.save(arguments.centers)
     return centers
@@ -84,7 +91,9 @@ def _num_labels(asked_for: int | None, num_clusters: int) -> int:
 def _work(arguments: argparse.Namespace) -> None:
     if arguments.clusters is not None:
         _num_labels(arguments.num_labels, arguments.clusters)  # now rather than after hours of k-means
-    described = DescriptorSet.load(arguments.descriptors)
+    described, left_out = DescriptorSet.load(arguments.descriptors).current()
+    if left_out:
+        report(left_out)
     centers = _centers(arguments, described)
     num_labels = _num_labels(arguments.num_labels, len(centers.centers))
     labels, similarities = nearest_centers(

@@ -27,6 +27,7 @@ from megatron_ove.preprocess.record_files import (
     write_records,
     write_whole,
 )
+from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.preprocess.tool_arguments import (
     add_run_options,
     report,
@@ -90,6 +91,11 @@ def _settings(arguments: argparse.Namespace) -> CodecSettings:
 
 
 def _work(arguments: argparse.Namespace) -> None:
+    with sole_writer(arguments.output / "clips.jsonl"):
+        _select(arguments)
+
+
+def _select(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments)
     table = arguments.output / "clips.jsonl"
     earlier = read_records(table, made_by="this script", fields=CLIP_FIELDS) if table.exists() else []

@@ -10,7 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet, SampleFiles, StoredClipDescriber
+from megatron_ove.preprocess.clustering.descriptor_sets import (
+    DescriptorSet,
+    SampleFiles,
+    StoredClipDescriber,
+    clip_describer_name,
+)
 from megatron_ove.preprocess.clustering.descriptors import build_describer
 from megatron_ove.preprocess.codec.clip_store import CLIP_FIELDS
 from megatron_ove.preprocess.file_runs import run_over_files
@@ -40,7 +45,7 @@ def _work(arguments: argparse.Namespace) -> None:
     files = [arguments.clips / record["stored"] for record in records]
     trust = arguments.trust_remote_code
     describer = build_describer(arguments.model_folder, trust_remote_code=trust)
-    name = f"{describer.name} x {arguments.describe_frames} frames"
+    name = clip_describer_name(describer.name, arguments.describe_frames)
     make_task = functools.partial(
         StoredClipDescriber, arguments.model_folder, arguments.describe_frames, trust_remote_code=trust
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
@@ -34,6 +36,26 @@ def _common_settings(records: list[dict[str, object]], folder: Path) -> CodecSet
             "grid; run tools/codec/1_select_patches.py again"
         )
     return CodecSettings.from_record(settings[0])  # type: ignore[arg-type]
+
+
+def _require_same_file(
+    record: Mapping[str, Any], stored: Mapping[str, Any], described: Mapping[str, Any], labels: Path
+) -> None:
+    """Refuses a clip whose record, .npz and labels are not of one file as it was at one time.
+
+    Raises:
+        DataError: the sentence is the reject reason.
+    """
+    key = record["key"]
+    # Step 1 writes every .npz at once and clips.jsonl at its end.
+    if any(stored.get(name) != record[name] for name in ("file", "file_state")):
+        raise DataError(
+            f"the clip {key} was selected again by a run of step 1 that did not get to its end, so that clips.jsonl "
+            "and the stored clip do not match; run step 1 again, and then step 2"
+        )
+    if described.get("file_state") != record["file_state"]:
+        what = "was selected again since it got" if described else "has no"
+        raise DataError(f"the clip {key} {what} labels in {labels}; run step 2 again")
 
 
 def _work(arguments: argparse.Namespace) -> None:
@@ -65,12 +87,9 @@ def _work(arguments: argparse.Namespace) -> None:
             for record in show_progress(records, title="writing clips"):
                 key, file = record["key"], record["file"]
                 row, described = rows.get(key, (0, {}))
-                if described.get("file_state") != record["file_state"]:
-                    what = "was selected again since it got" if described else "has no"
-                    rejects.add(file, f"the clip {key} {what} labels in {arguments.labels}; run step 2 again")
-                    continue
                 try:
                     clip = load_clip(arguments.clips / record["stored"])
+                    _require_same_file(record, clip.info, described, arguments.labels)
                 except DataError as error:
                     rejects.add(file, str(error))
                     continue

@@ -20,11 +20,11 @@ from megatron_ove.preprocess.record_files import (
     RecordFile,
     as_record,
     continue_records,
-    file_state,
     open_rejects,
     read_records,
     require_same_settings,
 )
+from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.preprocess.tool_arguments import (
     add_run_options,
     report,
@@ -71,13 +71,19 @@ def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _work(arguments: argparse.Namespace) -> None:
+    with sole_writer(arguments.output):
+        _recognize(arguments)
+
+
+def _recognize(arguments: argparse.Namespace) -> None:
     options = {name: str(value) for name, value in _engine_options(arguments).items()}
     settings = {"engine": arguments.engine, "reading": _READING, **options}
-    earlier = read_records(arguments.output, made_by="this script", fields=_FIELDS) if arguments.output.exists() else []
+    earlier: list[dict[str, Any]] = []
+    if arguments.output.exists():
+        earlier = read_records(arguments.output, made_by="this script", fields=_FIELDS, may_be_cut=True)
     require_same_settings(earlier, "run_settings", settings, arguments.output)
     listing = list_inputs(arguments.pages, "picture")
     plan = continue_records(earlier, listing.inputs)
-    states = {item: file_state(item.path) for item in plan.todo}
     make_task = functools.partial(PageRecognizer, arguments.engine, _engine_options(arguments))
     with (
         open_rejects(arguments.rejects, stage="ocr", files=[*plan.todo, *listing.unreadable]) as rejects,
@@ -88,7 +94,7 @@ def _work(arguments: argparse.Namespace) -> None:
         for item, page in run_over_files(
             make_task, plan.todo, title="reading pages", workers=arguments.workers, rejects=rejects
         ):
-            out.add({**as_record(item, states[item]), "run_settings": settings, **page})
+            out.add({**as_record(item), "run_settings": settings, **page})
             num_new += 1
         if num_new + len(plan.kept) == 0:
             raise DataError(

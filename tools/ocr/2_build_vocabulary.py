@@ -1,4 +1,7 @@
-"""Step 2 of the OCR pipeline: lines.jsonl of the training pages -> vocabulary.json (word -> class id)."""
+"""Step 2 of the OCR pipeline: lines.jsonl of the training pages -> vocabulary.json (word -> class id).
+
+Pages whose file has changed or is gone are left out, as in step 3: a folder that was renamed would count twice.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from pathlib import Path
 
 from megatron_ove.preprocess.file_runs import show_progress
 from megatron_ove.preprocess.ocr.lines import MIN_SCORE
-from megatron_ove.preprocess.ocr.recognition import common_engine, read_pages
+from megatron_ove.preprocess.ocr.recognition import READ_BY, common_engine, read_pages
 from megatron_ove.preprocess.ocr.tags import rank_words
 from megatron_ove.preprocess.ocr.vocabulary import MAX_WORDS, build_vocabulary
 from megatron_ove.preprocess.ocr.words import segmentation_name
+from megatron_ove.preprocess.record_files import current_rows
 from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
 
 
@@ -37,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    pages = [page for path in arguments.lines for page in read_pages(path)]
+    read = [page for path in arguments.lines for page in read_pages(path)]
+    rows, left_out = current_rows([(page.file, page.file_state) for page in read], what="pages", step=READ_BY)
+    if left_out:
+        report(left_out)
+    pages = [read[row] for row in rows]
     vocabulary = build_vocabulary(
         (
             rank_words(page.lines, min_score=arguments.min_score)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -16,9 +16,16 @@ from megatron_ove.preprocess.clustering.descriptors import build_describer, desc
 from megatron_ove.preprocess.codec.clip_store import load_clip
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import load_picture
-from megatron_ove.preprocess.record_files import write_whole
+from megatron_ove.preprocess.record_files import current_rows, write_whole
 
 _SAMPLE_ARRAYS = ("keys", "files", "sheets", "states")
+_PICTURE_STEP = "1_describe_pictures.py"
+_FRAMES = " frames"
+
+
+def clip_describer_name(describer: str, num_frames: int) -> str:
+    """Returns the name of what describes clips by `describer` on `num_frames` of their frames."""
+    return f"{describer} x {num_frames}{_FRAMES}"
 
 
 class PictureDescriber:
@@ -79,6 +86,10 @@ class SampleFiles:
         columns = (self.keys.tolist(), self.files.tolist(), self.sheets.tolist(), self.states.tolist())
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
+    def rows(self, rows: Sequence[int]) -> SampleFiles:
+        """Returns those in these places."""
+        return SampleFiles(self.keys[rows], self.files[rows], self.sheets[rows], self.states[rows])
+
     def arrays(self) -> dict[str, np.ndarray]:
         return {"keys": self.keys, "files": self.files, "sheets": self.sheets, "states": self.states}
 
@@ -91,13 +102,29 @@ class DescriptorSet:
     descriptors: np.ndarray
     describer: str
 
+    def current(self) -> tuple[DescriptorSet, str]:
+        """Returns those of pictures that are as they were when described, and a sentence on the others, or "".
+
+        Stored clips hold all that is used of them, so they are current whatever becomes of their videos.
+
+        Raises:
+            DataError: none is.
+        """
+        if self.describer.endswith(_FRAMES):
+            return self, ""
+        looked_at = list(zip(self.samples.files.tolist(), self.samples.states.tolist(), strict=True))
+        rows, left_out = current_rows(looked_at, what="pictures", step=f"tools/clustering/{_PICTURE_STEP}")
+        if not left_out:
+            return self, ""
+        return replace(self, samples=self.samples.rows(rows), descriptors=self.descriptors[rows]), left_out
+
     def save(self, path: str | Path) -> None:
         _save_arrays(path, **self.samples.arrays(), descriptors=self.descriptors, describer=self.describer)
 
     @classmethod
     def load(cls, path: str | Path) -> DescriptorSet:
         """Raises `DataError` when the file is no descriptor set."""
-        stored = _load_arrays(path, (*_SAMPLE_ARRAYS, "descriptors", "describer"), "1_describe_pictures.py")
+        stored = _load_arrays(path, (*_SAMPLE_ARRAYS, "descriptors", "describer"), _PICTURE_STEP)
         return cls(_samples(stored), stored["descriptors"], str(stored["describer"]))
 
 

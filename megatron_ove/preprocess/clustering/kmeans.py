@@ -1,5 +1,8 @@
 """Spherical k-means over descriptors, with faiss: every point is used, every center gets one, the seed decides all.
 
+Where points are copies of one another, there may be fewer places for centers than were asked for: the rest is left out
+at the end, because hours of work would be lost by refusing then, and nothing tells before.
+
 A center "gets a point" only if it is nearer to it than to any other center by more than rounding: which of two equally
 near centers a search names first depends on how many it is asked for, on threads and on the machine.
 """
@@ -19,6 +22,8 @@ _ROUNDING = 1e-6
 """Cosines that differ by less are taken for equal: fp32 products of vectors of length 1 are off by a few 1e-7."""
 _MOST_COMPARED = 2048
 """Moved centers whose new places are compared with one another; where there are more, the next round finds copies."""
+_MOST_COPIES = 16
+"""Copies of a center that are looked at at a time; of more, some stay until the next round."""
 
 
 def train_centers(
@@ -34,11 +39,11 @@ def train_centers(
         threads: CPU threads.
 
     Returns:
-        [num_clusters, d] float32 of length 1; each is the nearest center of at least one descriptor, by more than
-        rounding.
+        [k, d] float32 of length 1; each is the nearest center of at least one descriptor, by more than rounding. k is
+        `num_clusters`, or less if so many descriptors cannot be told apart.
 
     Raises:
-        DataError: fewer descriptors than clusters, or fewer that can be told apart; or values that are no numbers.
+        DataError: fewer descriptors than clusters, or values that are no numbers.
     """
     num_points = len(descriptors)
     if num_clusters < 1 or num_points < num_clusters:
@@ -64,29 +69,55 @@ def train_centers(
 
 
 def _fill_empty(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Moves centers that no point is clearly nearest to onto the points that are served worst."""
+    """Moves centers that no point is clearly nearest to onto the points that are served worst; leaves out the rest."""
     for _ in range(_MAX_RESEEDINGS):
-        similarity, nearest = _search(points, centers, min(2, len(centers)))
-        is_clear = similarity[:, 0] - similarity[:, 1] > _ROUNDING if len(centers) > 1 else np.ones(len(points), bool)
-        sizes = np.bincount(nearest[is_clear, 0], minlength=len(centers))
+        similarity, nearest, is_clear = _search(points, centers)
+        sizes = np.bincount(nearest[is_clear], minlength=len(centers))
         empty = np.flatnonzero(sizes == 0)
         if len(empty) == 0:
             return centers
         _log.info("re-seeding %d empty clusters", len(empty))
+        spare = _spare(centers, empty)
         # A point that is alone in its cluster must stay: taking it would only move the hole. One that lies on its
         # center could not be told from it.
-        is_alone = is_clear & (sizes[nearest[:, 0]] == 1)
-        movable = np.flatnonzero(~is_alone & (similarity[:, 0] < 1 - _ROUNDING))
-        worst = movable[np.argsort(similarity[movable, 0], kind="stable")]
-        chosen = _different(points, worst, len(empty)) if len(empty) <= _MOST_COMPARED else worst[: len(empty)]
+        is_alone = is_clear & (sizes[nearest] == 1)
+        movable = np.flatnonzero(~is_alone & (similarity < 1 - _ROUNDING))
+        worst = movable[np.argsort(similarity[movable], kind="stable")]
+        chosen = _different(points, worst, len(spare)) if len(spare) <= _MOST_COMPARED else worst[: len(spare)]
         if len(chosen) == 0:
             break
-        centers[empty[: len(chosen)]] = points[chosen]
-    different = len(np.unique(points.round(5), axis=0))
-    raise DataError(
-        f"{len(centers)} clusters could not all be filled from {len(points)} samples, of which about {different} "
-        "differ by more than rounding; lower --clusters, or leave out copies of one picture"
-    )
+        centers[spare[: len(chosen)]] = points[chosen]
+    return _without_empty(points, centers)
+
+
+def _without_empty(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Leaves out the centers that no point is clearly nearest to; of several that are the same, one stays.
+
+    None of the others becomes empty by that: their points lose a rival at most.
+    """
+    while True:
+        _, nearest, is_clear = _search(points, centers)
+        empty = np.flatnonzero(np.bincount(nearest[is_clear], minlength=len(centers)) == 0)
+        if len(empty) == 0:
+            return centers
+        spare = _spare(centers, empty)
+        if len(spare) == 0:
+            spare = empty
+        centers = np.delete(centers, spare[1:] if len(spare) == len(centers) else spare, axis=0)
+
+
+def _spare(centers: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    """Returns those of the empty centers that serve no point, or the same points as another empty one that stays.
+
+    Args:
+        centers: [k, d] float32 of length 1.
+        empty: [e] places of those that no point is clearly nearest to.
+    """
+    similarity, other = _nearest(centers[empty], centers[empty], _MOST_COPIES)
+    own = np.arange(len(empty))[:, None]
+    # Two centers of which each differs from a point by rounding differ from one another by up to four times that.
+    is_copy = (similarity >= 1 - 8 * _ROUNDING) & (other != own)
+    return empty[(is_copy & (other < own)).any(1) | ~is_copy.any(1)]
 
 
 def _different(points: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
@@ -106,7 +137,18 @@ def _different(points: np.ndarray, candidates: np.ndarray, count: int) -> np.nda
     return candidates[kept]
 
 
-def _search(points: np.ndarray, centers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _search(points: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns [n] float32 cosine of each point and its nearest center, [n] its place, [n] whether no other is as near.
+
+    As near is what differs by no more than rounding.
+    """
+    similarity, nearest = _nearest(points, centers, 2)
+    is_clear = similarity[:, 0] - similarity[:, -1] > _ROUNDING if len(centers) > 1 else np.ones(len(points), bool)
+    return similarity[:, 0], nearest[:, 0], is_clear
+
+
+def _nearest(points: np.ndarray, centers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns [n, count] float32 cosines of each point and its nearest centers, and [n, count] their places."""
     index = faiss.IndexFlatIP(centers.shape[1])
     index.add(centers)
-    return index.search(points, count)
+    return index.search(points, min(count, len(centers)))

@@ -15,16 +15,14 @@ from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.lines import MIN_SCORE
-from megatron_ove.preprocess.ocr.recognition import PageRecord
+from megatron_ove.preprocess.ocr.recognition import READ_BY, PageRecord
 from megatron_ove.preprocess.ocr.tags import NUM_TAGS, page_tags
 from megatron_ove.preprocess.ocr.words import is_same_segmentation, segmentation_name
 from megatron_ove.preprocess.pictures import JpegPreparer
-from megatron_ove.preprocess.record_files import stale_reason
+from megatron_ove.preprocess.record_files import stale_reasons
 from megatron_ove.preprocess.tool_arguments import whole_number
 from megatron_ove.rejects import RejectsFile
 from megatron_ove.vocabulary import Vocabulary
-
-_READ_BY = "tools/ocr/1_recognize_pages.py"
 
 
 class SampleWriter(Protocol):
@@ -91,13 +89,15 @@ def tag_pages(
 
     A page without any, one that stands there twice, and one whose file has changed since it was read go to `rejects`.
     """
+    pages = list(pages)
+    reasons = stale_reasons([(page.file, page.file_state) for page in pages], READ_BY)
     tagged: dict[tuple[str, int], TaggedPage] = {}
-    for page in pages:
+    for page, reason in zip(pages, reasons, strict=True):
         picture = page.input_file
         try:
             if picture.identity in tagged:
                 raise DataError(f"{picture} stands in the list of pages twice; its first lines are used")
-            if page.file_state is not None and (reason := stale_reason(page.file, page.file_state, _READ_BY)):
+            if reason:
                 raise DataError(reason)
             tags = page_tags(page.lines, vocabulary, num_tags=num_tags, fill=fill, min_score=min_score)
         except DataError as error:

@@ -12,8 +12,9 @@ from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.engines import build_engine
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.pictures import load_picture
-from megatron_ove.preprocess.record_files import read_records
+from megatron_ove.preprocess.record_files import is_file_state, read_records
 
+READ_BY = "tools/ocr/1_recognize_pages.py"
 MIN_SIDE = 8  # pixels; no letter is readable in less
 
 
@@ -88,6 +89,10 @@ class PageRecord:
         sheet, state = record.get("sheet", 0), record.get("file_state")
         if type(sheet) is not int or sheet < 0:
             raise DataError(f"has the sheet {sheet!r}, which is no number from 0 on")
+        if state is not None and not is_file_state(state):
+            raise DataError(
+                f"has the file_state {state!r}, which is not [bytes, modification time in ns]; leave it out"
+            )
         return cls(record["key"], record["file"], texts, engine, sheet, state)
 
 
@@ -105,13 +110,21 @@ def read_pages(path: str | Path) -> list[PageRecord]:
         DataError: no such file, or the first line of it that is no page, with its number and the field.
     """
     pages = []
-    records = read_records(path, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS)
+    records = read_records(path, made_by=READ_BY, fields=PAGE_FIELDS, may_be_cut=_is_of_step_1(Path(path)))
     for number, record in enumerate(records, start=1):
         try:
             pages.append(PageRecord.from_record(record))
         except DataError as error:
             raise DataError(f"line {number} of {path} {error}") from error
     return pages
+
+
+def _is_of_step_1(path: Path) -> bool:
+    """Whether step 1 wrote this lines.jsonl, which puts its settings into every line, and not a user."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return b'"run_settings": ' in stream.readline()
 
 
 def common_engine(pages: Iterable[PageRecord]) -> Mapping[str, Any] | None:

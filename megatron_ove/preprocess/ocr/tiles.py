@@ -1,10 +1,10 @@
 """Finding the lines of a page of any size: in tiles, at the scale at which its smallest text is high enough.
 
 The models that find lines see nothing below six pixels and mix up lines below eight. A page is looked at as a whole
-first, but at no less than a third of its size; if its lines turn out too low, it is looked at again at twice the scale,
-until they are high enough or the page's own size is reached. What is larger than the model's view is looked at in tiles
-that overlap. What they found is joined by its place on the page, before anything is read: a line that a tile's edge
-cuts is whole in the tile beside it or in the union of both parts.
+first, but at no less than a third of its size; if its lines turn out too low, or none is seen, it is looked at again at
+twice the scale, until they are high enough or the page's own size is reached. What is larger than the model's view is
+looked at in tiles that overlap. What they found is joined by its place on the page, before anything is read: a line
+that a tile's edge cuts is whole in the tile beside it or in the union of both parts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def find_lines(picture: np.ndarray, find: FindLines, *, side: int) -> np.ndarray
     while True:
         closer = _look(picture, find, side=side, scale=scale)
         found = _with_larger(closer, found, (height, width))
-        if scale >= 1.0 or not _has_low_lines(closer, scale):
+        # Where nothing is seen the text may be too low to be seen at all.
+        if scale >= 1.0 or (len(found) > 0 and not _has_low_lines(closer, scale)):
             return _in_reading_order(found)
         scale = min(1.0, 2.0 * scale)
 
