@@ -12,8 +12,10 @@ import functools
 import importlib
 import importlib.util
 import io
+import itertools
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,8 @@ _JPEG_START = b"\xff\xd8\xff"
 _TIFF_SUFFIXES = (".tif", ".tiff")
 _NEW_SUBFILE_TYPE, _REDUCED = 254, 1
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+_DAMAGES = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error, OverflowError)
+"""What Pillow raises when content is not as it should be."""
 _LIGHT = 192  # grey level from which what is visible of a transparent picture would be lost on white
 
 
@@ -82,31 +86,45 @@ def decode_picture(content: bytes, *, name: str, sheet: int = 0) -> np.ndarray:
         ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} has more pixels than the limit of {MAX_PIXELS}; scale it down first") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, OverflowError) as error:
+    except _DAMAGES as error:
         raise DataError(_truncated(name, len(content), str(error))) from error
 
 
 def sheets_of(path: str | Path) -> tuple[int, ...]:
     """Returns the places of a file's pictures: (0,), or those of all sheets of a TIFF but reduced copies of others.
 
-    Frames of an animation and previews of a phone's picture are no sheets. A damaged file gives (0,); reading it says
-    what is wrong.
+    Frames of an animation and previews of a phone's picture are no sheets. A damaged sheet is among them, and so is the
+    one from which on a truncated file lacks the rest; reading it says what is wrong.
     """
     file = Path(path)
     if file.suffix.lower() in PICTURE_SUFFIXES and file.suffix.lower() not in _TIFF_SUFFIXES:
         return (0,)
-    sheets = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd tags; reading warns again
+    sheets: list[int] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd tags; reading warns again
+        try:
             with Image.open(file, formats=("TIFF",)) as picture:
-                for sheet in range(getattr(picture, "n_frames", 1)):
-                    picture.seek(sheet)
-                    if not int(picture.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & _REDUCED:  # type: ignore[attr-defined]
-                        sheets.append(sheet)
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error):
-        pass
+                sheets += _sheet_numbers(picture)
+        except (Image.DecompressionBombError, *_DAMAGES):
+            pass
     return tuple(sheets) or (0,)
+
+
+def _sheet_numbers(tiff: Image.Image) -> Iterator[int]:
+    """Yields the places of an open TIFF's sheets one by one, as a damaged one must not hide those before it."""
+    for sheet in itertools.count():
+        try:
+            tiff.seek(sheet)
+            is_copy = int(tiff.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & _REDUCED  # type: ignore[attr-defined]
+        except EOFError:
+            return
+        except _DAMAGES:
+            yield sheet
+            if tiff.tell() != sheet:  # where the next one begins is not known
+                return
+        else:
+            if not is_copy:
+                yield sheet
 
 
 def _read_bytes(file: Path) -> bytes:

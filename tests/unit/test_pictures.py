@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,45 @@ def test_sheets_of_a_tiff_are_pictures_of_their_own(tmp_path: Path) -> None:
     pixels = [load_picture(item.path, item.sheet)[0, 0].tolist() for item in items]
     assert pixels == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
     assert JpegPreparer(longest_side=99, quality=90)(items[1]) != JpegPreparer(longest_side=99, quality=90)(items[2])
+
+
+def _readable_sheets(folder: Path) -> list[bool]:
+    """Says of every sheet that is found whether it can be read; what cannot must get the sentence of damaged ones."""
+    found = []
+    for item in list_inputs(folder, "picture").inputs:
+        assert item.sheet == len(found)
+        try:
+            found.append(load_picture(item.path, item.sheet).shape == (40, 60, 3))
+        except DataError as error:
+            assert "is a truncated or damaged picture" in str(error)
+            found.append(False)
+    return found
+
+
+def _scan(path: Path, **options: object) -> bytes:
+    """A TIFF of five sheets."""
+    sheets = [Image.fromarray(_photo()) for _ in range(5)]
+    return _save(path, sheets[0], save_all=True, append_images=sheets[1:], **options).read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}])
+def test_a_cut_tiff_keeps_its_whole_sheets_and_names_the_first_that_is_not(tmp_path: Path, options) -> None:
+    content = _scan(tmp_path / "scan.tif", **options)
+    assert _readable_sheets(tmp_path) == [True] * 5
+    (tmp_path / "scan.tif").write_bytes(content[: len(content) * 7 // 10])
+    found = _readable_sheets(tmp_path)
+    assert found[:3] == [True] * 3
+    assert len(found) > 3 and not any(found[3:])
+
+
+def test_a_sheet_of_an_unknown_form_hides_none_behind_it(tmp_path: Path) -> None:
+    content = _scan(tmp_path / "scan.tif")
+    photometric = struct.pack("<HHLHH", 262, 3, 1, 2, 0)
+    parts = content.split(photometric)
+    assert len(parts) == 6
+    odd = [photometric, struct.pack("<HHLHH", 262, 3, 1, 999, 0), *[photometric] * 3, b""]
+    (tmp_path / "scan.tif").write_bytes(b"".join(part + end for part, end in zip(parts, odd, strict=True)))
+    assert _readable_sheets(tmp_path) == [True, False, True, True, True]
 
 
 def test_frames_and_previews_are_no_sheets(tmp_path: Path) -> None:
