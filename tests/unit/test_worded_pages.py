@@ -99,9 +99,35 @@ def test_texts_beside_pictures(tmp_path: Path) -> None:
     assert set(Vocabulary.load(tmp_path / "v.json").words) == {"law", "right"}
     reasons = reject_reasons(tmp_path / "rejects.jsonl")
     assert set(reasons) == {"alone.png", "latin.png", "nobody.txt"}
-    assert reasons["alone.png"].endswith("has no text beside it: alone.txt does not exist")
+    assert reasons["alone.png"].endswith("has no text beside it: there is no alone.txt that can be read")
     assert reasons["latin.png"].endswith("is not UTF-8; save latin.txt as UTF-8")
     assert reasons["nobody.txt"].endswith("has no picture of this name beside it")
+
+
+def test_texts_are_found_whatever_links_suffixes_and_names_are_like(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "pages", tmp_path / "outside"
+    _pictures(folder, "big.PNG", "v1.png", "plain.png", "same_1.png", "same_2.png", "store/twin.png", ".hid/h.png")
+    (folder / "plain.png").rename(folder / "v1.2 scan")
+    _pictures(outside, "deep/o.png")
+    (folder / "linked").symlink_to(outside)
+    (folder / "name.png").symlink_to(folder / "store/twin.png")
+    texts = {"big.TXT": "upper", "v1.txt": "one", "v1.2 scan.txt": "two", "name.txt": "twin", "store/none.txt": "lost"}
+    texts |= {"text": "same", ".hid/h.txt": "hidden", "linked/deep/o.txt": "P1 outside", "linked/o.txt": "alone"}
+    texts |= {"v1.TXT.txt": "odd", "v1.Txt": "second"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    for name in ("same_1.txt", "same_2.txt"):
+        (folder / name).symlink_to("text")
+    worded = read_worded_pages(folder)
+    assert {Path(page.file).name: [line.text for line in page.lines] for page in worded.pages} == {
+        **{"big.PNG": ["upper"], "v1.png": ["second"], "v1.2 scan": ["two"], "twin.png": ["twin"]},
+        **{"same_1.png": ["same"], "same_2.png": ["same"], "o.png": ["P1 outside"]},
+    }
+    reasons = {Path(file).relative_to(folder).as_posix(): reason for file, reason in worded.refused}
+    assert sorted(reasons) == ["linked/o.txt", "store/none.txt", "v1.TXT.txt", "v1.txt"]
+    assert reasons["v1.txt"] == f"{folder}/v1.png has the text v1.Txt, so v1.txt is not used"
+    assert reasons["linked/o.txt"] == f"{folder}/linked/o.txt has no picture of this name beside it"
+    assert worded.ignored.endswith("(without suffix 1); 1 more paths to the same file; 1 hidden folders")
 
 
 @pytest.mark.parametrize(
