@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image, TiffImagePlugin
 
 from megatron_ove.data.picture_check import PictureChecker, UnusablePictureError
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess import pictures
 from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import JpegPreparer, encode_jpeg, fit_longest_side, load_picture
@@ -284,6 +286,23 @@ def test_a_cut_tiff_keeps_its_whole_sheets_and_names_the_first_that_is_not(tmp_p
     found = _readable_sheets(tmp_path)
     assert found[:3] == [True] * 3
     assert len(found) > 3 and not any(found[3:])
+
+
+def test_only_the_sheet_that_is_wanted_is_read_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = Image.new("L", (40, 30), 9), Image.new("L", (400, 300), 9)
+    for name, sheets in (("a", [large, small]), ("b", [small, large])):
+        sheets[0].save(tmp_path / f"{name}.tif", save_all=True, append_images=sheets[1:])
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 50 * 50)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50 * 50)
+    monkeypatch.setattr(pictures, "io", SimpleNamespace(SEEK_END=io.SEEK_END))  # nothing to hold a whole file in
+    shapes = []
+    for item in list_inputs(tmp_path, "picture").inputs:
+        try:
+            shapes.append(load_picture(item.path, item.sheet).shape[:2])
+        except DataError as error:
+            assert "has 400 x 300 pixels, more than the limit of 2500" in str(error)
+            shapes.append(None)
+    assert shapes == [None, (30, 40), (30, 40), None]
 
 
 def test_a_sheet_of_an_unknown_form_hides_none_behind_it(tmp_path: Path) -> None:
