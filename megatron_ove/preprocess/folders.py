@@ -98,7 +98,7 @@ def list_inputs(folder: str | Path, kind: FileKind) -> Listing:
         if _is_input(path, name, listing):
             files.append((name, path))
     for name, path in sorted(files):
-        sheets = sheets_of(path) if kind == "picture" else (0,)
+        sheets = sheets_of(path, suffix=_suffix(name)) if kind == "picture" else (0,)
         listing.inputs += [InputFile(path, name, sample_key(name, sheet), sheet) for sheet in sheets]
     if not listing.inputs:
         ignored = listing.ignored_sentence() or "it is empty"

@@ -47,8 +47,13 @@ _DAMAGES = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, K
 _LIGHT = 192  # grey level from which what is visible of a transparent picture would be lost on white
 
 
-def load_picture(path: str | Path, sheet: int = 0) -> np.ndarray:
-    """Reads the picture at `path` completely; `sheet` chooses one of a TIFF's (see `sheets_of`).
+def load_picture(path: str | Path, sheet: int = 0, *, suffix: str | None = None) -> np.ndarray:
+    """Reads a picture completely.
+
+    Args:
+        path: the file.
+        sheet: which of a TIFF's pictures (see `sheets_of`).
+        suffix: in lower case, of the name it was found by; None = that of `path`.
 
     Returns:
         [height, width, 3] uint8 RGB: EXIF rotation applied, CMYK converted, deep greys scaled to 8 bits, transparent
@@ -58,7 +63,7 @@ def load_picture(path: str | Path, sheet: int = 0) -> np.ndarray:
         DataError: the file is empty, no picture, of a form that is not read, truncated, or larger than `MAX_PIXELS`.
     """
     with _opened(Path(path)) as stream:
-        return _decode(stream, name=str(path), sheet=sheet)
+        return _decode(stream, name=str(path), sheet=sheet, suffix=suffix)
 
 
 def decode_picture(content: bytes, *, name: str, sheet: int = 0) -> np.ndarray:
@@ -66,12 +71,12 @@ def decode_picture(content: bytes, *, name: str, sheet: int = 0) -> np.ndarray:
     return _decode(io.BytesIO(content), name=name, sheet=sheet)
 
 
-def _decode(stream: BinaryIO, *, name: str, sheet: int) -> np.ndarray:
+def _decode(stream: BinaryIO, *, name: str, sheet: int, suffix: str | None = None) -> np.ndarray:
     head, size = stream.read(HEAD_BYTES), stream.seek(0, io.SEEK_END)
     stream.seek(0)
     if not size:
         raise DataError(f"{name} is empty (0 bytes), so it is not a picture; remove it or copy it again")
-    suffix = Path(name).suffix.lower()
+    suffix = Path(name).suffix.lower() if suffix is None else suffix
     form = unreadable_form(head, suffix)
     if form:
         raise DataError(f"{name} {form}")
@@ -101,14 +106,15 @@ def _decode(stream: BinaryIO, *, name: str, sheet: int) -> np.ndarray:
         raise DataError(_truncated(name, size, str(error))) from error
 
 
-def sheets_of(path: str | Path) -> tuple[int, ...]:
+def sheets_of(path: str | Path, *, suffix: str | None = None) -> tuple[int, ...]:
     """Returns the places of a file's pictures: (0,), or those of all sheets of a TIFF but reduced copies of others.
 
     Frames of an animation and previews of a phone's picture are no sheets. A damaged sheet is among them, and so is the
-    one from which on a truncated file lacks the rest; reading it says what is wrong.
+    one from which on a truncated file lacks the rest; reading it says what is wrong. `suffix` as for `load_picture`.
     """
     file = Path(path)
-    if file.suffix.lower() in PICTURE_SUFFIXES and file.suffix.lower() not in _TIFF_SUFFIXES:
+    suffix = file.suffix.lower() if suffix is None else suffix
+    if suffix in PICTURE_SUFFIXES and suffix not in _TIFF_SUFFIXES:
         return (0,)
     sheets: list[int] = []
     with warnings.catch_warnings():
@@ -231,7 +237,7 @@ class JpegPreparer:
         """Raises `DataError` when the file is no usable picture."""
         with _opened(file.path) as stream:
             # Decoded in any case, which proves that it can be, to its end.
-            picture = _decode(stream, name=str(file.path), sheet=file.sheet)
+            picture = _decode(stream, name=str(file.path), sheet=file.sheet, suffix=file.suffix)
             content = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
         if content.startswith(_JPEG_START):
             with Image.open(io.BytesIO(content), formats=("JPEG",)) as original:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 from pathlib import Path
@@ -16,7 +17,10 @@ from megatron_ove.errors import DataError
 from megatron_ove.preprocess import pictures
 from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.input_files import InputFile
+from megatron_ove.preprocess.ocr.recognition import PageRecord
+from megatron_ove.preprocess.ocr.worded_pages import read_worded_pages
 from megatron_ove.preprocess.pictures import JpegPreparer, encode_jpeg, fit_longest_side, load_picture
+from megatron_ove.preprocess.record_files import as_record, input_of
 
 
 def _photo(height: int = 40, width: int = 60) -> np.ndarray:
@@ -257,6 +261,31 @@ def test_sheets_of_a_tiff_are_pictures_of_their_own(tmp_path: Path) -> None:
     pixels = [load_picture(item.path, item.sheet)[0, 0].tolist() for item in items]
     assert pixels == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
     assert JpegPreparer(longest_side=99, quality=90)(items[1]) != JpegPreparer(longest_side=99, quality=90)(items[2])
+
+
+def test_the_suffix_of_a_link_counts_until_the_page_is_written(tmp_path: Path) -> None:
+    """As in HuggingFace's cache, where all names are links to files that are called by a digest."""
+    for name, content in (("a.tga", b""), ("b.dng", b"II*\0" + bytes(100))):
+        blob = tmp_path / "blobs" / name.removesuffix(".tga").removesuffix(".dng")
+        blob.parent.mkdir(exist_ok=True)
+        Image.fromarray(_photo()).save(blob, format="TGA") if not content else blob.write_bytes(content)
+        (tmp_path / "pages" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "pages" / name).symlink_to(blob)
+    for item in list_inputs(tmp_path / "pages", "picture").inputs:
+        record = {**as_record(item, [1, 2]), "lines": []}
+        for found in (item, input_of(record), PageRecord.from_record(record).input_file):
+            prepare = functools.partial(JpegPreparer(longest_side=100, quality=90), found)
+            if item.name == "a.tga":
+                np.testing.assert_array_equal(load_picture(found.path, suffix=found.suffix), _photo())
+                assert Image.open(io.BytesIO(prepare())).size == (60, 40)
+            else:
+                with pytest.raises(DataError, match=r"blobs/b is a camera's raw file"):
+                    prepare()
+    (tmp_path / "t.jsonl").write_text('{"file": "pages/a.tga", "text": "law"}\n')
+    (page,) = read_worded_pages(tmp_path / "t.jsonl").pages
+    assert (page.input_file.path.name, page.input_file.suffix) == ("a", ".tga")
+    with pytest.raises(DataError, match="has the link_name 5, which is no name"):
+        PageRecord.from_record({**record, "link_name": 5})
 
 
 def _readable_sheets(folder: Path) -> list[bool]:

@@ -26,7 +26,7 @@ class PageRecognizer:
 
     def __call__(self, page: InputFile) -> dict[str, Any]:
         """Returns {"width", "height", "engine", "lines"}; raises `DataError` when the file is no usable picture."""
-        picture = load_picture(page.path, page.sheet)
+        picture = load_picture(page.path, page.sheet, suffix=page.suffix)
         if min(picture.shape[:2]) < MIN_SIDE:
             raise DataError(
                 f"{page} has {picture.shape[1]} x {picture.shape[0]} pixels, which is too thin for a line of text (at "
@@ -56,6 +56,7 @@ class PageRecord:
         engine: what recognized it; None for a text that was known beforehand.
         sheet: which picture of a file with several.
         file_state: size and time of the file when it was read; None if that is not known.
+        link_name: see `InputFile.link_name`.
     """
 
     key: str
@@ -64,10 +65,11 @@ class PageRecord:
     engine: Mapping[str, Any] | None = None
     sheet: int = 0
     file_state: Sequence[int] | None = None
+    link_name: str = ""
 
     @property
     def input_file(self) -> InputFile:
-        return InputFile(Path(self.file), self.file, self.key, self.sheet)
+        return InputFile(Path(self.file), self.link_name or self.file, self.key, self.sheet)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PageRecord:
@@ -85,10 +87,12 @@ class PageRecord:
         if not isinstance(lines, list):
             raise DataError(f"has the lines {lines!r}, which are no list")
         texts = tuple(_line(i, line) for i, line in enumerate(lines))
-        sheet, state = record.get("sheet", 0), record.get("file_state")
+        sheet, state, link_name = record.get("sheet", 0), record.get("file_state"), record.get("link_name", "")
         if type(sheet) is not int or sheet < 0:
             raise DataError(f"has the sheet {sheet!r}, which is no number from 0 on")
-        return cls(record["key"], record["file"], texts, engine, sheet, state)
+        if not isinstance(link_name, str):
+            raise DataError(f"has the link_name {link_name!r}, which is no name")
+        return cls(record["key"], record["file"], texts, engine, sheet, state, link_name)
 
 
 def _line(index: int, record: object) -> TextLine:

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_kinds import PICTURE_SUFFIXES
 from megatron_ove.preprocess.folders import list_inputs
-from megatron_ove.preprocess.input_files import real_path, sample_key
+from megatron_ove.preprocess.input_files import InputFile, real_path, sample_key
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.ocr.recognition import PageRecord
 from megatron_ove.preprocess.record_files import read_records
@@ -68,15 +68,17 @@ def _from_table(path: Path) -> list[PageRecord]:
         except DataError as error:
             raise DataError(f"line {number} of {path} {error}; write {_MADE_BY}") from error
         file = path.parent / name
-        pages.append(PageRecord(key=_key(file, path.parent), file=str(real_path(file)), lines=lines))
+        item = InputFile(real_path(file), file.name, _key(file, path.parent))
+        pages.append(PageRecord(item.key, str(item.path), lines, link_name=item.link_name))
     return pages
 
 
 def _from_folder(folder: Path) -> tuple[list[PageRecord], list[tuple[str, str]], str]:
     listing = list_inputs(folder, "picture")
     refused = [(str(path), reason) for path, reason in listing.unreadable.items()]
+    texts = listing.take_others(_TEXT_SUFFIX)
     # A text may begin like a picture: "P1 ...", as PBM files do.
-    texts = {item.name: item.path for item in listing.inputs if _is_text(item.name)} | listing.take_others(_TEXT_SUFFIX)
+    texts |= {item.name: item.path for item in listing.inputs if item.suffix == _TEXT_SUFFIX}
     by_stem, names = defaultdict[str, list[str]](list), defaultdict[Path, list[str]](list)
     for text in sorted(texts):
         by_stem[_stem(text)].append(text)
@@ -84,7 +86,7 @@ def _from_folder(folder: Path) -> tuple[list[PageRecord], list[tuple[str, str]],
         names[path].append(name)
     pages, used = [], set[str]()
     for item in listing.inputs:
-        if _is_text(item.name):
+        if item.suffix == _TEXT_SUFFIX:
             continue
         found = [text for name in (item.name, *names[item.path]) for text in by_stem[_stem(name)]]
         if not found:
@@ -95,7 +97,7 @@ def _from_folder(folder: Path) -> tuple[list[PageRecord], list[tuple[str, str]],
         else:
             try:
                 lines = _text_lines(texts[found[0]].read_text(encoding="utf-8-sig"))
-                pages.append(PageRecord(key=item.key, file=str(item.path), lines=lines))
+                pages.append(PageRecord(item.key, str(item.path), lines, link_name=item.link_name))
             except UnicodeDecodeError:
                 reason = f"the text beside {item} is not UTF-8; save {Path(found[0]).name} as UTF-8"
                 refused.append((str(item), reason))
@@ -105,10 +107,6 @@ def _from_folder(folder: Path) -> tuple[list[PageRecord], list[tuple[str, str]],
     for text in sorted(texts.keys() - used):
         refused.append((_at(folder, text), f"{_at(folder, text)} has no picture of this name beside it"))
     return pages, refused, listing.ignored_sentence()
-
-
-def _is_text(name: str) -> bool:
-    return Path(name).suffix.lower() == _TEXT_SUFFIX
 
 
 def _stem(name: str) -> str:
