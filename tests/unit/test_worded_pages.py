@@ -157,6 +157,32 @@ def test_nothing_usable_and_no_vocabulary_are_sentences(tmp_path: Path, capsys: 
     assert "one of the arguments --vocabulary --build-vocabulary is required" in capsys.readouterr().err
 
 
+def test_a_file_where_the_vocabulary_should_go_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _pictures(tmp_path, "a.png", "b.png")
+    table = _table(tmp_path / "t.jsonl", *({"file": f"{name}.png", "words": ["law"]} for name in "ab"))
+    vocabulary, options = tmp_path / "v.json", _options(tmp_path)
+    arguments = [table, tmp_path / "set", "--build-vocabulary", vocabulary, *options]
+    for content in ('{"mine": 1}', ""):
+        vocabulary.write_text(content)
+        assert run_script(_TOOL, *arguments, "--overwrite") == 2
+        assert "v.json exists and is no vocabulary, so it is not overwritten" in capsys.readouterr().err
+        assert vocabulary.read_text() == content
+    vocabulary.unlink()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/mine").touch()
+    assert run_script(_TOOL, *arguments) == 2
+    assert not vocabulary.exists()  # as there is no set that has it
+    (tmp_path / "set/mine").unlink()
+    assert run_script(_TOOL, *arguments) == 0
+    before = vocabulary.read_text()
+    table = _table(table, *({"file": f"{name}.png", "words": ["peace"]} for name in "ab"))
+    assert run_script(_TOOL, table, tmp_path / "other", "--build-vocabulary", vocabulary, *options) == 2
+    assert "v.json holds a vocabulary already, whose ids may be in other shard sets" in capsys.readouterr().err
+    assert vocabulary.read_text() == before
+    assert run_script(_TOOL, *arguments, "--overwrite") == 0
+    assert Vocabulary.load(vocabulary).words == ("peace",)
+
+
 def test_keys_do_not_depend_on_where_the_table_lies(tmp_path: Path) -> None:
     keys = []
     for name in ("one", "two"):
