@@ -222,6 +222,8 @@ def test_lines_written_by_hand_need_only_a_text(tmp_path: Path) -> None:
         ),
         ({"lines": {"text": "a"}}, r"has the lines .*, which are no list"),
         ({"file": ""}, r"has the file '', which is no name"),
+        ({"key": "a.b"}, r"line 1 of .* has the key 'a\.b', but names in a shard are 1 to 80 letters"),
+        ({"key": "a" * 81}, r"line 1 of .* has the key 'a+', but names in a shard are 1 to 80 letters"),
         ({"engine": "tesseract"}, r"has the engine 'tesseract', which has no name and version"),
     ],
 )
@@ -229,6 +231,13 @@ def test_a_wrong_field_of_lines_jsonl_is_named(change: dict[str, object], senten
     record = {"key": "a", "file": "a.png", "lines": [{"text": "law"}], **change}
     with pytest.raises(DataError, match=sentence):
         read_pages(_table(tmp_path / "lines.jsonl", record))
+
+
+def test_two_pages_of_one_key_are_named_before_anything_is_written(tmp_path: Path) -> None:
+    records = [{"key": key, "file": f"{file}.png", "lines": []} for key, file in ("ax", "bx", "ax", "ay")]
+    assert len(read_pages(_table(tmp_path / "lines.jsonl", *records[:3]))) == 3
+    with pytest.raises(DataError, match=r"line 4 of .* has the key 'a' of another page, that of line 1; change one"):
+        read_pages(_table(tmp_path / "lines.jsonl", *records))
 
 
 def test_known_texts_go_with_every_engine_and_engines_do_not_mix(tmp_path: Path) -> None:

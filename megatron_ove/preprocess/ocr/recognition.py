@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ove.data.shard_format import MAX_KEY_LENGTH, is_valid_key
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.engines import build_engine
@@ -81,6 +82,11 @@ class PageRecord:
         for name in ("key", "file"):
             if not isinstance(record.get(name), str) or not record[name]:
                 raise DataError(f"has the {name} {record.get(name)!r}, which is no name")
+        if not is_valid_key(record["key"]):
+            raise DataError(
+                f"has the key {record['key']!r}, but names in a shard are 1 to {MAX_KEY_LENGTH} letters, digits, "
+                "'_' or '-'; choose another"
+            )
         engine, lines = record.get("engine"), record.get("lines")
         if engine is not None and not (isinstance(engine, Mapping) and {"name", "version"} <= engine.keys()):
             raise DataError(f"has the engine {engine!r}, which has no name and version; leave it out for a known text")
@@ -106,13 +112,19 @@ def read_pages(path: str | Path) -> list[PageRecord]:
     """Reads a lines.jsonl of step 1, or one that a user wrote (docs/data_format.md); in its order.
 
     Raises:
-        DataError: no such file, or the first line of it that is no page, with its number and the field.
+        DataError: no such file, or the first line of it that is no page or has the key of another page, with its number
+            and the field.
     """
-    pages = []
+    pages: list[PageRecord] = []
+    first_lines: dict[str, int] = {}
     records = read_records(path, made_by="tools/ocr/1_recognize_pages.py", fields=PAGE_FIELDS)
     for number, record in enumerate(records, start=1):
         try:
             pages.append(PageRecord.from_record(record))
+            first = first_lines.setdefault(pages[-1].key, number)
+            # A page that stands there twice is left to whoever uses the pages.
+            if pages[first - 1].input_file.identity != pages[-1].input_file.identity:
+                raise DataError(f"has the key '{record['key']}' of another page, that of line {first}; change one")
         except DataError as error:
             raise DataError(f"line {number} of {path} {error}") from error
     return pages
