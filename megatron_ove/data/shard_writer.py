@@ -28,6 +28,7 @@ PARTS = ("shards", "index")
 COMPANIONS = ("codec_settings.json", "vocabulary.json")
 """Files that may lie beside a shard set's own."""
 INDEX_FILES = ("offsets", "sizes", "shard", "labels", "width", "height", "num_patches", "keys")
+_IN_PARTS = re.compile(rf"shards/\d{{6,}}\.tar(\.idx)?|index/({'|'.join(INDEX_FILES)})\.npy")
 
 
 class ShardWriter:
@@ -272,9 +273,10 @@ def is_shard_set(directory: Path) -> bool:
     try:
         layout.DatasetInfo.read(directory)
         names = {entry.name for entry in directory.iterdir()}
+        parts = [f"{part}/{entry.name}" for part in names.intersection(PARTS) for entry in (directory / part).iterdir()]
     except (DataError, OSError):
         return False
-    return names <= {layout.INFO_FILE, *PARTS, *COMPANIONS}
+    return names <= {layout.INFO_FILE, *PARTS, *COMPANIONS} and all(map(_IN_PARTS.fullmatch, parts))
 
 
 def _check_settings(info: layout.DatasetInfo, directory: Path) -> None:
