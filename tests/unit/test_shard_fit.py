@@ -60,12 +60,20 @@ def test_as_few_classes_as_labels_a_sample_are_a_sentence() -> None:
             "each of the 3 samples of data/images has the same labels (3), so objectives.c",
         ),
         ([[4, 1], [1, 4]], "each of the 2 samples of data/images has the same labels (1, 4), so objectives.clusters"),
-        ([[-1, -1], [-1, -1]], "no sample of data/images has a label, so objectives.clusters could learn nothing; w"),
+        ([[4, 1]], "data/images has only one sample (1, 4), so objectives.clusters has nothing to tell"),
     ],
 )
-def test_labels_that_are_the_same_everywhere_are_a_sentence(labels: list[list[int]], start: str) -> None:
-    (sentence,) = unlearnable(np.array(labels, np.int32), 100)
+def test_labels_that_are_the_same_everywhere_are_a_warning(labels: list[list[int]], start: str) -> None:
+    """Not refused: a set of one page is a usual trial, and a run on it must be continued as it was started."""
+    array = np.array(labels, np.int32)
+    assert unlearnable(array, 300) == []
+    (sentence,) = class_warnings(with_classes(300), {"images": shard_set(array, 300)}, counts_samples=False)
     assert sentence.startswith(start)
+
+
+def test_no_label_at_all_is_a_sentence() -> None:
+    (sentence,) = unlearnable(np.full((2, 2), -1, np.int32), 100)
+    assert sentence.startswith("no sample of data/images has a label, so objectives.clusters could learn nothing; w")
 
 
 def test_one_sample_that_differs_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
