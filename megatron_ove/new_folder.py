@@ -1,9 +1,10 @@
 """A result folder that appears only when it is complete.
 
-It is filled under a name of its own beside the target, `.NAME.writing-HOST-NAMESPACE-PID-RANDOM`, which no user's
+It is filled under a name of its own beside the target, `.NAME.writing-HOST-BOOT-NAMESPACE-PID-RANDOM`, which no user's
 folder has, and renamed at the end. So an error or a kill leaves the target as it was. What a killed writer leaves
-behind is removed by the next writer of the same target if that process is certainly gone (same host, same namespace of
-process numbers, no such process), and else named in a warning.
+behind is removed by the next writer of the same target if that process is certainly gone (same machine since the same
+start, same namespace of process numbers, no such process), and else named in a warning. Host names are not enough:
+machines on one disk may share theirs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from megatron_ove.errors import DataError, MegatronOveError
 logger = logging.getLogger(__name__)
 
 _WRITING, _REPLACED = "writing", "replaced"
+_BOOT_DIGITS = 12  # all 32 would leave less of the 255 letters that a name may have
 
 
 class NewFolder:
@@ -115,7 +117,7 @@ class NewFolder:
         return False
 
     def _own_name(self, state: str) -> Path:
-        owner = f"{socket.gethostname()}-{_process_namespace()}-{os.getpid()}"
+        owner = f"{_machine()}-{_process_namespace()}-{os.getpid()}"
         return self._place.with_name(f".{self._place.name}.{state}-{owner}-{secrets.token_hex(4)}")
 
     def _clear_leftovers(self) -> None:
@@ -123,7 +125,7 @@ class NewFolder:
         name = re.compile(
             rf"\.{re.escape(self._place.name)}\.({_WRITING}|{_REPLACED})-(.+)-(\d+)-(\d+)-[0-9a-f]{{8}}", re.DOTALL
         )
-        here = (socket.gethostname(), str(_process_namespace()))
+        here = (_machine(), str(_process_namespace()))
         for path in sorted(self._place.parent.iterdir()):
             match = name.fullmatch(path.name)
             if match is None or path.is_symlink():
@@ -173,6 +175,15 @@ def new_folder(
         folder.discard()
         raise
     folder.publish()
+
+
+def _machine() -> str:
+    """Returns host name and the first digits of what Linux draws at each start; elsewhere the host name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return socket.gethostname()
+    return f"{socket.gethostname()}-{boot.replace('-', '')[:_BOOT_DIGITS]}"
 
 
 def _process_namespace() -> int:

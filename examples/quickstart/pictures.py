@@ -50,7 +50,9 @@ def page_section(
     page = next(record for record in records if record.key == pages.keys[row])
     known = {words[label] for label in ids}
     is_tagged = [bool(known & set(segment_words(line.text))) for line in page.lines]
-    drawn = draw_boxes(load_picture(page.file, page.sheet), [np.array(line.box) for line in page.lines], is_tagged)
+    item = page.input_file
+    boxes = [np.array(line.box) for line in page.lines]
+    drawn = draw_boxes(load_picture(item.path, item.sheet, suffix=item.suffix), boxes, is_tagged)
     save_jpeg(drawn, folder / "page_boxes.jpg", longest_side=900)
     picture = Picture(
         file="page_boxes.jpg",

@@ -56,7 +56,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains; returns the exit status."""
     from megatron_ove.config.loader import dump_config, load_config
-    from megatron_ove.data.class_counts import fill_in_class_counts
     from megatron_ove.errors import ConfigError, MegatronOveError
     from megatron_ove.training.done_marker import is_done
 
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
             return _check(config, arguments.config)
-        config = fill_in_class_counts(config, arguments.config)
+        config = _with_class_counts(config, arguments.config)
     except MegatronOveError as error:
         error.on_every_rank = True
         raise
@@ -90,6 +89,24 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
         return _train(config, text, lock=lock)
+
+
+def _with_class_counts(config: TrainConfig, name: str) -> TrainConfig:
+    """Fills in numbers of classes; a finished run may have outlived the shard sets that they came from."""
+    from megatron_ove.config.loader import dump_config
+    from megatron_ove.data.class_counts import fill_in_class_counts, fill_in_from_run
+    from megatron_ove.errors import DataError
+    from megatron_ove.training.done_marker import is_done
+
+    try:
+        return fill_in_class_counts(config, name)
+    except DataError:
+        earlier = fill_in_from_run(config, name)
+        if earlier is None or not is_done(
+            Path(config.run_dir), num_steps=config.train.num_steps, config_text=dump_config(earlier)
+        ):
+            raise
+        return earlier
 
 
 def _check(config: TrainConfig, name: str) -> int:

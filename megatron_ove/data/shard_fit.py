@@ -113,33 +113,51 @@ def _video_mismatches(config: TrainConfig, place: str, source: VideoSourceConfig
 
 
 def find_unlearnable(config: TrainConfig, name: str, shards: ShardSet) -> list[str]:
-    """Returns a sentence when the labels of a shard set tell no sample from another, so that no loss could fall.
+    """Returns a sentence when the labels of a shard set are none or all there are, so that no loss could fall.
 
     Args:
         config: the run.
         name: the source.
         shards: its shard set.
     """
-    users = ", ".join(f"objectives.{key}" for key, one in config.objectives.items() if one.source == name)
-    if shards.info.kind != config.data.sources[name].kind or not users:
-        return []  # has its own sentence
-    common = common_labels(shards.labels)
+    users, common = _labels_alike(config, name, shards)
     if common is None:
         return []
-    path, count = shards.directory, f"each of the {len(shards)} samples of {shards.directory}"
     if not common:
-        return [f"no sample of {path} has a label, so {users} could learn nothing; write the shard set with labels"]
+        return [
+            f"no sample of {shards.directory} has a label, so {users} could learn nothing; write the shard set with "
+            "labels"
+        ]
     if len(common) == shards.info.num_classes:
         return [
-            f"{count} has all {len(common)} classes among its labels, so there is no negative and {users} could learn "
-            "nothing (its loss would be 0 from the first step on); store fewer labels a sample or make more classes, "
-            "e.g. with --num-labels and --clusters of tools/clustering/2_cluster_descriptors.py"
+            f"each of the {len(shards)} samples of {shards.directory} has all {len(common)} classes among its labels, "
+            f"so there is no negative and {users} could learn nothing (its loss would be 0 from the first step on); "
+            "store fewer labels a sample or make more classes, e.g. with --num-labels and --clusters of "
+            "tools/clustering/2_cluster_descriptors.py"
         ]
+    return []
+
+
+def _alike_warnings(config: TrainConfig, name: str, shards: ShardSet) -> list[str]:
+    """As `find_unlearnable`, when all labels are the same ones; no mistake in a set of one sample for a trial."""
+    users, common = _labels_alike(config, name, shards)
+    if not common or len(common) == shards.info.num_classes:
+        return []
     labels = ", ".join(map(str, common[:3])) + (", ..." if len(common) > 3 else "")
+    path, count = shards.directory, len(shards)
+    which = f"each of the {count} samples of {path} has the same labels" if count > 1 else f"{path} has only one sample"
     return [
-        f"{count} has the same labels ({labels}), so {users} has nothing to tell samples apart by; write the shard set "
-        "with labels that differ"
+        f"{which} ({labels}), so {users} has nothing to tell samples apart by; write the shard set with labels that "
+        "differ, or do not mind it in a trial"
     ]
+
+
+def _labels_alike(config: TrainConfig, name: str, shards: ShardSet) -> tuple[str, list[int] | None]:
+    """Returns the objectives of a source, and `common_labels` of its set if it is what they use."""
+    users = ", ".join(f"objectives.{key}" for key, one in config.objectives.items() if one.source == name)
+    if shards.info.kind != config.data.sources[name].kind or not users:
+        return users, None  # has its own sentence
+    return users, common_labels(shards.labels)
 
 
 def common_labels(labels: np.ndarray) -> list[int] | None:
@@ -170,14 +188,14 @@ def _label_sets(labels: np.ndarray) -> np.ndarray:
 
 
 def class_warnings(config: TrainConfig, shard_sets: dict[str, ShardSet], *, counts_samples: bool) -> list[str]:
-    """Returns a sentence for every objective with classes that no sample can teach.
+    """Returns a sentence for every source whose samples have the same labels, or objective with classes without any.
 
     Args:
         config: the run.
         shard_sets: source -> its shard set.
         counts_samples: whether labels are looked at: up to 256 MiB of them are read.
     """
-    warnings = []
+    warnings = [line for name, shards in shard_sets.items() for line in _alike_warnings(config, name, shards)]
     for key, objective in config.objectives.items():
         shards = shard_sets[objective.source]
         known, path = shards.info.num_classes, shards.directory

@@ -28,6 +28,7 @@ PARTS = ("shards", "index")
 COMPANIONS = ("codec_settings.json", "vocabulary.json")
 """Files that may lie beside a shard set's own."""
 INDEX_FILES = ("offsets", "sizes", "shard", "labels", "width", "height", "num_patches", "keys")
+_IN_PARTS = re.compile(rf"shards/\d{{6,}}\.tar(\.idx)?|index/({'|'.join(INDEX_FILES)})\.npy")
 
 
 class ShardWriter:
@@ -93,8 +94,12 @@ class ShardWriter:
         self._shard: _OpenShard | None = None
         self._first_reason = ""
         self._folder = NewFolder(self.directory, replace_if=is_shard_set if overwrite else None)
-        for part in PARTS:
-            (self._folder.path / part).mkdir()
+        try:
+            for part in PARTS:
+                (self._folder.path / part).mkdir()
+        except BaseException:
+            self.discard()
+            raise
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -143,33 +148,34 @@ class ShardWriter:
         (self._folder.path / name).write_bytes(content)
 
     def close(self) -> None:
-        """Writes the index and makes the shard set visible.
+        """Writes the index and makes the shard set visible; after an error nothing is left.
 
         Raises:
             DataError: no sample was accepted.
+            OSError: it cannot be written.
         """
-        if not self._keys:
+        try:
+            if not self._keys:
+                first = self._first_reason or (self._rejects.first_reason if self._rejects is not None else "")
+                reason = f"; the first one was refused because: {first}" if first else ""
+                raise DataError(
+                    f"no sample was accepted for {self.directory}, and an empty shard set cannot be trained on{reason}"
+                )
+            self._close_shard()
+            self._write_index()
+            self._folder.publish()
+        except BaseException:
             self.discard()
-            first = self._first_reason or (self._rejects.first_reason if self._rejects is not None else "")
-            reason = f"; the first one was refused because: {first}" if first else ""
-            raise DataError(
-                f"no sample was accepted for {self.directory}, and an empty shard set cannot be trained on{reason}"
-            )
-        self._close_shard()
-        count, columns = len(self._keys), len(self._info.members)
-        shapes = {"offsets": (count, columns), "sizes": (count, columns), "labels": (count, self._info.label_width)}
-        for name, column in self._columns.items():
-            values = np.asarray(column).reshape(shapes.get(name, (count,)))
-            np.save(self._folder.path / "index" / f"{name}.npy", values)
-        np.save(self._folder.path / "index" / "keys.npy", np.array([key.encode() for key in self._keys]))
-        info = layout.DatasetInfo(**{**vars(self._info), "num_samples": count})
-        info.write(self._folder.path)
-        self._folder.publish()
+            raise
 
     def discard(self) -> None:
-        """Removes everything written so far."""
-        self._close_shard()
-        self._folder.discard()
+        """Removes everything written so far, also where the disk is full."""
+        try:
+            self._close_shard()
+        except OSError:
+            pass  # what is thrown away need not be whole
+        finally:
+            self._folder.discard()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -247,9 +253,19 @@ class ShardWriter:
         self._columns["shard"].append(number)
 
     def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
+        shard, self._shard = self._shard, None
+        if shard is not None:
+            shard.close()
+
+    def _write_index(self) -> None:
+        count, columns = len(self._keys), len(self._info.members)
+        shapes = {"offsets": (count, columns), "sizes": (count, columns), "labels": (count, self._info.label_width)}
+        for name, column in self._columns.items():
+            values = np.asarray(column).reshape(shapes.get(name, (count,)))
+            np.save(self._folder.path / "index" / f"{name}.npy", values)
+        np.save(self._folder.path / "index" / "keys.npy", np.array([key.encode() for key in self._keys]))
+        info = layout.DatasetInfo(**{**vars(self._info), "num_samples": count})
+        info.write(self._folder.path)
 
 
 def is_shard_set(directory: Path) -> bool:
@@ -257,9 +273,10 @@ def is_shard_set(directory: Path) -> bool:
     try:
         layout.DatasetInfo.read(directory)
         names = {entry.name for entry in directory.iterdir()}
+        parts = [f"{part}/{entry.name}" for part in names.intersection(PARTS) for entry in (directory / part).iterdir()]
     except (DataError, OSError):
         return False
-    return names <= {layout.INFO_FILE, *PARTS, *COMPANIONS}
+    return names <= {layout.INFO_FILE, *PARTS, *COMPANIONS} and all(map(_IN_PARTS.fullmatch, parts))
 
 
 def _check_settings(info: layout.DatasetInfo, directory: Path) -> None:
@@ -296,8 +313,8 @@ class _OpenShard:
 
     def close(self) -> None:
         """Ends the tar file and writes the index."""
-        self._tar.write(b"\0" * (2 * layout.TAR_BLOCK))
-        self._tar.close()
+        with self._tar:
+            self._tar.write(b"\0" * (2 * layout.TAR_BLOCK))
         text = "\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""])
         self._index_path.write_text(text, encoding="ascii")
 

@@ -27,33 +27,48 @@ class Listing:
         folder: as given.
         kind: what was looked for.
         inputs: what a tool tries, sorted by name; one for each sheet of a file with several.
-        other_files: suffix -> files that are of another kind, by their suffix and their first bytes.
-        skipped: why -> number of entries that are not looked into or are there already.
+        others: name -> real path of files that are of another kind, by their suffix and their first bytes.
+        again: name -> real path of what leads to a file that is among these or the inputs by another name.
+        skipped: why -> number of entries that are not looked into.
         unreadable: folders and files that could not be looked at -> the reason.
     """
 
     folder: Path
     kind: FileKind
     inputs: list[InputFile] = field(default_factory=list)
-    other_files: Counter[str] = field(default_factory=Counter)
+    others: dict[str, Path] = field(default_factory=dict)
+    again: dict[str, Path] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     unreadable: dict[Path, str] = field(default_factory=dict)
 
     @property
-    def num_ignored(self) -> int:
-        """Files (and hidden folders, each as one) that are neither inputs nor unreadable."""
-        return self.other_files.total() + self.skipped.total()
+    def other_files(self) -> Counter[str]:
+        """Suffix -> number of files that are of another kind."""
+        return Counter(_suffix(name) for name in self.others)
+
+    def take_others(self, suffix: str) -> dict[str, Path]:
+        """Hands over the files of another kind with this suffix (in lower case), under each name they have.
+
+        Returns:
+            Name -> real path, sorted by name; they no longer count as ignored.
+        """
+        taken = {name: path for name, path in {**self.others, **self.again}.items() if _suffix(name) == suffix}
+        for name in taken:
+            self.others.pop(name, None)
+            self.again.pop(name, None)
+        return dict(sorted(taken.items()))
 
     def ignored_sentence(self) -> str:
         """Says what was left aside, with a count per suffix; "" if nothing was."""
         parts = []
-        if self.other_files:
+        if self.others:
             by_count = sorted(self.other_files.items(), key=lambda item: (-item[1], item[0]))
             common = by_count[:_MOST_SUFFIXES_NAMED]
             counts = [f"{printable(suffix) or 'without suffix'} {count}" for suffix, count in common]
-            rest = self.other_files.total() - sum(count for _, count in common)
+            rest = len(self.others) - sum(count for _, count in common)
             counts += [f"other suffixes {rest}"] if rest else []
-            parts.append(f"{self.other_files.total()} files that hold no {_NAMES[self.kind]} ({', '.join(counts)})")
+            parts.append(f"{len(self.others)} files that hold no {_NAMES[self.kind]} ({', '.join(counts)})")
+        parts += [f"{len(self.again)} more paths to the same file"] if self.again else []
         parts += [f"{count} {why}" for why, count in sorted(self.skipped.items())]
         return f"ignored below {self.folder}: {'; '.join(parts)}" if parts else ""
 
@@ -77,14 +92,14 @@ def list_inputs(folder: str | Path, kind: FileKind) -> Listing:
     files: list[tuple[str, Path, list[int]]] = []
     for name, path in _walk(root, listing):
         if path in seen:
-            listing.skipped["more paths to the same file"] += 1
+            listing.again[name] = path
             continue
         seen.add(path)
-        state = _state_of_input(path, Path(name).suffix.lower(), listing)
+        state = _state_of_input(path, name, listing)
         if state is not None:
             files.append((name, path, state))
     for name, path, state in sorted(files):
-        sheets = sheets_of(path) if kind == "picture" else (0,)
+        sheets = sheets_of(path, suffix=_suffix(name)) if kind == "picture" else (0,)
         listing.inputs += [InputFile(path, name, sample_key(name, sheet), sheet, state) for sheet in sheets]
     if not listing.inputs:
         ignored = listing.ignored_sentence() or "it is empty"
@@ -145,14 +160,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _state_of_input(path: Path, suffix: str, listing: Listing) -> list[int] | None:
-    """Returns the state of the file at `path` if a tool should try it; else it is counted here.
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
 
-    Args:
-        path: of the file.
-        suffix: what its name ends in, in lower case.
-        listing: counts.
-    """
+
+def _state_of_input(path: Path, name: str, listing: Listing) -> list[int] | None:
+    """Returns the state of a file, found by this name below the folder, if a tool should try it; else counts it."""
+    suffix = _suffix(name)
     try:
         status = path.stat()
     except OSError:
@@ -173,5 +187,5 @@ def _state_of_input(path: Path, suffix: str, listing: Listing) -> list[int] | No
         return None
     if looks_like(head, listing.kind):
         return state_of(status)
-    listing.other_files[suffix] += 1
+    listing.others[name] = path
     return None

@@ -31,6 +31,16 @@ class InputFile:
         return f"{self.path} (sheet {self.sheet + 1})" if self.sheet else str(self.path)
 
     @property
+    def suffix(self) -> str:
+        """Of the name, in lower case: a link `a.tga` says more than the file it leads to, as a cache's `blobs/1f0e`."""
+        return Path(self.name).suffix.lower()
+
+    @property
+    def link_name(self) -> str:
+        """The name without folders if its suffix is not the file's own; else "", as the path says everything."""
+        return Path(self.name).name if self.suffix != self.path.suffix.lower() else ""
+
+    @property
     def identity(self) -> tuple[str, int]:
         """What tells inputs apart, whatever folder they were found through."""
         return str(self.path), self.sheet

@@ -12,12 +12,16 @@ import functools
 import importlib
 import importlib.util
 import io
+import itertools
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_kinds import (
@@ -34,13 +38,22 @@ MAX_PIXELS = 178_956_970  # Pillow's own warning limit: a quarter of 2 GiB at 3 
 _EXIF_ORIENTATION = 0x0112
 _JPEG_START = b"\xff\xd8\xff"
 _TIFF_SUFFIXES = (".tif", ".tiff")
+_TIFF_STARTS = tuple(TiffImagePlugin.PREFIXES)
+_MARK_BYTES = 4
 _NEW_SUBFILE_TYPE, _REDUCED = 254, 1
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+_DAMAGES = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error, OverflowError)
+"""What Pillow raises when content is not as it should be."""
 _LIGHT = 192  # grey level from which what is visible of a transparent picture would be lost on white
 
 
-def load_picture(path: str | Path, sheet: int = 0) -> np.ndarray:
-    """Reads the picture at `path` completely; `sheet` chooses one of a TIFF's (see `sheets_of`).
+def load_picture(path: str | Path, sheet: int = 0, *, suffix: str | None = None) -> np.ndarray:
+    """Reads a picture completely.
+
+    Args:
+        path: the file.
+        sheet: which of a TIFF's pictures (see `sheets_of`).
+        suffix: in lower case, of the name it was found by; None = that of `path`.
 
     Returns:
         [height, width, 3] uint8 RGB: EXIF rotation applied, CMYK converted, deep greys scaled to 8 bits, transparent
@@ -49,78 +62,108 @@ def load_picture(path: str | Path, sheet: int = 0) -> np.ndarray:
     Raises:
         DataError: the file is empty, no picture, of a form that is not read, truncated, or larger than `MAX_PIXELS`.
     """
-    return decode_picture(_read_bytes(Path(path)), name=str(path), sheet=sheet)
+    with _opened(Path(path)) as stream:
+        return _decode(stream, name=str(path), sheet=sheet, suffix=suffix)
 
 
 def decode_picture(content: bytes, *, name: str, sheet: int = 0) -> np.ndarray:
     """Decodes a picture file's `content`; `name` is used in error sentences. As `load_picture` otherwise."""
-    if not content:
+    return _decode(io.BytesIO(content), name=name, sheet=sheet)
+
+
+def _decode(stream: BinaryIO, *, name: str, sheet: int, suffix: str | None = None) -> np.ndarray:
+    head, size = stream.read(HEAD_BYTES), stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    if not size:
         raise DataError(f"{name} is empty (0 bytes), so it is not a picture; remove it or copy it again")
-    suffix, head = Path(name).suffix.lower(), content[:HEAD_BYTES]
+    suffix = Path(name).suffix.lower() if suffix is None else suffix
     form = unreadable_form(head, suffix)
     if form:
         raise DataError(f"{name} {form}")
     try:
-        with warnings.catch_warnings(), _open(content, suffix) as picture:
+        with warnings.catch_warnings(), _open(stream, head, suffix) as picture:
             warnings.simplefilter("ignore")  # of odd metadata, which changes no pixel
+            picture.seek(sheet)  # first, as each sheet has a size of its own
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise DataError(
                     f"{name} has {width} x {height} pixels, more than the limit of {MAX_PIXELS}; scale it down first"
                 )
-            picture.seek(sheet)
             picture.load()
             return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(picture), is_png=picture.format == "PNG"))
     except DataError:
         raise
     except UnidentifiedImageError as error:
         if looks_like(head, "picture") or suffix in WEAKLY_MARKED:
-            raise DataError(_truncated(name, len(content), "its header is cut off")) from error
+            raise DataError(_truncated(name, size, "its header is cut off")) from error
         raise DataError(
-            f"{name} is not a picture: its content begins with {content[:12]!r}, which no picture format that is read "
+            f"{name} is not a picture: its content begins with {head[:12]!r}, which no picture format that is read "
             "here does, whatever the file is called; remove it or convert it to PNG"
         ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} has more pixels than the limit of {MAX_PIXELS}; scale it down first") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, OverflowError) as error:
-        raise DataError(_truncated(name, len(content), str(error))) from error
+    except _DAMAGES as error:
+        raise DataError(_truncated(name, size, str(error))) from error
 
 
-def sheets_of(path: str | Path) -> tuple[int, ...]:
+def sheets_of(path: str | Path, *, suffix: str | None = None) -> tuple[int, ...]:
     """Returns the places of a file's pictures: (0,), or those of all sheets of a TIFF but reduced copies of others.
 
-    Frames of an animation and previews of a phone's picture are no sheets. A damaged file gives (0,); reading it says
-    what is wrong.
+    Frames of an animation and previews of a phone's picture are no sheets. A damaged sheet is among them, and so is the
+    one from which on a truncated file lacks the rest; reading it says what is wrong. `suffix` as for `load_picture`.
     """
     file = Path(path)
-    if file.suffix.lower() in PICTURE_SUFFIXES and file.suffix.lower() not in _TIFF_SUFFIXES:
+    suffix = file.suffix.lower() if suffix is None else suffix
+    if suffix in PICTURE_SUFFIXES and suffix not in _TIFF_SUFFIXES:
         return (0,)
-    sheets = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd tags; reading warns again
-            with Image.open(file, formats=("TIFF",)) as picture:
-                for sheet in range(getattr(picture, "n_frames", 1)):
-                    picture.seek(sheet)
-                    if not int(picture.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & _REDUCED:  # type: ignore[attr-defined]
-                        sheets.append(sheet)
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error):
-        pass
+    sheets: list[int] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd tags; reading warns again
+        try:
+            with TiffImagePlugin.TiffImageFile(file) as picture:
+                sheets += _sheet_numbers(picture)
+        except _DAMAGES:
+            pass
     return tuple(sheets) or (0,)
 
 
-def _read_bytes(file: Path) -> bytes:
+def _sheet_numbers(tiff: TiffImagePlugin.TiffImageFile) -> Iterator[int]:
+    """Yields the places of an open TIFF's sheets one by one, as a damaged one must not hide those before it."""
+    for sheet in itertools.count():
+        try:
+            tiff.seek(sheet)
+            is_copy = int(tiff.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & _REDUCED
+        except EOFError:
+            return
+        except _DAMAGES:
+            yield sheet
+            if tiff.tell() != sheet:  # where the next one begins is not known
+                return
+        else:
+            if not is_copy:
+                yield sheet
+
+
+def _opened(file: Path) -> BinaryIO:
+    """Opens a picture: a TIFF where it lies, as only one sheet of it is wanted; any other file is read at once."""
     try:
-        return file.read_bytes()
+        with ExitStack() as stack:
+            stream = stack.enter_context(file.open("rb"))
+            if not stream.peek(_MARK_BYTES).startswith(_TIFF_STARTS):
+                return io.BytesIO(stream.read())
+            stack.pop_all()
+            return stream
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
-def _open(content: bytes, suffix: str) -> Image.Image:
+def _open(stream: BinaryIO, head: bytes, suffix: str) -> Image.Image:
+    if head.startswith(_TIFF_STARTS):  # Image.open would refuse every sheet for the size of the first one
+        return TiffImagePlugin.TiffImageFile(stream)
     _register_heif()
     formats = (*PICTURE_FORMATS, *({"HEIF"} & set(Image.OPEN)))
     formats += (WEAKLY_MARKED[suffix],) if suffix in WEAKLY_MARKED else ()
-    return Image.open(io.BytesIO(content), formats=formats)
+    return Image.open(stream, formats=formats)
 
 
 @functools.lru_cache(maxsize=1)
@@ -192,9 +235,10 @@ class JpegPreparer:
 
     def __call__(self, file: InputFile) -> bytes:
         """Raises `DataError` when the file is no usable picture."""
-        content = _read_bytes(file.path)
-        # Decoded in any case, which proves that it can be, to its end.
-        picture = decode_picture(content, name=str(file.path), sheet=file.sheet)
+        with _opened(file.path) as stream:
+            # Decoded in any case, which proves that it can be, to its end.
+            picture = _decode(stream, name=str(file.path), sheet=file.sheet, suffix=file.suffix)
+            content = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
         if content.startswith(_JPEG_START):
             with Image.open(io.BytesIO(content), formats=("JPEG",)) as original:
                 is_plain = original.format == "JPEG" and original.mode in ("RGB", "L")

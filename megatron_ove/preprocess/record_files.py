@@ -156,7 +156,14 @@ def _state(item: InputFile) -> list[int]:
 def as_record(item: InputFile) -> dict[str, Any]:
     """Returns the part of a record that says which input it is of, and its state before it was read."""
     sheet = {"sheet": item.sheet} if item.sheet else {}
-    return {"key": item.key, "file": str(item.path), **sheet, "file_state": _state(item)}
+    link_name = {"link_name": item.link_name} if item.link_name else {}
+    return {"key": item.key, "file": str(item.path), **sheet, **link_name, "file_state": _state(item)}
+
+
+def input_of(record: Mapping[str, Any]) -> InputFile:
+    """Returns the input that a record is of, which has what `as_record` gives."""
+    file = record["file"]
+    return InputFile(Path(file), record.get("link_name", file), record["key"], record.get("sheet", 0))
 
 
 def stale_reason(file: str, state: Sequence[int], step: str) -> str | None:

@@ -99,6 +99,20 @@ def test_pictures_of_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "A/same_name.png has changed since" in reject_reasons(tmp_path / "rejects.jsonl")["same_name.png"]
 
 
+def test_pictures_behind_links_keep_the_suffix_of_the_link(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        texture = np.roll(textured_background(40, 60), 9 * number, 1)
+        Image.fromarray(texture).save(tmp_path / f"{number}", format="TGA")
+        (tmp_path / f"in/{number}.tga").symlink_to(tmp_path / f"{number}")
+    common = ["--workers", 1, "--rejects", tmp_path / "rejects.jsonl"]
+    assert run_script("clustering/1_describe_pictures.py", tmp_path / "in", tmp_path / "d.npz", *common) == 0
+    cluster = [tmp_path / "d.npz", tmp_path / "l.npz", "--clusters", 2, "--centers", tmp_path / "c.npz"]
+    assert run_script("clustering/2_cluster_descriptors.py", *cluster) == 0
+    assert run_script("clustering/3_write_image_shards.py", tmp_path / "l.npz", tmp_path / "set", *common) == 0
+    assert len(ShardSet.open(tmp_path / "set")) == 2
+
+
 def test_clips_of_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored, rejects = tmp_path / "stored", tmp_path / "rejects.jsonl"
     common = ["--workers", 1, "--rejects", rejects, "--frame-height", 56, "--frame-width", 56]

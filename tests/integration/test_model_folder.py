@@ -314,6 +314,14 @@ def test_a_folder_that_cannot_describe_is_one_sentence(tmp_path: Path, damage: A
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
+def test_a_settings_file_that_is_no_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    folder = vit(tmp_path / "model")
+    (folder / "processor_config.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"processor_config\.json is no JSON \(.*; get that file again, or delete it"):
+        _ = build_describer(folder).name
+
+
 def test_a_text_model_is_one_sentence(tmp_path: Path) -> None:
     save(tmp_path, BertModel(BertConfig(**TEXT)), None)
     with pytest.raises(DataError, match="is of type 'bert', which takes input_ids and not pictures; give a vision"):

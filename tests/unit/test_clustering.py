@@ -201,11 +201,16 @@ def test_descriptors_of_another_describer_are_refused() -> None:
 def test_result_files_round_trip_and_name_their_maker(tmp_path: Path) -> None:
     points, _ = _blobs(2, 2)
     records = [{"key": key, "file": "é/a.jpg", "sheet": 1, "file_state": [5, 2**60]} for key in "abcd"]
+    records[1]["link_name"] = "a.tga"
     described = DescriptorSet(SampleFiles.from_records(records), points, "colours")
     described.save(tmp_path / "d.npz")
     loaded = DescriptorSet.load(tmp_path / "d.npz")
     np.testing.assert_array_equal(loaded.descriptors, points)
     assert (loaded.describer, loaded.samples.records()) == ("colours", records)
+    with np.load(tmp_path / "d.npz") as stored:  # as earlier versions wrote them
+        np.savez(tmp_path / "e.npz", **{name: stored[name] for name in stored if name != "link_names"})
+    del records[1]["link_name"]
+    assert DescriptorSet.load(tmp_path / "e.npz").samples.records() == records
     Centers(points[:2], "colours", 5, 4).save(tmp_path / "c.npz")
     assert Centers.load(tmp_path / "c.npz").seed == 5
     labels, similarities = nearest_centers(points, points[:2])

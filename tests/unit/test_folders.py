@@ -64,9 +64,10 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert listing.other_files == {".txt": 1}
     assert listing.skipped == {
         "links to folders that are looked through already": 2,
-        "more paths to the same file": 1,
         "links to nothing": 2,
     }
+    assert listing.again == {"0_file.jpg": root / "sub/a.jpg"}
+    assert "1 files that hold no picture (.txt 1); 1 more paths to the same file; 2 links" in listing.ignored_sentence()
 
 
 def test_a_folder_by_another_path_holds_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

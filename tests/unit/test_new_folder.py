@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -143,6 +144,25 @@ def test_what_may_belong_to_a_living_writer_is_named(tmp_path: Path, caplog: pyt
         assert f"{elsewhere} belongs to process " in caplog.text
         (tmp_path / "out" / "file").unlink()
     assert names(tmp_path) == [elsewhere.name, "out"]
+
+
+def test_machines_of_one_name_are_told_apart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = leave_behind(tmp_path / "out")
+    boot_id, read = Path("/proc/sys/kernel/random/boot_id"), Path.read_text
+    own = f"{socket.gethostname()}-"
+    if boot_id.exists():
+        own += boot_id.read_text().replace("-", "")[:12] + "-"
+    assert left.name.startswith(f".out.writing-{own}")
+
+    def read_another(path: Path, **options: str) -> str:
+        return "0f0f0f0f-1234-5678-9abc-def012345678\n" if path == boot_id else read(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_another)
+    write(tmp_path / "out")
+    assert names(tmp_path) == [left.name, "out"]
+    assert f"{left} belongs to process " in caplog.text
 
 
 def test_a_folder_that_was_moved_away_by_a_killed_writer_is_put_back(

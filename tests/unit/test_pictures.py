@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +14,13 @@ from PIL import Image, TiffImagePlugin
 
 from megatron_ove.data.picture_check import PictureChecker, UnusablePictureError
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess import pictures
 from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.input_files import InputFile
+from megatron_ove.preprocess.ocr.recognition import PageRecord
+from megatron_ove.preprocess.ocr.worded_pages import read_worded_pages
 from megatron_ove.preprocess.pictures import JpegPreparer, encode_jpeg, fit_longest_side, load_picture
+from megatron_ove.preprocess.record_files import as_record, input_of
 
 
 def _photo(height: int = 40, width: int = 60) -> np.ndarray:
@@ -254,6 +261,87 @@ def test_sheets_of_a_tiff_are_pictures_of_their_own(tmp_path: Path) -> None:
     pixels = [load_picture(item.path, item.sheet)[0, 0].tolist() for item in items]
     assert pixels == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
     assert JpegPreparer(longest_side=99, quality=90)(items[1]) != JpegPreparer(longest_side=99, quality=90)(items[2])
+
+
+def test_the_suffix_of_a_link_counts_until_the_page_is_written(tmp_path: Path) -> None:
+    """As in HuggingFace's cache, where all names are links to files that are called by a digest."""
+    for name, content in (("a.tga", b""), ("b.dng", b"II*\0" + bytes(100))):
+        blob = tmp_path / "blobs" / name.removesuffix(".tga").removesuffix(".dng")
+        blob.parent.mkdir(exist_ok=True)
+        Image.fromarray(_photo()).save(blob, format="TGA") if not content else blob.write_bytes(content)
+        (tmp_path / "pages" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "pages" / name).symlink_to(blob)
+    for item in list_inputs(tmp_path / "pages", "picture").inputs:
+        record = {**as_record(item, [1, 2]), "lines": []}
+        for found in (item, input_of(record), PageRecord.from_record(record).input_file):
+            prepare = functools.partial(JpegPreparer(longest_side=100, quality=90), found)
+            if item.name == "a.tga":
+                np.testing.assert_array_equal(load_picture(found.path, suffix=found.suffix), _photo())
+                assert Image.open(io.BytesIO(prepare())).size == (60, 40)
+            else:
+                with pytest.raises(DataError, match=r"blobs/b is a camera's raw file"):
+                    prepare()
+    (tmp_path / "t.jsonl").write_text('{"file": "pages/a.tga", "text": "law"}\n')
+    (page,) = read_worded_pages(tmp_path / "t.jsonl").pages
+    assert (page.input_file.path.name, page.input_file.suffix) == ("a", ".tga")
+    with pytest.raises(DataError, match="has the link_name 5, which is no name"):
+        PageRecord.from_record({**record, "link_name": 5})
+
+
+def _readable_sheets(folder: Path) -> list[bool]:
+    """Says of every sheet that is found whether it can be read; what cannot must get the sentence of damaged ones."""
+    found = []
+    for item in list_inputs(folder, "picture").inputs:
+        assert item.sheet == len(found)
+        try:
+            found.append(load_picture(item.path, item.sheet).shape == (40, 60, 3))
+        except DataError as error:
+            assert "is a truncated or damaged picture" in str(error)
+            found.append(False)
+    return found
+
+
+def _scan(path: Path, **options: object) -> bytes:
+    """A TIFF of five sheets."""
+    sheets = [Image.fromarray(_photo()) for _ in range(5)]
+    return _save(path, sheets[0], save_all=True, append_images=sheets[1:], **options).read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}])
+def test_a_cut_tiff_keeps_its_whole_sheets_and_names_the_first_that_is_not(tmp_path: Path, options) -> None:
+    content = _scan(tmp_path / "scan.tif", **options)
+    assert _readable_sheets(tmp_path) == [True] * 5
+    (tmp_path / "scan.tif").write_bytes(content[: len(content) * 7 // 10])
+    found = _readable_sheets(tmp_path)
+    assert found[:3] == [True] * 3
+    assert len(found) > 3 and not any(found[3:])
+
+
+def test_only_the_sheet_that_is_wanted_is_read_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = Image.new("L", (40, 30), 9), Image.new("L", (400, 300), 9)
+    for name, sheets in (("a", [large, small]), ("b", [small, large])):
+        sheets[0].save(tmp_path / f"{name}.tif", save_all=True, append_images=sheets[1:])
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 50 * 50)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50 * 50)
+    monkeypatch.setattr(pictures, "io", SimpleNamespace(SEEK_END=io.SEEK_END))  # nothing to hold a whole file in
+    shapes = []
+    for item in list_inputs(tmp_path, "picture").inputs:
+        try:
+            shapes.append(load_picture(item.path, item.sheet).shape[:2])
+        except DataError as error:
+            assert "has 400 x 300 pixels, more than the limit of 2500" in str(error)
+            shapes.append(None)
+    assert shapes == [None, (30, 40), (30, 40), None]
+
+
+def test_a_sheet_of_an_unknown_form_hides_none_behind_it(tmp_path: Path) -> None:
+    content = _scan(tmp_path / "scan.tif")
+    photometric = struct.pack("<HHLHH", 262, 3, 1, 2, 0)
+    parts = content.split(photometric)
+    assert len(parts) == 6
+    odd = [photometric, struct.pack("<HHLHH", 262, 3, 1, 999, 0), *[photometric] * 3, b""]
+    (tmp_path / "scan.tif").write_bytes(b"".join(part + end for part, end in zip(parts, odd, strict=True)))
+    assert _readable_sheets(tmp_path) == [True, False, True, True, True]
 
 
 def test_frames_and_previews_are_no_sheets(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_ove.checkpoint.manifest import checkpoint_name
+from megatron_ove.cli.main import main
 from megatron_ove.config.loader import config_from_dict, dump_config
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.config.yaml_file import parse_yaml
@@ -17,6 +20,7 @@ from megatron_ove.data.class_counts import fill_in_class_counts
 from megatron_ove.data.shard_fit import class_warnings, common_labels, count_classes, find_unlearnable
 from megatron_ove.data.shard_format import DatasetInfo, member_names
 from megatron_ove.errors import ConfigError, DataError
+from megatron_ove.training.done_marker import mark_done
 from tests.unit.test_config import changed, valid_config
 
 SIX = np.array([np.random.default_rng(i).permutation(6).tolist() + [-1] * 4 for i in range(132)], np.int32)
@@ -60,12 +64,20 @@ def test_as_few_classes_as_labels_a_sample_are_a_sentence() -> None:
             "each of the 3 samples of data/images has the same labels (3), so objectives.c",
         ),
         ([[4, 1], [1, 4]], "each of the 2 samples of data/images has the same labels (1, 4), so objectives.clusters"),
-        ([[-1, -1], [-1, -1]], "no sample of data/images has a label, so objectives.clusters could learn nothing; w"),
+        ([[4, 1]], "data/images has only one sample (1, 4), so objectives.clusters has nothing to tell"),
     ],
 )
-def test_labels_that_are_the_same_everywhere_are_a_sentence(labels: list[list[int]], start: str) -> None:
-    (sentence,) = unlearnable(np.array(labels, np.int32), 100)
+def test_labels_that_are_the_same_everywhere_are_a_warning(labels: list[list[int]], start: str) -> None:
+    """Not refused: a set of one page is a usual trial, and a run on it must be continued as it was started."""
+    array = np.array(labels, np.int32)
+    assert unlearnable(array, 300) == []
+    (sentence,) = class_warnings(with_classes(300), {"images": shard_set(array, 300)}, counts_samples=False)
     assert sentence.startswith(start)
+
+
+def test_no_label_at_all_is_a_sentence() -> None:
+    (sentence,) = unlearnable(np.full((2, 2), -1, np.int32), 100)
+    assert sentence.startswith("no sample of data/images has a label, so objectives.clusters could learn nothing; w")
 
 
 def test_one_sample_that_differs_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +145,27 @@ def test_a_number_that_is_left_out_is_that_of_the_set(without_a_number: TrainCon
     again = config_from_dict(parse_yaml(dump_config(config), "resolved"), "resolved")
     assert again.objectives["clusters"].num_classes == 345
     assert fill_in_class_counts(again, "resolved") is again
+
+
+def test_a_finished_run_needs_its_shard_set_no_more(
+    without_a_number: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set").mkdir()
+    info(345).write(tmp_path / "set")
+    run_dir = tmp_path / "run"
+    given = without_a_number.model_copy(update={"run_dir": str(run_dir)})
+    (tmp_path / "run.yaml").write_text(dump_config(given))
+    text = dump_config(fill_in_class_counts(given, "run.yaml"))
+    shutil.rmtree(tmp_path / "set")
+    command = ["train", str(tmp_path / "run.yaml")]
+    assert main(command) == 2
+    (run_dir / "checkpoints" / checkpoint_name(given.train.num_steps)).mkdir(parents=True)
+    (run_dir / "config.resolved.yaml").write_text(text)
+    assert main(command) == 2
+    assert "the shard set" in capsys.readouterr().err
+    mark_done(run_dir, step=given.train.num_steps, config_text=text)
+    assert main(command) == 0
+    assert main([*command, "--set", "seed=77"]) == 2  # another run, which would have to be trained
 
 
 def test_a_number_that_cannot_be_taken_is_a_sentence(without_a_number: TrainConfig, tmp_path: Path) -> None:

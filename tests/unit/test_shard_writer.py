@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import pickle
@@ -204,3 +205,36 @@ def test_nothing_is_visible_before_close(tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists()
     out.close()
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "shards/notes.txt", "shards/a.tar", "index/more.npy", "index/sub/a"])
+def test_a_set_with_a_file_of_the_user_is_not_replaced(tmp_path: Path, mine: str) -> None:
+    with writer(tmp_path / "set", samples_per_shard=1) as out:
+        for key in "ab":
+            out.add(key, {"jpg": JPEG}, LABELS)
+        out.add_file("vocabulary.json", b"words")
+    writer(tmp_path / "set", overwrite=True).discard()
+    (tmp_path / "set" / mine).parent.mkdir(exist_ok=True)
+    (tmp_path / "set" / mine).touch()
+    with pytest.raises(DataError, match="set exists and holds something else than what would replace it"):
+        writer(tmp_path / "set", overwrite=True)
+
+
+@pytest.mark.parametrize("full", ["a shard", "its index", "the set's index"])
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), writer(tmp_path / "set", samples_per_shard=1) as out:
+        out.add("k0", {"jpg": JPEG}, LABELS)
+        if full == "a shard":
+            shard = out._shard
+            assert shard is not None
+            shard._tar.close()
+            shard._tar = Path("/dev/full").open("wb", buffering=0)  # type: ignore[assignment]  # noqa: SIM115
+        elif full == "its index":
+            monkeypatch.setattr(Path, "write_text", no_space)
+        else:
+            monkeypatch.setattr(np, "save", no_space)
+        out.add("k1", {"jpg": JPEG}, LABELS)
+    assert list(tmp_path.iterdir()) == []

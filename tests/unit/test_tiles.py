@@ -185,6 +185,18 @@ def test_lines_are_cut_out_upright_and_not_higher_than_they_are_read() -> None:
     assert outside.shape == (30, 200, 3)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_line_longer_than_opencv_can_warp_is_scaled(turned: bool) -> None:
+    page = np.full((100, 40_200, 3), 255, np.uint8)
+    page[30:70, 100:40_100] = (255, 0, 0)
+    box = np.array([[100, 30], [40_100, 30], [40_100, 70], [100, 70]], np.float32)
+    if turned:
+        page, box = np.rot90(page, -1), np.stack([100 - box[:, 1], box[:, 0]], -1)[[3, 0, 1, 2]]
+    line = cut_line(page, box)
+    assert line.shape == (32, 31_998, 3)  # with two pixels around it 32,000
+    assert (line[2:-2, 2:-2] == (255, 0, 0)).all()
+
+
 def test_a_page_is_read_line_by_line() -> None:
     bars = [(20, 20, 200, 40), (20, 60, 180, 80), (20, 100, 220, 120)]
     texts = iter([("first", 0.9), ("  ", 0.3), ("third", 0.7)])

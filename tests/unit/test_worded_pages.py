@@ -99,9 +99,35 @@ def test_texts_beside_pictures(tmp_path: Path) -> None:
     assert set(Vocabulary.load(tmp_path / "v.json").words) == {"law", "right"}
     reasons = reject_reasons(tmp_path / "rejects.jsonl")
     assert set(reasons) == {"alone.png", "latin.png", "nobody.txt"}
-    assert reasons["alone.png"].endswith("has no text beside it: alone.txt does not exist")
+    assert reasons["alone.png"].endswith("has no text beside it: there is no alone.txt that can be read")
     assert reasons["latin.png"].endswith("is not UTF-8; save latin.txt as UTF-8")
     assert reasons["nobody.txt"].endswith("has no picture of this name beside it")
+
+
+def test_texts_are_found_whatever_links_suffixes_and_names_are_like(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "pages", tmp_path / "outside"
+    _pictures(folder, "big.PNG", "v1.png", "plain.png", "same_1.png", "same_2.png", "store/twin.png", ".hid/h.png")
+    (folder / "plain.png").rename(folder / "v1.2 scan")
+    _pictures(outside, "deep/o.png")
+    (folder / "linked").symlink_to(outside)
+    (folder / "name.png").symlink_to(folder / "store/twin.png")
+    texts = {"big.TXT": "upper", "v1.txt": "one", "v1.2 scan.txt": "two", "name.txt": "twin", "store/none.txt": "lost"}
+    texts |= {"text": "same", ".hid/h.txt": "hidden", "linked/deep/o.txt": "P1 outside", "linked/o.txt": "alone"}
+    texts |= {"v1.TXT.txt": "odd", "v1.Txt": "second"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    for name in ("same_1.txt", "same_2.txt"):
+        (folder / name).symlink_to("text")
+    worded = read_worded_pages(folder)
+    assert {Path(page.file).name: [line.text for line in page.lines] for page in worded.pages} == {
+        **{"big.PNG": ["upper"], "v1.png": ["second"], "v1.2 scan": ["two"], "twin.png": ["twin"]},
+        **{"same_1.png": ["same"], "same_2.png": ["same"], "o.png": ["P1 outside"]},
+    }
+    reasons = {Path(file).relative_to(folder).as_posix(): reason for file, reason in worded.refused}
+    assert sorted(reasons) == ["linked/o.txt", "store/none.txt", "v1.TXT.txt", "v1.txt"]
+    assert reasons["v1.txt"] == f"{folder}/v1.png has the text v1.Txt, so v1.txt is not used"
+    assert reasons["linked/o.txt"] == f"{folder}/linked/o.txt has no picture of this name beside it"
+    assert worded.ignored.endswith("(without suffix 1); 1 more paths to the same file; 1 hidden folders")
 
 
 @pytest.mark.parametrize(
@@ -131,6 +157,32 @@ def test_nothing_usable_and_no_vocabulary_are_sentences(tmp_path: Path, capsys: 
     with pytest.raises(SystemExit):
         run_script(_TOOL, table, tmp_path / "set")
     assert "one of the arguments --vocabulary --build-vocabulary is required" in capsys.readouterr().err
+
+
+def test_a_file_where_the_vocabulary_should_go_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _pictures(tmp_path, "a.png", "b.png")
+    table = _table(tmp_path / "t.jsonl", *({"file": f"{name}.png", "words": ["law"]} for name in "ab"))
+    vocabulary, options = tmp_path / "v.json", _options(tmp_path)
+    arguments = [table, tmp_path / "set", "--build-vocabulary", vocabulary, *options]
+    for content in ('{"mine": 1}', ""):
+        vocabulary.write_text(content)
+        assert run_script(_TOOL, *arguments, "--overwrite") == 2
+        assert "v.json exists and is no vocabulary, so it is not overwritten" in capsys.readouterr().err
+        assert vocabulary.read_text() == content
+    vocabulary.unlink()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/mine").touch()
+    assert run_script(_TOOL, *arguments) == 2
+    assert not vocabulary.exists()  # as there is no set that has it
+    (tmp_path / "set/mine").unlink()
+    assert run_script(_TOOL, *arguments) == 0
+    before = vocabulary.read_text()
+    table = _table(table, *({"file": f"{name}.png", "words": ["peace"]} for name in "ab"))
+    assert run_script(_TOOL, table, tmp_path / "other", "--build-vocabulary", vocabulary, *options) == 2
+    assert "v.json holds a vocabulary already, whose ids may be in other shard sets" in capsys.readouterr().err
+    assert vocabulary.read_text() == before
+    assert run_script(_TOOL, *arguments, "--overwrite") == 0
+    assert Vocabulary.load(vocabulary).words == ("peace",)
 
 
 def test_keys_do_not_depend_on_where_the_table_lies(tmp_path: Path) -> None:
@@ -175,6 +227,8 @@ def test_lines_written_by_hand_need_only_a_text(tmp_path: Path) -> None:
         ),
         ({"lines": {"text": "a"}}, r"has the lines .*, which are no list"),
         ({"file": ""}, r"has the file '', which is no name"),
+        ({"key": "a.b"}, r"line 1 of .* has the key 'a\.b', but names in a shard are 1 to 80 letters"),
+        ({"key": "a" * 81}, r"line 1 of .* has the key 'a+', but names in a shard are 1 to 80 letters"),
         ({"engine": "tesseract"}, r"has the engine 'tesseract', which has no name and version"),
     ],
 )
@@ -182,6 +236,13 @@ def test_a_wrong_field_of_lines_jsonl_is_named(change: dict[str, object], senten
     record = {"key": "a", "file": "a.png", "lines": [{"text": "law"}], **change}
     with pytest.raises(DataError, match=sentence):
         read_pages(_table(tmp_path / "lines.jsonl", record))
+
+
+def test_two_pages_of_one_key_are_named_before_anything_is_written(tmp_path: Path) -> None:
+    records = [{"key": key, "file": f"{file}.png", "lines": []} for key, file in ("ax", "bx", "ax", "ay")]
+    assert len(read_pages(_table(tmp_path / "lines.jsonl", *records[:3]))) == 3
+    with pytest.raises(DataError, match=r"line 4 of .* has the key 'a' of another page, that of line 1; change one"):
+        read_pages(_table(tmp_path / "lines.jsonl", *records))
 
 
 def test_known_texts_go_with_every_engine_and_engines_do_not_mix(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from megatron_ove.preprocess.clustering.descriptor_sets import LabelSet
 from megatron_ove.preprocess.file_runs import run_over_files
-from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import JpegPreparer
-from megatron_ove.preprocess.record_files import open_rejects, stale_reasons
+from megatron_ove.preprocess.record_files import input_of, open_rejects, stale_reasons
 from megatron_ove.preprocess.tool_arguments import (
     add_picture_options,
     add_run_options,
@@ -36,7 +35,7 @@ def _work(arguments: argparse.Namespace) -> None:
 
     labelled = LabelSet.load(arguments.labels)
     records = labelled.samples.records()
-    rows = {InputFile(Path(r["file"]), r["file"], r["key"], r["sheet"]): row for row, r in enumerate(records)}
+    rows = {input_of(record): row for row, record in enumerate(records)}
     with open_rejects(arguments.rejects, stage="image shards", files=list(rows)) as rejects:
         looked_at = [(record["file"], record["file_state"]) for record in records]
         reasons = stale_reasons(looked_at, "tools/clustering/1_describe_pictures.py")

@@ -40,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("output", type=Path, help="folder of the shard set to write")
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument("--vocabulary", type=Path, help="vocabulary.json of training pages, read by OCR or not")
-    words.add_argument("--build-vocabulary", type=Path, help="vocabulary.json to make of the words of these pages")
+    words.add_argument(
+        "--build-vocabulary",
+        type=Path,
+        help="vocabulary.json to make of the words of these pages; --overwrite replaces one",
+    )
     parser.add_argument(
         "--max-words", type=whole_number(1), default=MAX_WORDS, help="most words built (default: %(default)s)"
     )
@@ -65,9 +69,27 @@ def _vocabulary(arguments: argparse.Namespace, pages: Sequence[PageRecord]) -> V
         min_pages=arguments.min_pages,
         info={"engine": None, "segmentation": segmentation_name()},
     )
-    vocabulary.save(arguments.build_vocabulary)
-    report(f"{len(vocabulary)} words of {len(pages)} pages -> {arguments.build_vocabulary}")
+    report(f"{len(vocabulary)} words of {len(pages)} pages")
     return vocabulary
+
+
+def _require_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Refuses a place for the vocabulary where something would be lost.
+
+    Raises:
+        DataError: another file is there, or a vocabulary and `overwrite` is not given.
+    """
+    if not path.exists():
+        return
+    try:
+        Vocabulary.load(path)
+    except DataError as error:
+        raise DataError(f"{path} exists and is no vocabulary, so it is not overwritten; name another file") from error
+    if not overwrite:
+        raise DataError(
+            f"{path} holds a vocabulary already, whose ids may be in other shard sets; give --vocabulary {path} to use "
+            "it, --overwrite to replace it, or name another file"
+        )
 
 
 def _read(arguments: argparse.Namespace) -> WordedPages:
@@ -87,6 +109,8 @@ def _read(arguments: argparse.Namespace) -> WordedPages:
 def _work(arguments: argparse.Namespace) -> None:
     from megatron_ove.data.shard_index import ShardWriter
 
+    if arguments.build_vocabulary is not None:
+        _require_replaceable(arguments.build_vocabulary, overwrite=arguments.overwrite)
     worded = _read(arguments)
     pages = worded.pages
     with open_rejects(arguments.rejects, stage="worded pages", files=worded.files) as rejects:
@@ -118,6 +142,9 @@ def _work(arguments: argparse.Namespace) -> None:
                 workers=arguments.workers,
             )
             count = len(writer)
+        if arguments.build_vocabulary is not None:  # last, so that nothing is replaced for a set that does not come
+            vocabulary.save(arguments.build_vocabulary)
+            report(f"{len(vocabulary)} words -> {arguments.build_vocabulary}")
         report(f"{count} pages, {len(vocabulary)} classes, {rejects.count} rejected -> {arguments.output}")
 
 

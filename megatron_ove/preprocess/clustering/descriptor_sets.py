@@ -18,7 +18,8 @@ from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import load_picture
 from megatron_ove.preprocess.record_files import current_rows, write_whole
 
-_SAMPLE_ARRAYS = ("keys", "files", "sheets", "states")
+_SAMPLE_ARRAYS = ("keys", "files", "sheets", "states", "link_names")
+_LATER_ARRAYS = ("link_names",)  # which files of earlier versions lack
 _PICTURE_STEP = "1_describe_pictures.py"
 _FRAMES = " frames"
 
@@ -37,7 +38,7 @@ class PictureDescriber:
 
     def __call__(self, file: InputFile) -> np.ndarray:
         """Raises `DataError` when the file is no usable picture."""
-        return self._describer.describe(load_picture(file.path, file.sheet))
+        return self._describer.describe(load_picture(file.path, file.sheet, suffix=file.suffix))
 
 
 class StoredClipDescriber:
@@ -63,35 +64,42 @@ class SampleFiles:
         files: [n] absolute paths.
         sheets: [n] int32, which picture of a file with several.
         states: [n, 2] int64, size and time of each file when it was looked at (see `record_files.file_state`).
+        link_names: [n] see `InputFile.link_name`.
     """
 
     keys: np.ndarray
     files: np.ndarray
     sheets: np.ndarray
     states: np.ndarray
+    link_names: np.ndarray
 
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]]) -> SampleFiles:
-        """Makes them of records with `key`, `file`, `file_state`, and `sheet` if it is not the first."""
+        """Makes them of records with `key`, `file`, `file_state`, and what else `record_files.as_record` gives."""
         return cls(
             keys=np.array([record["key"] for record in records]),
             files=np.array([record["file"] for record in records]),
             sheets=np.array([record.get("sheet", 0) for record in records], np.int32),
             states=np.array([record["file_state"] for record in records], np.int64).reshape(-1, 2),
+            link_names=np.array([record.get("link_name", "") for record in records], str),
         )
 
     def records(self) -> list[dict[str, Any]]:
         """Returns them as `from_records` takes them."""
         names = ("key", "file", "sheet", "file_state")
         columns = (self.keys.tolist(), self.files.tolist(), self.sheets.tolist(), self.states.tolist())
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        records = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [
+            record | ({"link_name": name} if name else {})
+            for record, name in zip(records, self.link_names.tolist(), strict=True)
+        ]
 
     def rows(self, rows: Sequence[int]) -> SampleFiles:
         """Returns those in these places."""
-        return SampleFiles(self.keys[rows], self.files[rows], self.sheets[rows], self.states[rows])
+        return SampleFiles(*(getattr(self, name)[rows] for name in _SAMPLE_ARRAYS))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {"keys": self.keys, "files": self.files, "sheets": self.sheets, "states": self.states}
+        return {name: getattr(self, name) for name in _SAMPLE_ARRAYS}
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,8 @@ class LabelSet:
 
 
 def _samples(stored: Mapping[str, np.ndarray]) -> SampleFiles:
-    return SampleFiles(*(stored[name] for name in _SAMPLE_ARRAYS))
+    none = np.full(len(stored["keys"]), "")
+    return SampleFiles(*(stored.get(name, none) for name in _SAMPLE_ARRAYS))
 
 
 def _save_arrays(path: str | Path, **arrays: object) -> None:
@@ -188,6 +197,6 @@ def _load_arrays(path: str | Path, names: tuple[str, ...], made_by: str) -> dict
         raise DataError(f"{path} does not exist; make it with tools/clustering/{made_by}")
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in names}
+            return {name: stored[name] for name in names if name in stored or name not in _LATER_ARRAYS}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise DataError(f"{path} is not a result of tools/clustering/{made_by} ({error}); make it again") from error

@@ -78,7 +78,8 @@ class FolderModelDescriber:
     def name(self) -> str:
         """Kind of the model and a digest of its weights and settings: equal for copies, whatever the folder is called.
 
-        The weights are read once more for it, so it is asked for in one process only.
+        The weights are read once more for it, so it is asked for in one process only. Raises `DataError` when a file of
+        settings that loading did not look into is damaged.
         """
         if self._name is None:
             digest = _digest(self._folder, with_code=self._runs_code)
@@ -252,7 +253,13 @@ def _digest(folder: Path, *, with_code: bool) -> str:
     digest = hashlib.sha256()
     for name in ("config.json", *_PROCESSOR_FILES):
         if (folder / name).is_file():
-            values = json.loads((folder / name).read_text(encoding="utf-8"), object_hook=_without_volatile_keys)
+            try:
+                values = json.loads((folder / name).read_text(encoding="utf-8"), object_hook=_without_volatile_keys)
+            except ValueError as error:
+                raise DataError(
+                    f"{folder / name} is no JSON ({error}), so it does not say how the model in its folder sees "
+                    "pictures; get that file again, or delete it if the model needs none"
+                ) from error
             digest.update(f"{name}\n{json.dumps(values, sort_keys=True)}\n".encode())
     for path in [*_weight_files(folder), *(sorted(folder.glob("*.py")) if with_code else ())]:
         with path.open("rb") as stream:

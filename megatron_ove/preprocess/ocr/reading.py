@@ -14,6 +14,7 @@ ReadLine = Callable[[np.ndarray], tuple[str, float]]
 """[height, width, 3] uint8 RGB of one horizontal line -> its text and the score, 0..1; "" for nothing."""
 
 _READING_HEIGHT = 64  # pixels; the models read at 48, and would scale large letters down without smoothing
+_MAX_SIDE = 32_000  # pixels; OpenCV warps no picture of 32,767
 _VERTICAL = 1.5  # a box this much higher than wide is a line from top to bottom
 
 
@@ -45,7 +46,8 @@ def cut_line(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
         box: [4, 2] corners (x, y), clockwise from the line's top left.
 
     Returns:
-        [height, width, 3] uint8 RGB, upright, at most 64 pixels high; text from top to bottom is turned to the left.
+        [height, width, 3] uint8 RGB, upright, at most 64 pixels high and 32,000 wide; text from top to bottom is turned
+        to the left.
     """
     width = max(1, round(float(max(np.linalg.norm(box[1] - box[0]), np.linalg.norm(box[2] - box[3])))))
     height = max(1, round(float(max(np.linalg.norm(box[3] - box[0]), np.linalg.norm(box[2] - box[1])))))
@@ -53,8 +55,12 @@ def cut_line(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
     # From the part around the box only: what is left of a large page costs nothing.
     left, top = np.maximum(np.floor(box.min(0)).astype(int) - 1, 0)
     right, bottom = np.ceil(box.max(0)).astype(int) + 2
-    transform = cv2.getPerspectiveTransform((box - np.array([left, top])).astype(np.float32), target)
-    part = np.ascontiguousarray(picture[top:bottom, left:right])
+    part, corners = np.ascontiguousarray(picture[top:bottom, left:right]), box - np.array([left, top])
+    scale = _MAX_SIDE / max(width, height, *part.shape[:2])
+    if scale < 1.0:
+        size = (max(1, int(part.shape[1] * scale)), max(1, int(part.shape[0] * scale)))
+        return cut_line(cv2.resize(part, size, interpolation=cv2.INTER_AREA), corners * scale)
+    transform = cv2.getPerspectiveTransform(corners.astype(np.float32), target)
     line = cv2.warpPerspective(part, transform, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     if height >= _VERTICAL * width:
         line = np.rot90(line)

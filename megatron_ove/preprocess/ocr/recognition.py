@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ove.data.shard_format import MAX_KEY_LENGTH, is_valid_key
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.engines import build_engine
@@ -27,7 +28,7 @@ class PageRecognizer:
 
     def __call__(self, page: InputFile) -> dict[str, Any]:
         """Returns {"width", "height", "engine", "lines"}; raises `DataError` when the file is no usable picture."""
-        picture = load_picture(page.path, page.sheet)
+        picture = load_picture(page.path, page.sheet, suffix=page.suffix)
         if min(picture.shape[:2]) < MIN_SIDE:
             raise DataError(
                 f"{page} has {picture.shape[1]} x {picture.shape[0]} pixels, which is too thin for a line of text (at "
@@ -57,6 +58,7 @@ class PageRecord:
         engine: what recognized it; None for a text that was known beforehand.
         sheet: which picture of a file with several.
         file_state: size and time of the file when it was read; None if that is not known.
+        link_name: see `InputFile.link_name`.
     """
 
     key: str
@@ -65,10 +67,11 @@ class PageRecord:
     engine: Mapping[str, Any] | None = None
     sheet: int = 0
     file_state: Sequence[int] | None = None
+    link_name: str = ""
 
     @property
     def input_file(self) -> InputFile:
-        return InputFile(Path(self.file), self.file, self.key, self.sheet)
+        return InputFile(Path(self.file), self.link_name or self.file, self.key, self.sheet)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PageRecord:
@@ -80,20 +83,27 @@ class PageRecord:
         for name in ("key", "file"):
             if not isinstance(record.get(name), str) or not record[name]:
                 raise DataError(f"has the {name} {record.get(name)!r}, which is no name")
+        if not is_valid_key(record["key"]):
+            raise DataError(
+                f"has the key {record['key']!r}, but names in a shard are 1 to {MAX_KEY_LENGTH} letters, digits, "
+                "'_' or '-'; choose another"
+            )
         engine, lines = record.get("engine"), record.get("lines")
         if engine is not None and not (isinstance(engine, Mapping) and {"name", "version"} <= engine.keys()):
             raise DataError(f"has the engine {engine!r}, which has no name and version; leave it out for a known text")
         if not isinstance(lines, list):
             raise DataError(f"has the lines {lines!r}, which are no list")
         texts = tuple(_line(i, line) for i, line in enumerate(lines))
-        sheet, state = record.get("sheet", 0), record.get("file_state")
+        sheet, state, link_name = record.get("sheet", 0), record.get("file_state"), record.get("link_name", "")
         if type(sheet) is not int or sheet < 0:
             raise DataError(f"has the sheet {sheet!r}, which is no number from 0 on")
         if state is not None and not is_file_state(state):
             raise DataError(
                 f"has the file_state {state!r}, which is not [bytes, modification time in ns]; leave it out"
             )
-        return cls(record["key"], record["file"], texts, engine, sheet, state)
+        if not isinstance(link_name, str):
+            raise DataError(f"has the link_name {link_name!r}, which is no name")
+        return cls(record["key"], record["file"], texts, engine, sheet, state, link_name)
 
 
 def _line(index: int, record: object) -> TextLine:
@@ -107,13 +117,19 @@ def read_pages(path: str | Path) -> list[PageRecord]:
     """Reads a lines.jsonl of step 1, or one that a user wrote (docs/data_format.md); in its order.
 
     Raises:
-        DataError: no such file, or the first line of it that is no page, with its number and the field.
+        DataError: no such file, or the first line of it that is no page or has the key of another page, with its number
+            and the field.
     """
-    pages = []
+    pages: list[PageRecord] = []
+    first_lines: dict[str, int] = {}
     records = read_records(path, made_by=READ_BY, fields=PAGE_FIELDS, may_be_cut=_is_of_step_1(Path(path)))
     for number, record in enumerate(records, start=1):
         try:
             pages.append(PageRecord.from_record(record))
+            first = first_lines.setdefault(pages[-1].key, number)
+            # A page that stands there twice is left to whoever uses the pages.
+            if pages[first - 1].input_file.identity != pages[-1].input_file.identity:
+                raise DataError(f"has the key '{record['key']}' of another page, that of line {first}; change one")
         except DataError as error:
             raise DataError(f"line {number} of {path} {error}") from error
     return pages

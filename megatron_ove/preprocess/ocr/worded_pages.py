@@ -2,12 +2,13 @@
 
 A table is JSON lines: {"file": "a.png", "words": ["law", "right"]} or {"file": "b.png", "text": "Law and right."};
 other fields are not read, and relative files lie beside the table. In a folder of pictures `a.png` has its text in
-`a.txt`.
+`a.txt` (or `a.TXT`), both under any name that a link in the folder gives them.
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_kinds import PICTURE_SUFFIXES
 from megatron_ove.preprocess.folders import list_inputs
-from megatron_ove.preprocess.input_files import real_path, sample_key
+from megatron_ove.preprocess.input_files import InputFile, real_path, sample_key
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.ocr.recognition import PageRecord
 from megatron_ove.preprocess.record_files import read_records
 
+_TEXT_SUFFIX = ".txt"
 _MADE_BY = 'lines such as {"file": "a.png", "words": ["law", "right"]} or {"file": "b.png", "text": "Law and right."}'
 
 
@@ -66,33 +68,55 @@ def _from_table(path: Path) -> list[PageRecord]:
         except DataError as error:
             raise DataError(f"line {number} of {path} {error}; write {_MADE_BY}") from error
         file = path.parent / name
-        pages.append(PageRecord(key=_key(file, path.parent), file=str(real_path(file)), lines=lines))
+        item = InputFile(real_path(file), file.name, _key(file, path.parent))
+        pages.append(PageRecord(item.key, str(item.path), lines, link_name=item.link_name))
     return pages
 
 
 def _from_folder(folder: Path) -> tuple[list[PageRecord], list[tuple[str, str]], str]:
-    pages, partners = [], set()
     listing = list_inputs(folder, "picture")
     refused = [(str(path), reason) for path, reason in listing.unreadable.items()]
+    texts = listing.take_others(_TEXT_SUFFIX)
+    # A text may begin like a picture: "P1 ...", as PBM files do.
+    texts |= {item.name: item.path for item in listing.inputs if item.suffix == _TEXT_SUFFIX}
+    by_stem, names = defaultdict[str, list[str]](list), defaultdict[Path, list[str]](list)
+    for text in sorted(texts):
+        by_stem[_stem(text)].append(text)
+    for name, path in sorted(listing.again.items()):
+        names[path].append(name)
+    pages, used = [], set[str]()
     for item in listing.inputs:
-        text_file = (folder / item.name).with_suffix(".txt")  # beside the name, which may be a link
-        partners.add(text_file)
-        try:
-            text = text_file.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            refused.append((str(item), f"{item} has no text beside it: {text_file.name} does not exist"))
-        except UnicodeDecodeError:
-            refused.append((str(item), f"the text beside {item} is not UTF-8; save {text_file.name} as UTF-8"))
+        if item.suffix == _TEXT_SUFFIX:
+            continue
+        found = [text for name in (item.name, *names[item.path]) for text in by_stem[_stem(name)]]
+        if not found:
+            expected = Path(_stem(item.name) + _TEXT_SUFFIX).name
+            refused.append((str(item), f"{item} has no text beside it: there is no {expected} that can be read"))
+        elif item.sheet:
+            refused.append((str(item), f"{item} has no text of its own; write its sheets as single pictures"))
         else:
-            if item.sheet:
-                refused.append((str(item), f"{item} has no text of its own; write its sheets as single pictures"))
-            else:
-                pages.append(PageRecord(key=item.key, file=str(item.path), lines=_text_lines(text)))
-    for text_file in sorted(folder.rglob("*.txt")):
-        if text_file not in partners:
-            refused.append((str(text_file), f"{text_file} has no picture of this name beside it"))
-    listing.other_files.pop(".txt", None)  # each was judged
+            try:
+                lines = _text_lines(texts[found[0]].read_text(encoding="utf-8-sig"))
+                pages.append(PageRecord(item.key, str(item.path), lines, link_name=item.link_name))
+            except UnicodeDecodeError:
+                reason = f"the text beside {item} is not UTF-8; save {Path(found[0]).name} as UTF-8"
+                refused.append((str(item), reason))
+            more = [text for text in found[1:] if texts[text] != texts[found[0]]]
+            refused += [(_at(folder, text), f"{item} has the text {found[0]}, so {text} is not used") for text in more]
+        used.update(found)
+    for text in sorted(texts.keys() - used):
+        refused.append((_at(folder, text), f"{_at(folder, text)} has no picture of this name beside it"))
     return pages, refused, listing.ignored_sentence()
+
+
+def _stem(name: str) -> str:
+    """Returns what a picture and its text have in common; what follows the last dot of other names is part of it."""
+    suffix = Path(name).suffix
+    return name.removesuffix(suffix) if suffix.lower() in (_TEXT_SUFFIX, *PICTURE_SUFFIXES) else name
+
+
+def _at(folder: Path, name: str) -> str:
+    return str(folder / name)
 
 
 def unnamed_pictures(files: Iterable[str]) -> list[str]:
