@@ -209,9 +209,10 @@ class HeldOutSamples:
         ]
         path = record_bad_samples(self._config.run_dir, self._topology.data_rank, samples)
         logger.warning(
-            "%d samples of evaluation.%s are left out from now on and stand in %s; the first: %s.",
+            "Samples of evaluation.sets.%s that cannot be read are left out from now on: %d, which stand in %s; the "
+            "first: %s.",
+            self.name.removeprefix(RECORD_PREFIX),
             len(samples),
-            self.name.replace(RECORD_PREFIX, "sets."),
             path,
             samples[0].reason,
         )

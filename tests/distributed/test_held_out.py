@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ove.data.bad_samples import read_bad_samples
+from megatron_ove.data.shard_format import Kind
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.synthetic import write_synthetic_shard_set
 from tests.support.distributed import run_distributed
@@ -52,7 +53,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def write_held_out(folder: Path) -> dict[str, str]:
     """Writes a set a kind; returns objective -> path."""
-    shapes: dict[str, dict[str, Any]] = {
+    shapes: dict[Kind, dict[str, Any]] = {
         "image": {"picture_size": (56, 56)},
         "ocr": {"picture_size": (42, 56), "label_width": 12},
         "video": {"grid_height": 2, "grid_width": 2, "frames": 16, "selected_patches": 16},
