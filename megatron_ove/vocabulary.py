@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -116,6 +116,15 @@ class Vocabulary:
                 "but a class has one word and a word one class; build it again"
             )
         return vocabulary
+
+
+def describe_difference(there: Sequence[str], here: Sequence[str]) -> str:
+    """Says in a clause how two lists of words differ; "" when they are equal."""
+    if len(there) != len(here):
+        return f"{len(there)} words there, {len(here)} here"
+    unequal = (number for number, words in enumerate(zip(there, here, strict=True)) if words[0] != words[1])
+    number = next(unequal, None)
+    return "" if number is None else f"class {number} is '{there[number]}' there and '{here[number]}' here"
 
 
 def _is_row(row: object) -> bool:

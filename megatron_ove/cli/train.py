@@ -116,7 +116,7 @@ def _check(config: TrainConfig, name: str) -> int:
         ConfigError: something is wrong; all of it, one sentence a line.
     """
     from megatron_ove.data.class_counts import fill_in_class_counts
-    from megatron_ove.data.shard_fit import class_warnings, open_shard_sets
+    from megatron_ove.data.shard_fit import class_warnings, open_held_out_sets, open_shard_sets
     from megatron_ove.errors import ConfigError, MegatronOveError
     from megatron_ove.training.run_lock import require_unlocked
 
@@ -126,6 +126,10 @@ def _check(config: TrainConfig, name: str) -> int:
         config = fill_in_class_counts(config, name)
         for sentence in class_warnings(config, shard_sets, counts_samples=True):
             logger.warning("%s", sentence)
+    except MegatronOveError as error:
+        problems.append(str(error))
+    try:
+        open_held_out_sets(config)
     except MegatronOveError as error:
         problems.append(str(error))
     try:

@@ -10,6 +10,7 @@ from pydantic import Field
 from megatron_ove.config.base import StrictModel
 from megatron_ove.config.data import DataConfig, ImageSourceConfig
 from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.config.evaluation import EvaluationConfig
 from megatron_ove.config.fp8 import FP8_RECIPES
 from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.optim import OptimConfig
@@ -82,6 +83,7 @@ class TrainConfig(StrictModel):
     train: TrainLoopConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @property
@@ -186,6 +188,22 @@ class TrainConfig(StrictModel):
                     f"objectives.{name}.source = '{objective.source}' is not one of data.sources "
                     f"({', '.join(self.data.sources)}), so it would never see a sample; name one of them"
                 )
+
+    def _check_evaluation_objectives(self) -> Iterator[str]:
+        for name in self.evaluation.sets:
+            if name not in self.objectives:
+                yield (
+                    f"evaluation.sets.{name} belongs to none of the objectives ({', '.join(self.objectives)}), so "
+                    "there are no class centers to measure it with; write the name of an objective"
+                )
+
+    def _check_evaluation_fp8(self) -> Iterator[str]:
+        if self.evaluation.sets and self.encoder.fp8 == "delayed":
+            yield (
+                "evaluation.sets with encoder.fp8 = delayed: the scaling history would take in the held-out samples, "
+                "and measuring would change the run; use another fp8 recipe, or measure checkpoints with megatron-ove "
+                "evaluate"
+            )
 
     def _check_every_source_is_used(self) -> Iterator[str]:
         used = {objective.source for objective in self.objectives.values()}

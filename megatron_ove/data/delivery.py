@@ -24,16 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ove.batch import Batch
+from megatron_ove.data.assembly import assemble_batches, device_positions, fill_in, room_for
 from megatron_ove.data.background import BackgroundSteps
 from megatron_ove.data.bad_samples import BadSample, KnownBad, record_bad_samples
 from megatron_ove.data.mixture import MicrobatchPlanner
-from megatron_ove.data.patchify import empty_patches
-from megatron_ove.data.shard_index import ShardSet
-from megatron_ove.data.shard_validation import bad_label, label_sentence
 from megatron_ove.data.source import DataSource
 from megatron_ove.data.step_decoder import DecodedShare, StepDecoder, places_of
 from megatron_ove.data.step_share import StepShare, count_samples, share_of
-from megatron_ove.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_ove.parallel.topology import ParallelTopology
@@ -162,7 +159,7 @@ class StepLoader:
         if step != self._next_step:
             raise ValueError(f"step {step} was asked for, but steps come in order and the next is {self._next_step}")
         prepared = self._preparing.take()
-        self._fill(prepared)
+        fill_in(prepared.patches, prepared.positions, prepared.host_positions, prepared.bad_places, self._topology)
         self._next_step += 1
         return prepared.step
 
@@ -184,18 +181,15 @@ class StepLoader:
     # -- preparing thread ---------------------------------------------------------------------------------------------
 
     def _prepare_step(self, step: int) -> _PreparedStep:
-        device = self._topology.device
+        topology, device = self._topology, self._topology.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
         decoded = self._decoding.take() if self._decoding is not None else self._room_for(step)
         share = decoded.share
         bad = self._agree_on_bad(decoded)
-        positions = decoded.positions
-        if positions is None or device.type == "cuda":
-            shape = (share.num_microbatches, share.plan.tokens_per_microbatch, 3)
-            positions = torch.zeros(shape, dtype=torch.int32, device=device)
-        batches = self._assemble(share, decoded.patches, positions, bad)
-        counts = count_samples(share.plan, self._names, self._topology.data_size)
+        positions = device_positions(decoded, device)
+        batches = assemble_batches(decoded, positions, bad, self._sources, has_labels=topology.is_last_stage)
+        counts = count_samples(share.plan, self._names, topology.data_size)
         return _PreparedStep(
             LoadedStep(batches, self._prepare(step, batches, counts) if self._prepare else None, len(bad)),
             decoded.patches,
@@ -205,12 +199,9 @@ class StepLoader:
         )
 
     def _room_for(self, step: int) -> DecodedShare:
-        """Returns what a rank that does not decode receives into."""
         topology = self._topology
         share = share_of(self._planner.plan(step), topology.data_rank, topology.data_size)
-        size = (share.num_microbatches, share.plan.tokens_per_microbatch)
-        patches = empty_patches(*size, self._patch_size, topology.device) if topology.is_first_stage else None
-        return DecodedShare(share, patches, None)
+        return room_for(share, topology, self._patch_size)
 
     def _agree_on_bad(self, decoded: DecodedShare) -> np.ndarray:
         """Returns the share's samples, ascending, that any rank of the replica could not read; records new ones."""
@@ -244,80 +235,3 @@ class StepLoader:
             path,
             samples[0].reason,
         )
-
-    def _assemble(
-        self, share: StepShare, patches: Tensor | None, positions: Tensor, bad: np.ndarray
-    ) -> tuple[Batch, ...]:
-        is_bad = np.zeros(len(share.places), dtype=bool)
-        is_bad[bad] = True
-        shard_sets = tuple(source.shards for source in self._sources)
-        batches = []
-        for i in range(share.num_microbatches):
-            samples = share.of_microbatch(i)
-            source_index, rows = share.source_index[samples], share.rows[samples]
-            boundaries = np.concatenate([[0], np.cumsum(share.num_patches[samples])])
-            labels = {}
-            if self._topology.is_last_stage:
-                for index, name in enumerate(self._names):
-                    chosen = source_index == index
-                    labels[name] = self._read_labels(shard_sets[index], rows[chosen], is_bad[samples][chosen])
-            batches.append(
-                Batch(
-                    positions=positions[i],
-                    cu_seqlens=torch.from_numpy(boundaries).to(torch.int32),
-                    source_index=torch.from_numpy(source_index).to(torch.int32),
-                    source_names=self._names,
-                    sample_keys=SampleKeys(shard_sets, source_index, rows),
-                    sample_seeds=torch.from_numpy(share.seeds[samples]).to(torch.int64),
-                    patches=patches[i] if patches is not None else None,
-                    labels=labels,
-                )
-            )
-        return tuple(batches)
-
-    @staticmethod
-    def _read_labels(shards: ShardSet, rows: np.ndarray, is_bad: np.ndarray) -> Tensor:
-        labels = np.array(shards.labels[rows], dtype=np.int32)
-        problem = bad_label(labels, shards.info.num_classes)
-        if problem is not None:
-            key = shards.key(int(rows[problem[0]]))
-            raise DataError(label_sentence(problem[1], key, shards.directory, shards.info.num_classes))
-        labels[is_bad] = -1
-        return torch.from_numpy(labels)
-
-    # -- main thread --------------------------------------------------------------------------------------------------
-
-    def _fill(self, prepared: _PreparedStep) -> None:
-        """Brings patches and positions into their tensors, on every rank of the tensor-parallel group."""
-        patches, positions, group = prepared.patches, prepared.positions, self._topology.tensor_group
-        if patches is not None and patches.device.type == "cuda":
-            # made on the decoder's stream: its memory must not be reused before this stream is done with it
-            patches.record_stream(torch.cuda.current_stream())
-        if prepared.host_positions is not None:
-            positions.copy_(prepared.host_positions, non_blocking=True)
-        for microbatch, place in prepared.bad_places:
-            positions[microbatch, place] = 0
-            if patches is not None:
-                patches[microbatch, place] = 0
-        if self._topology.tensor_size > 1:
-            source = dist.get_global_rank(group, 0)
-            for tensor in (patches, positions):
-                if tensor is not None and tensor.numel():
-                    dist.broadcast(tensor, source, group=group)
-
-
-class SampleKeys(Sequence[str]):
-    """Keys of a microbatch's samples, each looked up when it is read: each may be a cold page of a large index."""
-
-    def __init__(self, shard_sets: Sequence[ShardSet], source_index: np.ndarray, rows: np.ndarray) -> None:
-        self._shard_sets = shard_sets
-        self._source_index = source_index
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return tuple(self[place] for place in range(*i.indices(len(self))))
-        return self._shard_sets[int(self._source_index[i])].key(int(self._rows[i]))

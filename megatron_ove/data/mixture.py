@@ -109,8 +109,13 @@ def planner_of(config: TrainConfig, sources: Sequence[PlannedSource], *, data_si
         global_batch_size=config.train.global_batch_size,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
         microbatch_multiple=data_size * group,
-        length_multiple=lcm(_LENGTH_MULTIPLE, config.token_multiple) if config.data.trim_padding else None,
+        length_multiple=length_multiple_of(config),
     )
+
+
+def length_multiple_of(config: TrainConfig) -> int | None:
+    """Returns what the patches of microbatches are rounded up to; None = they always have as many as the budget."""
+    return lcm(_LENGTH_MULTIPLE, config.token_multiple) if config.data.trim_padding else None
 
 
 class MicrobatchPlanner:

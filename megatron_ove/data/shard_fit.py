@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from megatron_ove.config.data import VideoSourceConfig, list_choices
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.shard_format import read_vocabulary
 from megatron_ove.data.shard_index import DatasetInfo, ShardSet
 from megatron_ove.errors import ConfigError, DataError
+from megatron_ove.vocabulary import VOCABULARY_FILE, describe_difference
 
 _PROBED_ROWS = 64
 """Samples, evenly spaced, of which two must differ in their labels; only if none do are all samples compared."""
@@ -45,6 +49,82 @@ def open_shard_sets(config: TrainConfig) -> dict[str, ShardSet]:
     if data_problems:
         raise DataError("\n".join(data_problems))
     return opened
+
+
+def open_held_out_sets(config: TrainConfig) -> dict[str, ShardSet]:
+    """Opens the shard sets of `evaluation.sets` and compares each with the one that its objective trains on.
+
+    Returns:
+        Objective name -> shard set.
+
+    Raises:
+        DataError: shard sets that cannot be used; one sentence a line.
+        ConfigError: shard sets that do not fit; every mistake, one sentence a line.
+    """
+    opened: dict[str, ShardSet] = {}
+    data_problems: list[str] = []
+    config_problems: list[str] = []
+    for name, path in config.evaluation.sets.items():
+        try:
+            opened[name] = ShardSet.open(path)
+        except DataError as error:
+            data_problems += [f"evaluation.sets.{name}: {line}" for line in str(error).split("\n")]
+        else:
+            config_problems += _held_out_mismatches(config, name, opened[name])
+    if config_problems:
+        raise ConfigError("\n".join(data_problems + config_problems))
+    if data_problems:
+        raise DataError("\n".join(data_problems))
+    return opened
+
+
+def _held_out_mismatches(config: TrainConfig, name: str, shards: ShardSet) -> list[str]:
+    """Returns a sentence for everything in which a held-out set differs from what its objective trains on."""
+    source = config.data.sources[config.objectives[name].source]
+    place, path, info = f"evaluation.sets.{name}", shards.directory, shards.info
+    if info.kind != source.kind:
+        return [
+            f"{place}: {path} holds samples of kind {info.kind}, but objectives.{name} trains on {source.path} of kind "
+            f"{source.kind}, and they become patches in another way; name a set of kind {source.kind}"
+        ]
+    problems = []
+    if common_labels(shards.labels) == []:
+        problems.append(f"{place}: no sample of {path} has a label, so there is nothing to find; name a labelled set")
+    if info.kind == "video" and info.patch_size != config.encoder.patch_size:
+        problems.append(
+            f"{place}: the clips of {path} are stored as patches of {info.patch_size} pixels and are not resized, but "
+            f"encoder.patch_size = {config.encoder.patch_size}; select the patches again with the encoder's patch size"
+        )
+    try:
+        trained = DatasetInfo.read(Path(source.path))
+    except DataError:
+        return problems  # has its own sentence
+    consequence = "so equal labels mean different things; write both sets with one vocabulary or clustering"
+    if info.num_classes != trained.num_classes:
+        problems.append(
+            f"{place}: {path} has {info.num_classes} classes, but {source.path}, which objectives.{name} trains on, "
+            f"has {trained.num_classes}, {consequence}"
+        )
+        return problems
+    try:
+        difference = _word_difference(Path(source.path), trained, shards)
+    except DataError as error:
+        return [*problems, f"{place}: {error}"]
+    if difference:
+        problems.append(
+            f"{place}: {path} has other words than {source.path}, which objectives.{name} trains on ({difference}), "
+            f"{consequence}"
+        )
+    return problems
+
+
+def _word_difference(folder: Path, info: DatasetInfo, shards: ShardSet) -> str:
+    """Says how the words of `shards` (here) and of the set in `folder` (there) differ; "" = not, or unknown."""
+    there, here = folder / VOCABULARY_FILE, shards.directory / VOCABULARY_FILE
+    if not (there.is_file() and here.is_file()) or there.read_bytes() == here.read_bytes():
+        return ""
+    trained, held_out = read_vocabulary(folder, info), shards.read_vocabulary()
+    return describe_difference(trained.words, held_out.words) if trained and held_out else ""
 
 
 def find_mismatches(config: TrainConfig, name: str, info: DatasetInfo) -> list[str]:

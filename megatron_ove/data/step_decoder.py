@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_ove.data.bad_samples import KnownBad
-from megatron_ove.data.mixture import MicrobatchPlanner
+from megatron_ove.data.mixture import MicrobatchPlan
 from megatron_ove.data.patchify import empty_patches
 from megatron_ove.data.read_ahead import MemberReader, ReadAhead, StepReads
 from megatron_ove.data.source import DataSource
@@ -40,12 +40,20 @@ class DecodedShare:
     problems: dict[int, str] = field(default_factory=dict)
 
 
+class StepPlanner(Protocol):
+    """What decoding needs to know of planning."""
+
+    def plan(self, step: int) -> MicrobatchPlan:
+        """Returns the plan of a step, counted from 0."""
+        ...
+
+
 class StepDecoder:
     """Decodes step after step; the members of the next step are read meanwhile. For one thread."""
 
     def __init__(
         self,
-        planner: MicrobatchPlanner,
+        planner: StepPlanner,
         sources: Sequence[DataSource],
         topology: ParallelTopology,
         *,

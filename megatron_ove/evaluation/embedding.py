@@ -12,19 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_ove.batch import Batch
-from megatron_ove.config.data import ImageSourceConfig, OcrSourceConfig, VideoSourceConfig, VideoStrategies
-from megatron_ove.data.image_dali import ImageSource
-from megatron_ove.data.ocr_dali import OcrSource
+from megatron_ove.config.data import ImageSourceConfig, OcrSourceConfig, SourceConfig, VideoSourceConfig
+from megatron_ove.data.build import build_source
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.source import DataSource
-from megatron_ove.data.video_dali import VideoSource
+from megatron_ove.data.whole_samples import without_chance
 from megatron_ove.errors import ConfigError, DataError
 
 EncoderCallable = Callable[[Batch], Tensor]
@@ -108,13 +107,8 @@ def evaluation_source(shards: ShardSet, settings: SampleSettings, device: torch.
         ConfigError: an image size that is not whole patches, or clips stored with another patch size.
     """
     info, patch = shards.info, settings.patch_size
-    common: dict[str, Any] = {
-        "shards": shards,
-        "patch_size": patch,
-        "device": device,
-        "num_threads": settings.num_threads,
-    }
     path = str(shards.directory)
+    section: SourceConfig
     match info.kind:
         case "image":
             if settings.image_size % patch:
@@ -122,31 +116,26 @@ def evaluation_source(shards: ShardSet, settings: SampleSettings, device: torch.
                     f"image_size = {settings.image_size} is not a multiple of the encoder's patch size {patch}, so "
                     f"pixels at the edge would be lost; use {settings.image_size // patch * patch or patch}"
                 )
-            image = ImageSourceConfig(
-                kind="image",
-                path=path,
-                image_size=settings.image_size,
-                crop_area=(1.0, 1.0),
-                crop_aspect=(1.0, 1.0),
-                flip_probability=0.0,
-            )
-            return ImageSource("evaluation", image, **common)
+            section = ImageSourceConfig(kind="image", path=path, image_size=settings.image_size)
         case "ocr":
-            page = OcrSourceConfig(kind="ocr", path=path, max_patches=settings.max_patches)
-            return OcrSource("evaluation", page, **common)
+            section = OcrSourceConfig(kind="ocr", path=path, max_patches=settings.max_patches)
         case "video":
             if info.patch_size != patch:
                 raise ConfigError(
                     f"{path} stores patches of {info.patch_size} px, but the encoder wants {patch} px, and stored "
                     "patches cannot be cut anew; select the patches again with the encoder's patch size"
                 )
-            selected_only = VideoStrategies(codec=1.0, frame_sampling=0.0, collage=0.0)
-            clip = VideoSourceConfig(
-                kind="video", path=path, strategies=selected_only, num_frames=1, max_patches=settings.max_patches
-            )
-            return VideoSource("evaluation", clip, **common)
+            section = VideoSourceConfig(kind="video", path=path, max_patches=settings.max_patches)
         case _:
             assert_never(info.kind)
+    return build_source(
+        "evaluation",
+        without_chance(section),
+        shards,
+        patch_size=patch,
+        device=device,
+        num_threads=settings.num_threads,
+    )
 
 
 def _make_batch(source: DataSource, rows: np.ndarray, counts: np.ndarray) -> Batch:

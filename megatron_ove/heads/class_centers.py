@@ -101,6 +101,11 @@ class ClassCenters:
         return self._update.weight[:-1]
 
     @property
+    def norms(self) -> Tensor:
+        """[c_local] fp32, Euclidean norm of each row, never 0."""
+        return self._update.norms[:-1]
+
+    @property
     def exp_avg(self) -> Tensor | None:
         return None if self._update.mean is None else self._update.mean[:-1]
 

@@ -78,6 +78,21 @@ class Objective(ABC):
         """Returns what `forward` does, for all objectives of this class; a class may share collectives between them."""
         return [objective.forward(features, batch) for objective in objectives]
 
+    def measure_held_out(
+        self, pooled: Tensor, labels: Tensor, sample_counts: np.ndarray
+    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Says how well held-out samples are understood; changes nothing. Between steps, collective as `forward` is.
+
+        Args:
+            pooled: [n, h], pooled embeddings of this replica's samples; n may be 0.
+            labels: [n, L] int32 on the CPU, their stored labels, -1 = none.
+            sample_counts: [replicas] int64, samples of every replica.
+
+        Returns:
+            Figure -> (sum, count) over this replica's samples; the same names on every rank. None by default.
+        """
+        return {}
+
     @abstractmethod
     def row_gradient_norm(self) -> Tensor:
         """Returns the L2 norm of the gradient of the objective's own table; not finite if any part of it is not."""

@@ -8,6 +8,7 @@ softmax statistics, and a reduce-scatter of gradients. Nothing waits for the dev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ from megatron_ove.heads.active_classes import (
 )
 from megatron_ove.heads.centering import EmbeddingMean, center_gradient, centered_directions
 from megatron_ove.heads.class_centers import ClassCenters
+from megatron_ove.heads.embedding_health import embedding_health
 from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, FusedSoftmax
+from megatron_ove.heads.label_ranks import each_label_once, label_ranks, retrieval_sums
 from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE
 from megatron_ove.heads.sampled_softmax import HeadShare, SampledSoftmax, exchange_statistics
 from megatron_ove.objectives.base import Objective
@@ -201,6 +204,29 @@ class PartialFC(Objective):
         }
         return LossTerms(loss_sum, metrics)
 
+    def measure_held_out(
+        self, pooled: Tensor, labels: Tensor, sample_counts: np.ndarray
+    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Returns what `retrieval_sums` says of the labels' ranks among all classes."""
+        topology, centers = self._topology, self.centers
+        rows = rows_of_classes(labels, centers.num_classes).to(pooled.device)
+        embeddings = pooled.float() if self._mean is None else pooled.float() - self._mean.value
+        own = slice(0, len(pooled))
+        if self._is_stage_wide:
+            groups = topology.data_group, topology.class_group
+            embeddings, rows = (gather_replica_rows(x, *groups, sample_counts[None]) for x in (embeddings, rows))
+            first = int(sample_counts[: topology.data_rank].sum())
+            own = slice(first, first + len(pooled))
+        ranks = label_ranks(
+            embeddings,
+            each_label_once(rows),
+            weight=centers.weight,
+            norms=centers.norms,
+            first_row=centers.first_row,
+            class_group=centers.class_group,
+        )
+        return retrieval_sums(ranks[own], centers.num_classes)
+
     def row_gradient_norm(self) -> Tensor:
         return self.centers.row_gradient_norm()
 
@@ -326,7 +352,12 @@ def _forward_heads(heads: Sequence[PartialFC], features: VisionFeatures, batch: 
     directions = [head.directions_of(x, plan) for head, x, plan in zip(heads, gathered, plans, strict=True)]
     parts = [head.softmax_of(x, plan) for head, x, plan in zip(heads, directions, plans, strict=True)]
     statistics = exchange_statistics(parts, centers.class_group)
-    return [head.loss_terms(*pair, plan) for head, pair, plan in zip(heads, statistics, plans, strict=True)]
+    terms = [head.loss_terms(*pair, plan) for head, pair, plan in zip(heads, statistics, plans, strict=True)]
+    return [_with_health(term, x[plan.own]) for term, x, plan in zip(terms, directions, plans, strict=True)]
+
+
+def _with_health(terms: LossTerms, embeddings: Tensor) -> LossTerms:
+    return replace(terms, metrics={**terms.metrics, **embedding_health(embeddings)})
 
 
 class _SumOwn(torch.autograd.Function):

@@ -12,6 +12,7 @@ from html import escape
 
 WIDTH, HEIGHT = 360, 210  # user units; the SVG scales with its column
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 14, 34
+MAX_DOTS = 30  # so few points are also drawn one by one; a single one would not be seen otherwise
 MAX_POINTS = 600  # a longer curve is thinned by averaging neighbours; more than about 2 points a unit cannot be seen
 
 
@@ -20,6 +21,14 @@ class Marker:
     """A vertical line at a step, e.g. where the run was stopped and continued."""
 
     step: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """A dashed horizontal line at a value, e.g. what chance gives."""
+
+    value: float
     label: str
 
 
@@ -32,6 +41,7 @@ def line_chart(
     smooth: bool = True,
     from_zero: bool = False,
     markers: Sequence[Marker] = (),
+    level: Level | None = None,
     color: str = "var(--series-1)",
 ) -> str:
     """Draws one metric over steps.
@@ -44,6 +54,7 @@ def line_chart(
         smooth: also draw an exponential mean over about 5 % of the points.
         from_zero: start the y axis at 0.
         markers: vertical lines.
+        level: a horizontal line, which the axis reaches; also in the text alternative.
         color: any CSS colour.
 
     Returns:
@@ -53,8 +64,9 @@ def line_chart(
         return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="quiet">not logged</p></figure>'
     steps, values = thin(steps, values, MAX_POINTS)
     curve = smoothed(values, max(1.0, 0.05 * len(values))) if smooth else list(values)
-    ticks = round_ticks(0.0, max(values) or 1.0, 4) if from_zero else round_ticks(min(values), max(values), 4)
-    low, high = min(ticks[0], *values), max(ticks[-1], *values)
+    shown = [*values, level.value] if level else values
+    ticks = round_ticks(0.0, max(shown) or 1.0, 4) if from_zero else round_ticks(min(shown), max(shown), 4)
+    low, high = min(ticks[0], *shown), max(ticks[-1], *shown)
     first, last = steps[0], steps[-1]
 
     def x_of(step: float) -> float:
@@ -70,14 +82,21 @@ def line_chart(
     inner = [tick for tick in round_ticks(first, last, 4) if first <= tick <= last and tick == int(tick)]
     parts += [_text(x_of(tick), HEIGHT - BOTTOM + 15, "middle", format_number(tick)) for tick in inner]
     parts += [_marker(x_of(m.step), m.label) for m in markers if first <= m.step <= last]
+    if level:
+        parts.append(_level(y_of(level.value), level))
     if smooth:
         parts.append(f'<path class="raw" style="stroke:{color}" d="{path(values)}"/>')
     parts.append(f'<path class="curve" style="stroke:{color}" d="{path(curve)}"/>')
+    if len(values) <= MAX_DOTS:
+        points = zip(steps, values, strict=True)
+        parts += [f'<circle style="fill:{color}" cx="{x_of(s):.1f}" cy="{y_of(v):.1f}" r="2.5"/>' for s, v in points]
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 4, "end", "step"))
     span = f"steps {format_number(first)} to {format_number(last)}"
-    alt = f"{title} over {span}: from {curve[0]:.3g} to {curve[-1]:.3g} {unit}"
+    alt = f"{title} over {span}: from {curve[0]:.3g} to {curve[-1]:.3g} {unit}".strip()
+    if level:
+        alt += f", {level.label} {level.value:.3g}"
     caption = escape(title) + (f' <span class="quiet">{escape(unit)}</span>' if unit else "")
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt.strip())}">{"".join(parts)}</svg>'
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">{"".join(parts)}</svg>'
     return f'<figure class="chart"><figcaption>{caption}</figcaption>{svg}</figure>'
 
 
@@ -133,6 +152,11 @@ def _horizontal(y: float, value: float) -> str:
 def _marker(x: float, label: str) -> str:
     line = f'<line class="marker" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
     return line + _text(x + 4, TOP + 8, "start", label)
+
+
+def _level(y: float, level: Level) -> str:
+    line = f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return line + _text(WIDTH - RIGHT, y - 4, "end", f"{level.label} {format_number(level.value)}")
 
 
 def _text(x: float, y: float, anchor: str, text: str) -> str:

@@ -1,7 +1,8 @@
-"""Reads `metrics.jsonl`: one JSON object a logged step.
+"""Reads `metrics.jsonl`: one JSON object a line, each of a step.
 
-A run that was cut and continued may have logged a step twice and may end in half a line: the later line of a step wins,
-an unfinished last line is left out.
+Lines of one step are put together: figures on held-out data have one of their own. A run that was cut and continued may
+have logged a step twice and may end in half a line: the later figure of a step wins, an unfinished last line is left
+out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from megatron_ove.errors import DataError
 
 LOSS_PREFIX = "loss/"
+CHANCE_PREFIX = "chance_loss/"
+HELD_OUT_PREFIX, HELD_OUT_CHANCE = "held_out/", "chance_"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,17 @@ class MetricsLog:
         """Names of the objectives with a loss, in the order they were first logged."""
         names = dict.fromkeys(key for row in self.rows for key in row if key.startswith(LOSS_PREFIX))
         return [name.removeprefix(LOSS_PREFIX) for name in names]
+
+    @property
+    def held_out(self) -> dict[str, list[str]]:
+        """Objective -> its figures on held-out data that have a chance value, both in the order they were logged."""
+        found: dict[str, dict[str, None]] = {}
+        names = dict.fromkeys(key for row in self.rows for key in row if key.startswith(HELD_OUT_PREFIX))
+        for name in names:
+            objective, _, figure = name.removeprefix(HELD_OUT_PREFIX).rpartition("/")
+            if f"{HELD_OUT_PREFIX}{objective}/{HELD_OUT_CHANCE}{figure}" in names:
+                found.setdefault(objective, {})[figure] = None
+        return {objective: list(figures) for objective, figures in found.items()}
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Returns (steps, values) of a metric; steps without it, or where it is not finite, are left out."""
@@ -94,7 +108,7 @@ def read_metrics(path: str | Path) -> MetricsLog:
             raise DataError(
                 f"{file} line {number} is not JSON ({error}); the file was edited or damaged, restore it"
             ) from error
-        by_step[int(row["step"])] = row
+        by_step.setdefault(int(row["step"]), {}).update(row)
     if not by_step:
         raise DataError(f"{file} holds no finished step, so there is nothing to report; train at least one step")
     return MetricsLog([by_step[step] for step in sorted(by_step)])

@@ -1,8 +1,8 @@
 """The page of a run, drawn from its folder alone.
 
-Always there: loss per objective, learning rate, throughput, gradient norm, data wait, where the time of a step goes
-(metrics.jsonl), rejects (rejects.jsonl, rejects/), the resolved configuration. Added when present: headings, pictures
-and rankings of `report/extras.json`.
+Always there: loss per objective, learning rate, throughput, gradient norm, health of the embeddings, data wait, where
+the time of a step goes (metrics.jsonl), rejects (rejects.jsonl, rejects/), the resolved configuration. Added when
+present: figures on held-out data (metrics.jsonl); headings, pictures and rankings of `report/extras.json`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ from megatron_ove.data.bad_samples import FOLDER_NAME as BAD_SAMPLES_FOLDER
 from megatron_ove.data.bad_samples import read_bad_samples
 from megatron_ove.rejects import count_rejects
 from megatron_ove.report.blocks import draw_section, draw_table
-from megatron_ove.report.curves import Marker, format_number, line_chart
-from megatron_ove.report.metrics_log import LOSS_PREFIX, MetricsLog, read_metrics
+from megatron_ove.report.curves import Level, Marker, format_number, line_chart
+from megatron_ove.report.metrics_log import (
+    CHANCE_PREFIX,
+    HELD_OUT_CHANCE,
+    HELD_OUT_PREFIX,
+    LOSS_PREFIX,
+    MetricsLog,
+    read_metrics,
+)
 from megatron_ove.report.sections import EXTRAS_FILE, ReportExtras, read_extras
 from megatron_ove.report.time_use import time_use
 
@@ -32,6 +39,12 @@ _COMMON_CURVES = [
     ("grad_norm", "Gradient norm", "encoder, before clipping", True),
     ("data_wait_share", "Waiting for data", "share of step time", True),
     ("padding_share", "Padding", "share of patches", True),
+]
+# metric of a head, title, unit; the axis starts at zero
+_HEAD_CURVES = [
+    ("grad_norm", "Gradient norm", "class centers"),
+    ("effective_rank", "Effective rank", "directions in which embeddings vary"),
+    ("mean_cosine", "Mean cosine", "between different samples"),
 ]
 
 
@@ -52,7 +65,7 @@ def write_run_report(run_dir: str | Path, output: str | Path | None = None) -> P
     folder = Path(run_dir)
     log, extras = read_metrics(folder / "metrics.jsonl"), read_extras(folder)
     title = extras.title or f"Run {folder.resolve().name}"
-    parts = [_header(title, extras), _curves(log, extras), time_use(log)]
+    parts = [_header(title, extras), _curves(log, extras), _held_out(log, extras), time_use(log)]
     parts += [draw_section(section, (folder / EXTRAS_FILE).parent) for section in extras.sections]
     parts += [_rejects(folder), _configuration(folder)]
     style = resources.files("megatron_ove.report").joinpath("style.css").read_text(encoding="utf-8")
@@ -82,7 +95,11 @@ def _curves(log: MetricsLog, extras: ReportExtras) -> str:
     markers = [Marker(marker.step, marker.label) for marker in extras.markers]
     charts = [
         line_chart(
-            *log.series(LOSS_PREFIX + name), title=f"Loss: {name}", markers=markers, color=_COLORS[i % len(_COLORS)]
+            *log.series(LOSS_PREFIX + name),
+            title=f"Loss: {name}",
+            markers=markers,
+            level=_level(log, CHANCE_PREFIX + name),
+            color=_COLORS[i % len(_COLORS)],
         )
         for i, name in enumerate(log.objectives)
     ]
@@ -93,26 +110,57 @@ def _curves(log: MetricsLog, extras: ReportExtras) -> str:
             charts.append(
                 line_chart(steps, values, title=title, unit=unit, smooth=smooth, from_zero=from_zero, markers=markers)
             )
-    charts += _head_norm_charts(log, markers)
+    charts += _head_charts(log, markers)
     return (
         f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div>{_loss_table(log)}'
-        '<p class="quiet">Thin: every logged step. Bold: running mean.</p></section>'
+        '<p class="quiet">Thin: every logged step. Bold: running mean. Dashed: a head that knows nothing.</p></section>'
     )
 
 
-def _head_norm_charts(log: MetricsLog, markers: Sequence[Marker]) -> list[str]:
+def _head_charts(log: MetricsLog, markers: Sequence[Marker]) -> list[str]:
     return [
         line_chart(
-            *log.series(f"grad_norm/{name}"),
-            title=f"Gradient norm: {name}",
-            unit="class centers",
+            *log.series(f"{metric}/{name}"),
+            title=f"{title}: {name}",
+            unit=unit,
             from_zero=True,
             markers=markers,
             color=_COLORS[i % len(_COLORS)],
         )
+        for metric, title, unit in _HEAD_CURVES
         for i, name in enumerate(log.objectives)
-        if log.series(f"grad_norm/{name}")[1]
+        if log.series(f"{metric}/{name}")[1]
     ]
+
+
+def _held_out(log: MetricsLog, extras: ReportExtras) -> str:
+    if not log.held_out:
+        return ""
+    markers = [Marker(marker.step, marker.label) for marker in extras.markers]
+    colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(log.objectives)}
+    charts = [
+        line_chart(
+            *log.series(f"{HELD_OUT_PREFIX}{name}/{figure}"),
+            title=f"{figure.replace('_', ' ').capitalize()}: {name}",
+            smooth=False,
+            from_zero=True,
+            markers=markers,
+            level=_level(log, f"{HELD_OUT_PREFIX}{name}/{HELD_OUT_CHANCE}{figure}"),
+            color=colors.get(name, _COLORS[0]),
+        )
+        for name, figures in log.held_out.items()
+        for figure in figures
+    ]
+    return (
+        f"<section><h2>On held-out data</h2><p>Where the labels of samples that the run does not train on stand among "
+        f'all classes, by the cosine of their centers.</p><div class="charts">{"".join(charts)}</div>'
+        '<p class="quiet">Dashed: a random order of the classes.</p></section>'
+    )
+
+
+def _level(log: MetricsLog, name: str) -> Level | None:
+    _, values = log.series(name)
+    return Level(values[-1], "chance") if values else None
 
 
 def _loss_table(log: MetricsLog) -> str:

@@ -16,7 +16,11 @@ SECONDS, SLOWEST = "phase_s/", "phase_s_max/"
 
 def time_use(log: MetricsLog) -> str:
     """Returns the section, "" for a run that did not log it."""
-    phases = [name.removeprefix(SECONDS) for name in log.rows[-1] if name.startswith(SECONDS)]
+    phases = [
+        name.removeprefix(SECONDS)
+        for name in dict.fromkeys(key for row in log.rows for key in row)
+        if name.startswith(SECONDS)
+    ]
     rows = [row for row in log.rows if all(SECONDS + phase in row for phase in phases)]
     if not phases:
         return ""

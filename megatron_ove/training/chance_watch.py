@@ -20,17 +20,20 @@ class ChanceWatch:
     Two halves of 100 reports each are compared. An objective is spoken of when the second, which lies behind the
     warm-up, has a mean loss clearly above chance, and with the same change once more it would still be there. So a loss
     that falls fast enough is left alone; fresh centers point anywhere, which costs s^2 / (2 e) at the start.
+
+    Attributes:
+        losses: objective -> its loss of chance.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         total = sum(source.weight for source in config.data.sources.values())
-        self._chance: dict[str, float] = {}
+        self.losses: dict[str, float] = {}
         for name, objective in config.objectives.items():
             share = config.data.sources[objective.source].weight / total
-            self._chance[name] = chance_loss(objective, config.train.global_batch_size * share)
+            self.losses[name] = chance_loss(objective, config.train.global_batch_size * share)
         self._rate = config.optim.class_centers.lr_multiplier
         self._warmup = config.optim.schedule.warmup_steps
-        self._reports: dict[str, deque[tuple[float, float]]] = {name: deque(maxlen=2 * _HALF) for name in self._chance}
+        self._reports: dict[str, deque[tuple[float, float]]] = {name: deque(maxlen=2 * _HALF) for name in self.losses}
 
     def observe(self, row: Mapping[str, float]) -> list[str]:
         """Takes in a report, with keys `step` and `loss/<objective>`; returns the sentences that are due."""
@@ -47,7 +50,7 @@ class ChanceWatch:
     def _is_stuck(self, name: str) -> bool:
         steps, losses = zip(*self._reports[name], strict=True)
         early, late = sum(losses[:_HALF]) / _HALF, sum(losses[_HALF:]) / _HALF
-        limit = self._chance[name] + _CLEARLY_ABOVE
+        limit = self.losses[name] + _CLEARLY_ABOVE
         return steps[_HALF] > self._warmup and late > limit and 2 * late - early > limit
 
     def _sentence(self, name: str, reports: deque[tuple[float, float]]) -> str:
@@ -55,7 +58,7 @@ class ChanceWatch:
         first, last = reports[_HALF][0], reports[-1][0]
         return (
             f"The loss of objectives.{name} was {late:.2f} on average from step {first:.0f} to {last:.0f}, where a "
-            f"head that knows nothing has {self._chance[name]:.2f}, and does not fall fast enough to get there soon. "
+            f"head that knows nothing has {self.losses[name]:.2f}, and does not fall fast enough to get there soon. "
             "Most often its class centers move too fast for the encoder: stop, set optim.class_centers.lr_multiplier "
             f"to about {self._rate / 10:g} (now {self._rate:g}), and start the same command again; see "
             "docs/debugging.md."

@@ -43,22 +43,25 @@ class PretrainModel(MegatronModule):
         """Takes what the stage before sent; called by the schedule."""
         self.encoder.set_input_tensor(input_tensor)
 
-    def forward(self, batch: Batch, scales: Mapping[str, float]) -> Tensor | StepOutput:
+    def forward(self, batch: Batch, scales: Mapping[str, float] | None) -> Tensor | StepOutput:
         """Runs this chunk on one microbatch.
 
         Args:
             batch: the microbatch, identical on the tensor-parallel ranks.
-            scales: objective name -> factor of its loss sum (see `loss_scales`); used on the last chunk.
+            scales: objective name -> factor of its loss sum (see `loss_scales`); used on the last chunk. None = the
+                encoder alone, for looking at embeddings between steps.
 
         Returns:
             [P, 1, h] hidden states ([P / tp, 1, h] under sequence parallelism) for the next chunk; a `StepOutput`
-            from the last one.
+            from the last one, or without scales the pooled embeddings [b, h].
         """
         output = self.encoder(batch)
         if self.objectives is None:
             return output
         if not isinstance(output, VisionFeatures):
             raise TypeError(f"the last chunk of the encoder returned {type(output).__name__}, not VisionFeatures")
+        if scales is None:
+            return output.pooled
         timers: StepTimers | None = self.config.timers  # type: ignore[assignment]  # megatron-core says "a callable"
         if timers is None:
             return self.objectives.forward(output, batch, scales)

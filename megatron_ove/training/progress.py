@@ -17,6 +17,7 @@ _SHOWN_PHASES = {
     **{"fwd": "forward", "bwd": "backward", "head": "head", "opt": "optimizer", "comm": "communication"},
     "other": "other",
 }
+_HELD_OUT_FIGURES = {"mean_average_precision": "mAP", "first_right": "first right", "recall_at_10": "recall at 10"}
 
 
 class ProgressDisplay:
@@ -39,8 +40,8 @@ class ProgressDisplay:
             times = (TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
             self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=40), *times)
             self._task = self._bar.add_task("train", total=num_steps, completed=start_step)
-            self._figures = Text("first step ...")
-            self._live = Live(Group(self._bar, self._figures), console=console, refresh_per_second=4)
+            self._figures, self._held_out = Text("first step ..."), Text()
+            self._live = Live(Group(self._bar, self._figures, self._held_out), console=console, refresh_per_second=4)
             self._live.start()
 
     def step_done(self, step: int) -> None:
@@ -56,10 +57,34 @@ class ProgressDisplay:
         level = logging.DEBUG if self._live is not None else logging.INFO
         logger.log(level, "step %d/%d  %s", int(row["step"]), self._num_steps, figures)
 
+    def report_held_out(self, row: Mapping[str, float]) -> None:
+        """Shows a row of figures on held-out data. On a terminal they stay below the others until the next ones."""
+        figures = describe_held_out(row)
+        if self._live is not None:
+            self._held_out.plain = f"step {int(row['step'])}: {figures}"
+        level = logging.DEBUG if self._live is not None else logging.INFO
+        logger.log(level, "step %d/%d  %s", int(row["step"]), self._num_steps, figures)
+
     def close(self) -> None:
         """Leaves the last figures standing and gives the terminal back."""
         if self._live is not None:
             self._live.stop()
+
+
+def describe_held_out(row: Mapping[str, float]) -> str:
+    """Returns one line with the figures on held-out data of each objective, those of chance in brackets."""
+    parts = []
+    for place in (name.removesuffix("/samples") for name in row if name.endswith("/samples")):
+        figures = [
+            f"{text} {row[f'{place}/{name}']:.3f} ({row[f'{place}/chance_{name}']:.2g})"
+            for name, text in _HELD_OUT_FIGURES.items()
+            if f"{place}/{name}" in row
+        ]
+        counts = f"{int(row[f'{place}/samples'])} samples"
+        if row[f"{place}/bad_samples"]:
+            counts += f", {int(row[f'{place}/bad_samples'])} unreadable"
+        parts.append(", ".join([f"{place.removeprefix('held_out/')} {', '.join(figures)}".strip(), counts]))
+    return f"held out (chance in brackets): {'; '.join(parts)}; {row['held_out_s']:.1f} s"
 
 
 def describe_row(row: Mapping[str, float]) -> str:

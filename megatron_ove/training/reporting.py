@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.model.operations import encoder_operations
@@ -41,6 +42,9 @@ class RunReporter:
         self._loggers: list[MetricLogger] = build_loggers(config, resume_step=start_step) if is_main else []
         self._chance = ChanceWatch(config) if is_main else None
         self._display = ProgressDisplay(num_steps=config.train.num_steps, start_step=start_step) if is_main else None
+        if self._chance:
+            losses = ", ".join(f"{name} {loss:.2f}" for name, loss in self._chance.losses.items())
+            logger.info("A head that knows nothing has the loss: %s.", losses)
 
     def step_done(self, state: TrainState, result: StepResult, *, lr: float, is_due: bool) -> None:
         """Takes in a step; reports if due; collective.
@@ -71,6 +75,21 @@ class RunReporter:
         for sentence in self._chance.observe(row) if self._chance else []:
             logger.warning("%s", sentence)
 
+    def held_out_done(self, state: TrainState, figures: Mapping[str, float]) -> None:
+        """Writes and shows figures on held-out data, on rank 0; they are a line of their own in metrics.jsonl.
+
+        Args:
+            state: counters after the step.
+            figures: from `HeldOutEvaluation.measure`.
+        """
+        if not self._is_main:
+            return
+        row = {"step": state.step, **figures, "time": time.time()}
+        for destination in self._loggers:
+            destination.log(row)
+        if self._display:
+            self._display.report_held_out(row)
+
     def _row(self, state: TrainState, totals: dict[str, Total], *, lr: float, num_steps: int) -> dict[str, float]:
         phases = {phase: totals.pop(f"phase_s/{phase}") for phase in PHASES}
         num_ranks = phases["other"].count / num_steps
@@ -81,11 +100,12 @@ class RunReporter:
         samples, squares = totals.pop("encoded_samples", nothing).sum, totals.pop("token_squares", nothing).sum
         operations = encoder_operations(self._config.encoder, tokens=tokens, samples=samples, squares=squares)
         rate = sum(operations.values()) / num_steps / step_time / num_ranks
-        values = averages(totals)
+        values, chance = averages(totals), self._chance.losses if self._chance else {}
         row = {
             "step": state.step,
             "samples": state.samples_seen,
             **{name: values[name] for name in sorted(values)},
+            **{f"chance_loss/{name}": loss for name, loss in chance.items() if f"loss/{name}" in values},
             "lr": lr,
             "samples_per_s": self._config.train.global_batch_size / step_time,
             "tokens_per_s": tokens / num_steps / step_time,

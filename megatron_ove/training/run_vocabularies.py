@@ -7,7 +7,7 @@ travels with them, and a run never goes on with another one. Files are read by t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.shard_format import DatasetInfo, read_vocabulary
 from megatron_ove.errors import CheckpointError, DataError, MegatronOveError
-from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary, vocabulary_path
+from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary, describe_difference, vocabulary_path
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class RunVocabularies:
                 self._stored[name] = there
                 continue
             # To decode hundreds of thousands of words takes seconds, and equal files need it not.
-            difference = there.content != here.content and _difference(there.words(), here.words())
+            difference = there.content != here.content and describe_difference(there.words(), here.words())
             if difference:
                 raise CheckpointError(
                     f"the checkpoint {checkpoint} learned the words of {file}, and {here.file} has others "
@@ -111,12 +111,3 @@ class RunVocabularies:
         dist.broadcast_object_list(shared, src=0)
         if shared[0] is not None:
             raise type(shared[0])(str(shared[0]), on_every_rank=True)
-
-
-def _difference(there: Sequence[str], here: Sequence[str]) -> str:
-    """Says in a clause how two lists of words differ; "" when they are equal."""
-    if len(there) != len(here):
-        return f"{len(there)} words there, {len(here)} here"
-    unequal = (number for number, words in enumerate(zip(there, here, strict=True)) if words[0] != words[1])
-    number = next(unequal, None)
-    return "" if number is None else f"class {number} is '{there[number]}' there and '{here[number]}' here"

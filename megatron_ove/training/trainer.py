@@ -26,6 +26,7 @@ from megatron_ove.optim.schedule import learning_rate
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.build_model import build_model_chunks, weight_dtype
 from megatron_ove.training.garbage_collection import StepwiseCollection
+from megatron_ove.training.held_out import HeldOutEvaluation
 from megatron_ove.training.profiling import StepProfiler
 from megatron_ove.training.reporting import RunReporter
 from megatron_ove.training.run_checkpoints import RunCheckpoints
@@ -62,9 +63,9 @@ class Trainer:
             lock: of the run folder, on the rank that holds it.
 
         Raises:
-            ConfigError: a rank is to be profiled that does not exist.
+            ConfigError: a rank is to be profiled that does not exist; a shard set does not fit.
             CheckpointError: the run folder holds a checkpoint that does not fit or cannot be read.
-            DataError: a source cannot be used.
+            DataError: a source or a held-out set cannot be used.
         """
         self.config = config
         self.state = TrainState()
@@ -96,6 +97,7 @@ class Trainer:
         self.train_step = TrainStep(topology, self.chunks, self.objectives, self.optimizer, self.timers)
         self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer)
         self._restore()
+        self.held_out = HeldOutEvaluation(config, topology, self.chunks, self.objectives, self.optimizer)
         self.loader = self._start_loading(topology)
         if self._is_main:
             for sentence in self.checkpoints.size_warnings(self.loader.source_sizes):
@@ -140,8 +142,13 @@ class Trainer:
                         lr=lr,
                         is_due=saves or state.step % config.train.log_interval_steps == 0,
                     )
+                    measures = self.held_out.is_due(state.step)
+                    if measures and not result.stop_requested:
+                        self._measure_held_out()  # first, so that a run continued from this save has the figures
                     if saves:
                         self._save()
+                    if measures and result.stop_requested:
+                        self._measure_held_out()  # last, since whoever asks for a stop may not wait long
                 self._log_end(stop)
         finally:
             self.reporter.close()
@@ -165,6 +172,13 @@ class Trainer:
             self._check_refusals(result)
         self._count_bad(result.num_bad)
         return result
+
+    def _measure_held_out(self) -> None:
+        if self._lock:
+            self._lock.require()
+        with self.timeout.lifted():
+            figures = self.held_out.measure(self.state.step)
+        self.reporter.held_out_done(self.state, figures)
 
     def _log_end(self, stop: StopSignal) -> None:
         if self.state.step >= self.config.train.num_steps:

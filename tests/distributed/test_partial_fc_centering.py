@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_ove.checkpoint.manager import CheckpointManager
 from megatron_ove.convert.class_centers import load_embedding_mean
+from megatron_ove.evaluation.retrieval import label_retrieval
 from megatron_ove.heads.centering import EmbeddingMean, centered_directions
+from megatron_ove.parallel.class_order import rows_of_classes
 from tests.distributed.test_partial_fc_grid import COMBINED, GRIDS, LAYOUTS
 from tests.support.distributed import run_distributed
 from tests.support.head_steps import (
@@ -115,7 +118,16 @@ def mean_after_steps(rank: int, world_size: int, case: Case, tensor_size: int, f
     resumed.load_state(manager.load(newest, {"objectives": resumed.sharded_state_dict("objectives.")})["objectives"])
     again = step(resumed, 2)
     assert torch.equal(again, means[-1]) and torch.equal(resumed[NAME].centers.weight, objectives[NAME].centers.weight)
-    return {"means": means}
+    counts = np.array([9 if replica == 0 else 0 for replica in range(topology.data_size)])  # one replica has them all
+    own = slice(0, counts[topology.data_rank])
+    held_out = objectives[NAME].measure_held_out(embeddings[0][own], case.labels[own], counts)
+    centers = objectives[NAME].centers
+    return {
+        "means": means,
+        "held_out": {name: float(total) for name, (total, _) in held_out.items()},
+        "weight": (centers.first_row, centers.weight.clone()),
+        "replica": topology.data_rank,
+    }
 
 
 @pytest.mark.parametrize("grid", ["1", "3", "tp2 x dp2"])
@@ -125,14 +137,22 @@ def test_the_running_mean_is_that_of_the_labelled_samples_and_resumes_bit_for_bi
     world_size, tensor_size = GRIDS[grid]
     labelled = (case.labels >= 0).any(1)
     step_means = [(case.embeddings * factor + factor)[labelled].mean(0) for factor in (1, 2, 3)]
-    for result in run_distributed(mean_after_steps, world_size, case, tensor_size, str(tmp_path)):
+    results = run_distributed(mean_after_steps, world_size, case, tensor_size, str(tmp_path))
+    for result in results:
         first, second, refused, third = result["means"]
         torch.testing.assert_close(first, step_means[0])
         torch.testing.assert_close(second, (step_means[0] + step_means[1]) / 2)  # the first steps count equally
         assert torch.equal(refused, second)
         torch.testing.assert_close(third, sum(step_means) / 3)
+    owners = {result["weight"][0]: result["weight"][1] for result in results}
+    centers = torch.cat([owners[first] for first in sorted(owners)])
+    centers = centers[rows_of_classes(torch.arange(37), 37)]
+    figures = label_retrieval(case.embeddings + 1 - results[0]["means"][3], centers, case.labels, k=10)
+    measured = next(result["held_out"] for result in results if result["replica"] == 0)
+    for name in ("mean_average_precision", "recall_at_10", "first_right"):
+        assert measured[name] / 8 == pytest.approx(figures[name], abs=1e-5)
     read = load_embedding_mean(tmp_path / "step_00000002", NAME)
-    assert read is not None and torch.equal(read, result["means"][1])
+    assert read is not None and torch.equal(read, results[0]["means"][1])
 
 
 def test_late_steps_move_the_mean_by_a_fiftieth():

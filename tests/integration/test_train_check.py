@@ -14,7 +14,14 @@ import pytest
 import yaml
 
 from megatron_ove.cli.main import main
-from tests.support.tiny_run import NUM_CLASSES, tiny_config, write_config, write_tiny_sources
+from megatron_ove.data.synthetic import write_synthetic_shard_set
+from tests.support.tiny_run import (
+    NUM_CLASSES,
+    tiny_config,
+    write_config,
+    write_tiny_sources,
+    write_tiny_vocabulary,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,64 @@ def test_labels_that_name_every_class_are_refused(sources, tmp_path, capsys) -> 
     assert main(["train", str(config_file({**sources, "video": str(folder)}, tmp_path)), "--check"]) == 2
     sentence = f"each of the 14 samples of {folder} has all 7 classes among its labels, so there is no negative and"
     assert sentence in capsys.readouterr().err
+
+
+def held_out_sentences(text: str) -> list[str]:
+    """Returns what `train` says of `evaluation.sets`."""
+    lines = [line for line in text.splitlines() if "evaluation.sets." in line]
+    return [line[line.index("evaluation.sets.") :] for line in lines]
+
+
+@pytest.mark.parametrize("starts", [False, True], ids=["check", "start"])
+def test_held_out_sets_that_do_not_fit_are_refused(sources, tmp_path, starts) -> None:
+    """By the check and by a start, all at once; a set with other classes would give figures that mean nothing."""
+    data = tiny_config(sources, tmp_path / "run", train={"num_steps": 2}, optim={"schedule": {"warmup_steps": 0}})
+    other = write_synthetic_shard_set(tmp_path / "other", kind="image", num_classes=9, num_samples=8)
+    sets = {"image_labels": str(other), "ocr_labels": sources["image"], "video_labels": str(tmp_path / "nowhere")}
+    data["evaluation"] = {"sets": sets}
+    command = [sys.executable, "-m", "megatron_ove", "train", str(write_config(data, tmp_path / "config.yaml"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command + ["--check"] * (not starts), env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 2
+    missing, classes, kind = held_out_sentences(result.stderr)
+    assert missing.startswith(f"evaluation.sets.video_labels: the shard set {tmp_path}/nowhere does not exist")
+    assert classes == (
+        f"evaluation.sets.image_labels: {other} has 9 classes, but {sources['image']}, which objectives.image_labels "
+        "trains on, has 11, so equal labels mean different things; write both sets with one vocabulary or clustering"
+    )
+    assert kind == (
+        f"evaluation.sets.ocr_labels: {sources['image']} holds samples of kind image, but objectives.ocr_labels trains "
+        f"on {sources['ocr']} of kind ocr, and they become patches in another way; name a set of kind ocr"
+    )
+    assert not (tmp_path / "run/config.resolved.yaml").exists()
+
+
+def test_held_out_sets_with_other_words_or_without_labels_are_refused(sources, tmp_path, capsys) -> None:
+    pages, held_out, clips = tmp_path / "pages", tmp_path / "held_out", tmp_path / "clips"
+    for source, folder in ((sources["ocr"], pages), (sources["ocr"], held_out), (sources["video"], clips)):
+        shutil.copytree(source, folder)
+    write_tiny_vocabulary(pages)
+    write_tiny_vocabulary(held_out, start="other")
+    np.save(clips / "index/labels.npy", np.full_like(np.load(clips / "index/labels.npy"), -1))
+    data = tiny_config({**sources, "ocr": str(pages)}, tmp_path / "run")
+    data["evaluation"] = {"sets": {"ocr_labels": str(held_out), "video_labels": str(clips)}}
+    path = str(write_config(data, tmp_path / "config.yaml"))
+    assert main(["train", path, "--check"]) == 2
+    words, labels = held_out_sentences(capsys.readouterr().err)
+    assert (
+        f"{held_out} has other words than {pages}, which objectives.ocr_labels trains on (class 0 is 'word0'" in words
+    )
+    assert "there and 'other0' here), so equal labels mean different things; write both sets with one voc" in words
+    assert labels == (
+        f"evaluation.sets.video_labels: no sample of {clips} has a label, so there is nothing to find; name a labelled "
+        "set"
+    )
+    (held_out / "vocabulary.json").write_text("{}")
+    assert main(["train", path, "--check"]) == 2
+    words, _ = held_out_sentences(capsys.readouterr().err)
+    assert words.startswith(f"evaluation.sets.ocr_labels: {held_out}/vocabulary.json is not a vocabulary")
 
 
 def test_a_number_left_to_the_set_stands_in_the_resolved_configuration(sources, tmp_path, capsys) -> None:

@@ -85,3 +85,35 @@ def _margin_loss(target: Tensor, negatives: Tensor, factors: Tensor, config: Par
             negatives, factors = negatives[~suspicious], factors[~suspicious]
     logits = torch.cat([config.logit_scale * target[None], config.logit_scale * negatives + factors.log()])
     return torch.logsumexp(logits, 0) - logits[0]
+
+
+def dense_label_ranks(embeddings: Tensor, centers: Tensor, labels: Tensor) -> list[dict[int, int]]:
+    """Rank of every label of every sample among all classes, counted from 1; ties as `heads/label_ranks.py` says.
+
+    Args:
+        embeddings: [n, e] float64, not normalized.
+        centers: [c, e] float64, the whole table, not normalized.
+        labels: [n, L] class ids, -1 = none; a class may be there twice.
+
+    Returns:
+        n times label -> rank.
+    """
+    cosines = normalize(embeddings, dim=1) @ normalize(centers, dim=1).T
+    ranks = []
+    for cosine, row in zip(cosines, labels.tolist(), strict=True):
+        own = sorted({label for label in row if label >= 0}, key=lambda label: -float(cosine[label]))
+        others = torch.ones(len(centers), dtype=torch.bool).index_fill_(0, torch.tensor(own, dtype=torch.int64), False)
+        ranks.append(
+            {label: place + int((cosine[others] > cosine[label]).sum()) for place, label in enumerate(own, start=1)}
+        )
+    return ranks
+
+
+def dense_average_precision(ranks: Sequence[int], num_classes: int) -> float:
+    """Average precision of one sample, from going through the whole ranking place by place."""
+    right, found, total = set(ranks), 0, 0.0
+    for place in range(1, num_classes + 1):
+        if place in right:
+            found += 1
+            total += found / place
+    return total / len(right)

@@ -206,6 +206,18 @@ def fp8_sentences(recipe: str, **sections: dict[str, Any]) -> list[str]:
 WIDE = {"hidden_size": 256, "ffn_hidden_size": 512}
 
 
+def test_measuring_may_not_touch_the_scaling_history() -> None:
+    held_out = {"data": {"tokens_per_microbatch": 1024}, "evaluation": {"sets": {"clusters": "shards/held_out"}}}
+    (sentence,) = fp8_sentences("delayed", **held_out)
+    assert "evaluation.sets with encoder.fp8 = delayed: the scaling history would take in the held-out" in sentence
+    assert not fp8_sentences("current", **held_out)
+
+
+def test_a_held_out_set_belongs_to_an_objective() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.sets\.cluster belongs to none of the objectives \(clusters\)"):
+        config_from_dict(changed("evaluation", {"sets": {"cluster": "shards/held_out"}}), "test")
+
+
 @pytest.mark.parametrize(("recipe", "rounded"), [("delayed", 1008), ("current", 1008), ("mxfp8", 1024)])
 def test_fp8_needs_a_token_budget_it_can_multiply(recipe: str, rounded: int) -> None:
     (sentence,) = fp8_sentences(recipe, data={"tokens_per_microbatch": 1000})

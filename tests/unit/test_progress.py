@@ -14,7 +14,7 @@ from rich.console import Console
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.training.loggers import JsonLinesLogger, TensorBoardLogger, build_loggers, truncate_metrics
-from megatron_ove.training.progress import ProgressDisplay, describe_row
+from megatron_ove.training.progress import ProgressDisplay, describe_held_out, describe_row
 from megatron_ove.training.stop_signal import StopSignal, clear_stop_file
 from megatron_ove.training.train_state import TrainState, sampler_state
 
@@ -60,6 +60,40 @@ def test_a_row_is_one_line_with_loss_per_head_and_throughput():
         "lr 1.00e-01  data wait 7 %  fwd/bwd/head/opt/comm/other 20/40/10/3/15/5 %"
     )
     assert describe_row({"step": 1, "refused_steps": 2.0, "lr": 0.1}) == "lr 1.00e-01  refused steps 2"
+
+
+HELD_OUT = {
+    "step": 4,
+    "held_out/images/mean_average_precision": 0.4125,
+    "held_out/images/first_right": 0.5,
+    "held_out/images/recall_at_10": 0.75,
+    "held_out/images/chance_mean_average_precision": 0.00312,
+    "held_out/images/chance_first_right": 0.01,
+    "held_out/images/chance_recall_at_10": 0.1,
+    "held_out/images/samples": 99.0,
+    "held_out/images/bad_samples": 1.0,
+    "held_out/pages/samples": 0.0,
+    "held_out/pages/bad_samples": 0.0,
+    "held_out_s": 2.34,
+    "time": 1.7e9,
+}
+
+
+def test_figures_on_held_out_data_are_one_line():
+    assert describe_held_out(HELD_OUT) == (
+        "held out (chance in brackets): images mAP 0.412 (0.0031), first right 0.500 (0.01), recall at 10 0.750 (0.1), "
+        "99 samples, 1 unreadable; pages, 0 samples; 2.3 s"
+    )
+
+
+def test_figures_on_held_out_data_stay_below_the_others_on_a_terminal():
+    stream = io.StringIO()
+    display = ProgressDisplay(num_steps=10, start_step=2, console=Console(file=stream, force_terminal=True, width=200))
+    display.report_held_out(HELD_OUT)
+    display.report(ROW)
+    display.close()
+    last = stream.getvalue()[stream.getvalue().rindex("images 7.500") :]
+    assert "step 4: held out (chance in brackets): images mAP 0.412 (0.0031)" in last
 
 
 def test_without_a_terminal_every_report_is_a_plain_line(caplog):

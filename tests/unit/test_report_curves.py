@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ove.errors import DataError
-from megatron_ove.report.curves import Marker, format_number, line_chart, round_ticks, smoothed, thin
+from megatron_ove.report.curves import Level, Marker, format_number, line_chart, round_ticks, smoothed, thin
 from megatron_ove.report.metrics_log import read_metrics
 
 
@@ -111,3 +111,28 @@ def test_metrics_errors_are_sentences(tmp_path: Path) -> None:
     log = read_metrics(write_log(tmp_path / "m.jsonl", [{"step": 1, "loss/a": float("inf")}]))
     with pytest.raises(DataError, match="no finite loss of objective 'a' was logged"):
         log.loss_change("a")
+
+
+def test_a_level_is_a_dashed_line_that_the_axis_reaches() -> None:
+    figure = line_chart([0, 10], [1.0, 2.0], title="loss", smooth=False, level=Level(8.0, "chance"))
+    svg = ElementTree.fromstring(figure).find("svg")
+    assert svg is not None
+    assert svg.get("aria-label") == "loss over steps 0 to 10: from 1 to 2, chance 8"
+    (line,) = (line for line in svg.findall("line") if line.get("class") == "level")
+    assert line.get("y1") == line.get("y2") == "14.0"  # the top of the plot
+    assert "chance 8" in [text.text for text in svg.findall("text")]
+    assert len(svg.findall("circle")) == 2
+
+
+def test_one_point_can_be_seen() -> None:
+    svg = ElementTree.fromstring(line_chart([5], [0.4], title="first", smooth=False, from_zero=True)).find("svg")
+    assert svg is not None and len(svg.findall("circle")) == 1
+
+
+def test_lines_of_one_step_are_put_together(tmp_path: Path) -> None:
+    rows = [{"step": 2, "loss/pages": 3.0}, {"step": 2, "held_out/pages/recall_at_10": 0.5, "time": 1.0}]
+    rows.append({"step": 2, "held_out/pages/chance_recall_at_10": 0.1, "held_out/pages/samples": 9})
+    log = read_metrics(write_log(tmp_path / "metrics.jsonl", rows))
+    assert log.series("loss/pages") == ([2.0], [3.0])
+    assert log.series("held_out/pages/recall_at_10") == ([2.0], [0.5])
+    assert log.held_out == {"pages": ["recall_at_10"]}

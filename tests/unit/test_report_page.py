@@ -137,6 +137,28 @@ def test_page_of_a_bare_run_needs_only_metrics(tmp_path: Path) -> None:
     assert "Rejects" not in page
 
 
+def test_page_shows_figures_on_held_out_data_and_chance(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert "On held-out data" not in write_run_report(folder).read_text()
+    rows = [{"step": 10, "loss/pages": 9.0, "chance_loss/pages": 8.1, "effective_rank/pages": 3.0}]
+    place = "held_out/pages"
+    for step, precision in ((10, 0.1), (20, 0.3)):
+        figures = {f"{place}/mean_average_precision": precision, f"{place}/chance_mean_average_precision": 0.02}
+        rows.append({"step": step, **figures, f"{place}/samples": 40, "held_out_s": 1.5})
+    rows.insert(1, {"step": 20, "phase_s/forward": 0.3, "phase_s/head": 0.1})
+    rows.append({"step": 30, f"{place}/samples": 40})  # the last line says nothing about the time of a step
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_run_report(folder).read_text()
+    parser = TagBalance()
+    parser.feed(page)
+    assert not parser.open
+    assert "On held-out data" in page
+    assert "Mean average precision: pages over steps 10 to 20: from 0.1 to 0.3, chance 0.02" in page
+    assert "Loss: pages over steps 10 to 10: from 9 to 9, chance 8.1" in page
+    assert "Effective rank: pages" in page
+    assert "Where the time goes" in page
+
+
 def test_page_shows_where_the_time_goes(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     assert "Where the time goes" not in write_run_report(folder).read_text()
