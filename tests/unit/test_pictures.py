@@ -272,7 +272,7 @@ def test_the_suffix_of_a_link_counts_until_the_page_is_written(tmp_path: Path) -
         (tmp_path / "pages" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "pages" / name).symlink_to(blob)
     for item in list_inputs(tmp_path / "pages", "picture").inputs:
-        record = {**as_record(item, [1, 2]), "lines": []}
+        record = {**as_record(item), "lines": []}
         for found in (item, input_of(record), PageRecord.from_record(record).input_file):
             prepare = functools.partial(JpegPreparer(longest_side=100, quality=90), found)
             if item.name == "a.tga":

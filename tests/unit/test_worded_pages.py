@@ -104,6 +104,25 @@ def test_texts_beside_pictures(tmp_path: Path) -> None:
     assert reasons["nobody.txt"].endswith("has no picture of this name beside it")
 
 
+def test_a_text_that_cannot_be_read_costs_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        Image.new("RGB", (60, 40)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("law")
+    (tmp_path / "c.txt").mkdir()  # a folder is no text
+    read_text = Path.read_text
+
+    def refuse(path: Path, **options: str) -> str:
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied")
+        return read_text(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    pages = read_worded_pages(tmp_path)
+    assert [page.key for page in pages.pages] == [page.key for page in pages.pages if "b" in page.file]
+    ((_, reason),) = pages.refused
+    assert reason == f"{tmp_path / 'a.txt'} cannot be read (Permission denied); check its permissions"
+
+
 def test_texts_are_found_whatever_links_suffixes_and_names_are_like(tmp_path: Path) -> None:
     folder, outside = tmp_path / "pages", tmp_path / "outside"
     _pictures(folder, "big.PNG", "v1.png", "plain.png", "same_1.png", "same_2.png", "store/twin.png", ".hid/h.png")

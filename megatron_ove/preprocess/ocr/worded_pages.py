@@ -101,6 +101,9 @@ def _from_folder(folder: Path) -> tuple[list[PageRecord], list[tuple[str, str]],
             except UnicodeDecodeError:
                 reason = f"the text beside {item} is not UTF-8; save {Path(found[0]).name} as UTF-8"
                 refused.append((str(item), reason))
+            except OSError as error:
+                text = _at(folder, found[0])
+                refused.append((str(item), f"{text} cannot be read ({error.strerror}); check its permissions"))
             more = [text for text in found[1:] if texts[text] != texts[found[0]]]
             refused += [(_at(folder, text), f"{item} has the text {found[0]}, so {text} is not used") for text in more]
         used.update(found)
