@@ -41,7 +41,7 @@ def engine() -> RapidOcrEngine:
 def test_recognition_finds_the_words_of_a_rendered_page(engine: RapidOcrEngine, language: str) -> None:
     random = np.random.default_rng(5)
     passage = draw_passage(language, random, num_characters=300)
-    page = render_page(passage, draw_style(language, random, width=420, height=260), seed=1)
+    page = render_page(passage, draw_style(passage, random, width=420, height=260), seed=1)
     lines = engine.recognize(page.picture)
     found = set(rank_words(lines))
     expected = {word for line in page.lines for word in segment_words(line.text)}
