@@ -11,7 +11,7 @@ import pytest
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.text_render import typefaces as typefaces_module
 from megatron_ove.preprocess.text_render.ink import draw_ink
-from megatron_ove.preprocess.text_render.looks import LOOKS, PRINTED, Look
+from megatron_ove.preprocess.text_render.looks import LOOKS, PRINTED, Chance, Look
 from megatron_ove.preprocess.text_render.page import draw_style, render_page
 from megatron_ove.preprocess.text_render.passages import Passage, draw_passage, draw_word_list, languages, load_text
 from megatron_ove.preprocess.text_render.picture import TextPicture
@@ -104,9 +104,8 @@ def test_ink_is_that_of_the_font() -> None:
     ink = draw_ink("people", face, 18)
     mask, _ = face.open(18).getmask2("people", mode="L")
     whole = np.array(mask, np.uint8).reshape(mask.size[::-1])
-    whole = whole[whole.any(axis=1)][
-        :, np.flatnonzero(whole.any(axis=0))[0] : np.flatnonzero(whole.any(axis=0))[-1] + 1
-    ]
+    columns = np.flatnonzero(whole.any(axis=0))
+    whole = whole[whole.any(axis=1)][:, columns[0] : columns[-1] + 1]
     np.testing.assert_array_equal(ink.coverage, whole)
 
 
@@ -120,11 +119,8 @@ def test_boxes_and_masks_of_a_page_are_those_of_its_ink(language: str) -> None:
 
 @pytest.mark.parametrize("language", ["en", "ja"])
 def test_turned_and_tilted_pages_keep_exact_boxes_and_masks(language: str) -> None:
-    moving = (
-        dataclasses.replace(LOOKS["degraded"].turn, share=1.0),
-        dataclasses.replace(LOOKS["degraded"].tilt, share=1.0),
-    )
-    look = dataclasses.replace(_BLACK_ON_WHITE, turn=moving[0], tilt=moving[1])
+    turn, tilt = Chance(1.0, 0.01, 0.08), Chance(1.0, 0.02, 0.12)
+    look = dataclasses.replace(_BLACK_ON_WHITE, turn=turn, tilt=tilt)
     page, straight = _page(language, look=look, title_size=0), _page(language, look=_BLACK_ON_WHITE, title_size=0)
     assert not np.array_equal(page.glyph_map, straight.glyph_map)
     assert [word.text for word in page.words] == [word.text for word in straight.words]

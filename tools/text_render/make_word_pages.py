@@ -10,24 +10,19 @@ is; another seed gives other pictures. Held-out typefaces: siblings of those in 
 from __future__ import annotations
 
 import argparse
-import functools
-import multiprocessing
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_runs import show_progress
 from megatron_ove.preprocess.ocr.words import segmentation_name
 from megatron_ove.preprocess.text_render.looks import LOOKS
 from megatron_ove.preprocess.text_render.passages import draw_word_list, languages
 from megatron_ove.preprocess.text_render.typefaces import script_of, typefaces
-from megatron_ove.preprocess.text_render.word_pages import WordPages
+from megatron_ove.preprocess.text_render.word_pages import WordPages, word_samples
 from megatron_ove.preprocess.tool_arguments import (
     add_shard_options,
     add_workers_option,
@@ -36,8 +31,6 @@ from megatron_ove.preprocess.tool_arguments import (
     whole_number,
 )
 from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
-
-_CHUNK = 64  # pictures that a process makes at a time
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pair(first: str, second: str) -> dict[str, object]:
+def _pair(first: str, second: str) -> dict[str, Any]:
     return {"nargs": 2, "type": whole_number(1), "metavar": (first, second)}
 
 
@@ -119,29 +112,6 @@ def _recipe(arguments: argparse.Namespace, words: tuple[str, ...]) -> WordPages:
     )
 
 
-def _sample(recipe: WordPages, index: int) -> tuple[bytes, tuple[int, ...]]:
-    made = recipe.make(index)
-    return made.picture.encode(), made.ids
-
-
-def _samples(recipe: WordPages, count: int, workers: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:
-    """Yields the JPEG and the word ids of pictures 0 .. count - 1."""
-    make = functools.partial(_sample, recipe)
-    workers = min(workers, -(-count // _CHUNK))
-    if workers == 1:
-        yield from map(make, range(count))
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield from pool.map(make, range(count), chunksize=_CHUNK)
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"a worker process died, most likely for lack of memory; {workers} were running: try fewer --workers"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _work(arguments: argparse.Namespace) -> None:
     from megatron_ove.data.shard_index import ShardWriter
 
@@ -161,7 +131,7 @@ def _work(arguments: argparse.Namespace) -> None:
         patch_size=arguments.patch_size,
         overwrite=arguments.overwrite,
     ) as writer:
-        samples = _samples(recipe, arguments.count, arguments.workers)
+        samples = word_samples(recipe, arguments.count, workers=arguments.workers)
         for index, (jpeg, ids) in enumerate(
             show_progress(samples, title="making pictures of words", total=arguments.count)
         ):

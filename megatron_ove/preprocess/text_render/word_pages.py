@@ -5,7 +5,11 @@ Words are drawn evenly from a list, so a word's frequency gives nothing away: on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,7 @@ from megatron_ove.preprocess.text_render.typefaces import Typeface
 _SMALLEST_SIZE = 6  # pixels; below, letters cannot be told apart
 _NUM_PLACES = 20  # tried for a word before it is left out of a page
 _GAP = 2  # pixels between two words
+_CHUNK = 64  # pictures that a process makes at a time
 
 
 @dataclass(frozen=True)
@@ -137,3 +142,32 @@ def _draw_share(shares: Sequence[float], random: np.random.Generator) -> int:
 def _draw_step(random: np.random.Generator, step: int, room: int) -> int:
     """Returns a multiple of `step` up to `room`; 0 for step 0."""
     return step * int(random.integers(0, room // step + 1)) if step else 0
+
+
+def word_samples(recipe: WordPages, count: int, *, workers: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+    """Yields pictures 0 .. count - 1 as JPEG, with the ids of their words; the same for any number of `workers`.
+
+    Raises:
+        DataError: a word does not fit, or a worker process died.
+    """
+    make = functools.partial(_make_sample, recipe)
+    workers = min(workers, -(-count // _CHUNK))
+    if workers == 1:
+        yield from map(make, range(count))
+        return
+    # Fresh interpreters, as in file_runs.py.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(make, range(count), chunksize=_CHUNK)
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a worker process died, most likely for lack of memory; {workers} were running: start again with "
+                "fewer --workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error the rest is not wanted
+
+
+def _make_sample(recipe: WordPages, index: int) -> tuple[bytes, tuple[int, ...]]:
+    made = recipe.make(index)
+    return made.picture.encode(), made.ids
