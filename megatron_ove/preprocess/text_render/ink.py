@@ -66,15 +66,16 @@ def draw_ink(text: str, typeface: Typeface, size: int) -> TextInk:
             f"{typeface.family} {typeface.style} has no glyph for '{missing}' of '{text}' and would draw a box "
             "instead; choose a typeface that can write it (Typeface.can_write)"
         )
-    font = typeface.open(size)
+    font = _sized_font(typeface, size)
     glyphs: list[tuple[str, int, int, np.ndarray]] = []  # with left and top edges
-    starts = []
+    starts, pen = [], 0.0
     for place, character in enumerate(text):
         starts.append(len(glyphs))
-        left, top, coverage = _glyph(typeface, size, character)
-        if coverage.size:  # kerning before the glyph moves it
-            pen = round(font.getlength(text[: place + 1]) - font.getlength(character))
-            glyphs.append((character, pen + left, top, coverage))
+        if place:
+            pen += font.step(text[place - 1], character)
+        left, top, coverage = font.glyph(character)
+        if coverage.size:
+            glyphs.append((character, round(pen) + left, top, coverage))
     if not glyphs:
         raise DataError(f"'{text}' leaves no ink in {typeface.family} {typeface.style}; leave it out")
     boxes = np.array([(x, y, x + c.shape[1], y + c.shape[0]) for _, x, y, c in glyphs], np.int32)
@@ -93,7 +94,7 @@ def draw_ink(text: str, typeface: Typeface, size: int) -> TextInk:
         starts=(*starts, len(glyphs)),
         left=left,
         top=top,
-        advance=font.getlength(text),
+        advance=pen + font.advance(text[-1]),
     )
 
 
@@ -115,15 +116,44 @@ def put_ink(
     np.copyto(coverage[place], added, where=is_more)
 
 
-@lru_cache(maxsize=32768)
-def _glyph(typeface: Typeface, size: int, character: str) -> tuple[int, int, np.ndarray]:
-    """Returns left and top edge of a glyph relative to the pen, and its coverage, tight; [0, 0] without ink."""
-    mask, (left, top) = typeface.open(size).getmask2(character, mode="L")
-    width, height = mask.size
-    coverage = np.array(mask, np.uint8).reshape(height, width)
-    columns, rows = np.flatnonzero(coverage.any(axis=0)), np.flatnonzero(coverage.any(axis=1))
-    if not columns.size:
-        return 0, 0, np.zeros((0, 0), np.uint8)
-    coverage = np.ascontiguousarray(coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    coverage.setflags(write=False)
-    return int(left + columns[0]), int(top + rows[0]), coverage
+class _SizedFont:
+    """A typeface at a size, with what it has drawn and measured so far."""
+
+    def __init__(self, typeface: Typeface, size: int) -> None:
+        self._font = typeface.open(size)
+        self._glyphs: dict[str, tuple[int, int, np.ndarray]] = {}
+        self._lengths: dict[str, float] = {}
+
+    def advance(self, text: str) -> float:
+        """Returns how far a character or a pair of them moves the pen, kerning included."""
+        length = self._lengths.get(text)
+        if length is None:
+            length = self._lengths[text] = self._font.getlength(text)
+        return length
+
+    def step(self, first: str, second: str) -> float:
+        """Returns how far `second` is from `first` when they follow each other."""
+        return self.advance(first + second) - self.advance(second)
+
+    def glyph(self, character: str) -> tuple[int, int, np.ndarray]:
+        """Returns left and top edge relative to the pen, and the coverage, tight; [0, 0] without ink."""
+        glyph = self._glyphs.get(character)
+        if glyph is None:
+            glyph = self._glyphs[character] = self._draw(character)
+        return glyph
+
+    def _draw(self, character: str) -> tuple[int, int, np.ndarray]:
+        mask, (left, top) = self._font.getmask2(character, mode="L")
+        width, height = mask.size
+        coverage = np.array(mask, np.uint8).reshape(height, width)
+        columns, rows = np.flatnonzero(coverage.any(axis=0)), np.flatnonzero(coverage.any(axis=1))
+        if not columns.size:
+            return 0, 0, np.zeros((0, 0), np.uint8)
+        coverage = np.ascontiguousarray(coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        coverage.setflags(write=False)
+        return int(left + columns[0]), int(top + rows[0]), coverage
+
+
+@lru_cache(maxsize=512)
+def _sized_font(typeface: Typeface, size: int) -> _SizedFont:
+    return _SizedFont(typeface, size)
