@@ -37,6 +37,16 @@ REQUIRED = [
     "scikit-image==0.26.0",
     "matplotlib==3.11.2",
     "matplotlib-fontja==1.1.0",  # IPAex Gothic: Japanese and traditional Chinese pages
+    "fonttools==4.68.0",  # which characters a font has; comes with matplotlib
+    # typefaces of Latin and Cyrillic pages, 3.8 MB in all, under the SIL Open Font License 1.1
+    "fontpkg-arvo==1.6",
+    "fontpkg-barlow-condensed==1.408",
+    "fontpkg-crimson-text==1.100",
+    "fontpkg-delius==1.1",
+    "fontpkg-kalam==2.1",
+    "fontpkg-pt-sans==2.3",
+    "fontpkg-pt-serif==1.0",
+    "fontpkg-space-mono==1.3",
 ]
 
 EXTRAS = {

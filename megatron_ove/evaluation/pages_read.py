@@ -15,7 +15,7 @@ from megatron_ove.data.shard_format import PICTURE_MEMBER
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.embedding import EmbeddedSet
 from megatron_ove.evaluation.retrieval import cosine_scores
-from megatron_ove.preprocess.text_render.fonts import font_paths, open_font
+from megatron_ove.preprocess.text_render.typefaces import Typeface, typefaces
 from megatron_ove.vocabulary import Vocabulary
 
 _MOST_WORDS = 8
@@ -87,6 +87,11 @@ def draw_pages(shards: ShardSet, rows: Sequence[int], pages: Sequence[PageRead],
     sheet.save(path, "PNG")
 
 
+def _typeface_for(word: str) -> Typeface:
+    faces = (*typefaces("latin", "train"), *typefaces("japanese"))
+    return next((face for face in faces if face.can_write(word)), faces[0])
+
+
 def _draw_page(stored: bytes, page: PageRead) -> Image.Image:
     picture = Image.open(io.BytesIO(stored)).convert("RGB")
     scale = _CELL / picture.width
@@ -98,7 +103,7 @@ def _draw_page(stored: bytes, page: PageRead) -> Image.Image:
     cell.paste(picture, (0, 0))
     pen = ImageDraw.Draw(cell)
     for place, word in enumerate(page.read):
-        font = open_font(font_paths("en")[0], _TEXT_SIZE)
+        font = _typeface_for(word).open(_TEXT_SIZE)
         colour = _RIGHT if word in page.words else _WRONG
         pen.text((2, picture.height + 4 + place * line), word, font=font, fill=colour)
     return cell

@@ -34,12 +34,17 @@ def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], in
     return parse
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --workers and --rejects."""
+def add_workers_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument(
         "--workers", type=whole_number(1), default=cores, help="processes (default: one per core, here %(default)s)"
     )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --workers and --rejects."""
+    add_workers_option(parser)
     parser.add_argument(
         "--rejects",
         type=Path,

@@ -12,7 +12,7 @@ import av
 import cv2
 import numpy as np
 
-from megatron_ove.preprocess.demo_input.photographs import load_photograph, photograph_names
+from megatron_ove.preprocess.photographs import load_photograph, photograph_names
 
 _SIZES = ((160, 160), (192, 144), (144, 192), (208, 160))  # (width, height)
 _RATE = 25

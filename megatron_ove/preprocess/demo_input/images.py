@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from megatron_ove.preprocess.demo_input.photographs import TEXTURES, load_photograph
+from megatron_ove.preprocess.photographs import TEXTURES, load_photograph
 
 _BACKGROUND_SHARE = 0.3
 

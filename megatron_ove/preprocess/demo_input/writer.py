@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_ove.preprocess.demo_input.clips import draw_scene, write_clip
 from megatron_ove.preprocess.demo_input.images import draw_variant
-from megatron_ove.preprocess.demo_input.photographs import photograph_names
+from megatron_ove.preprocess.photographs import photograph_names
 from megatron_ove.preprocess.pictures import encode_jpeg
 from megatron_ove.preprocess.record_files import write_whole
 from megatron_ove.preprocess.text_render.page import draw_style, render_page
@@ -84,9 +84,9 @@ class DemoWriter:
         self, path: Path, split: str, language: str, random: np.random.Generator, seed: int
     ) -> dict[str, Any]:
         passage = draw_passage(language, random, num_characters=_PAGE_CHARACTERS)
-        style = draw_style(language, random, width=self._sizes.page_width, height=self._sizes.page_height)
+        style = draw_style(passage, random, width=self._sizes.page_width, height=self._sizes.page_height)
         page = render_page(passage, style, seed=seed)
-        write_whole(path, encode_jpeg(page.picture))
+        write_whole(path, page.encode())
         return {
             "file": str(path.relative_to(self._root)),
             "split": split,

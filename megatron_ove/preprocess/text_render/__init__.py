@@ -1,1 +1,1 @@
-"""Pages rendered from real texts in several languages, with the exact box of every line, word and glyph."""
+"""Pictures of text with exact ground truth: typefaces, ink, looks, words, lines and pages (docs/page_maker.md)."""
