@@ -112,6 +112,10 @@ class HeldOutSamples:
             if sample.source == self.name:
                 self._bad_since[sample.row] = min(sample.step, self._bad_since.get(sample.row, sample.step))
 
+    def is_known_bad(self, row: int, step: int) -> bool:
+        """Returns whether a sample of the set was found to be unreadable after `step` steps or before."""
+        return self._bad_since.get(row, step + 1) <= step
+
     def plan(self, step: int) -> MicrobatchPlan:
         """Returns the plan of a round, counted from 0; ordinals are places among the chosen samples."""
         first = step * self._per_round
@@ -140,11 +144,8 @@ class HeldOutSamples:
         topology, source = self._topology, self._new_source()
         decoder, decoding = None, None
         if topology.tensor_rank == 0:
-            bad = frozenset(
-                (self.name, place)
-                for place, row in enumerate(self._rows.tolist())
-                if self._bad_since.get(row, step + 1) <= step
-            )
+            rows = enumerate(self._rows.tolist())
+            bad = frozenset((self.name, place) for place, row in rows if self.is_known_bad(row, step))
             decoder = StepDecoder(
                 self,
                 [source],
