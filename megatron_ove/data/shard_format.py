@@ -7,7 +7,6 @@ them. Samples have a fixed list of members, so the index is a rectangular table:
 from __future__ import annotations
 
 import json
-import re
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -27,12 +26,8 @@ LABELS_MEMBER = "cls"
 MOSAIC_MEMBER = "codec.jpg"
 POSITIONS_MEMBER = "positions.npy"
 PICTURE_MEMBER = "jpg"
-MAX_KEY_LENGTH = 80
-"""Keeps `{key}.positions.npy` within the 100 bytes that a USTAR name field holds."""
 
 Kind = Literal["image", "ocr", "video"]
-
-_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
 
 
 def frame_member(frame: int) -> str:
@@ -50,11 +45,6 @@ def member_names(kind: str, frames: int) -> tuple[str, ...]:
 def shard_name(number: int) -> str:
     """Returns the file name of a shard, e.g. "000003.tar"."""
     return f"{number:06d}.tar"
-
-
-def is_valid_key(key: str) -> bool:
-    """Whether `key` can name a sample: no dot, because what follows the first dot is the member's name."""
-    return _KEY.fullmatch(key) is not None
 
 
 def mosaic_size(num_patches: int, patch_size: int) -> tuple[int, int]:

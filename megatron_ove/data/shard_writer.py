@@ -21,6 +21,7 @@ from megatron_ove.data.picture_check import PictureChecker, UnusablePictureError
 from megatron_ove.errors import DataError
 from megatron_ove.new_folder import NewFolder
 from megatron_ove.rejects import RejectsFile
+from megatron_ove.sample_keys import MAX_KEY_LENGTH, is_valid_key
 
 _log = logging.getLogger(__name__)
 
@@ -198,9 +199,9 @@ class ShardWriter:
 
     def _check_call(self, key: str, members: Mapping[str, bytes], labels: np.ndarray) -> np.ndarray:
         info = self._info
-        if not layout.is_valid_key(key):
+        if not is_valid_key(key):
             raise DataError(
-                f"key '{key}' cannot name a sample, because names in a shard are 1 to {layout.MAX_KEY_LENGTH} letters, "
+                f"key '{key}' cannot name a sample, because names in a shard are 1 to {MAX_KEY_LENGTH} letters, "
                 "digits, '_' or '-' (a dot would end the key); choose another"
             )
         if key in self._keys:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_ove.data.shard_index import ShardSet, validate_shard_set
@@ -37,6 +38,15 @@ def test_a_set_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     for index in (0, 77, 149):
         labels = [int(word) for word in stored.labels[index] if word >= 0]
         assert [vocabulary.words[word] for word in labels] == [w.text for w in recipe.make(index).picture.words]
+
+
+def test_a_control_has_the_same_pictures_with_the_words_of_others(tmp_path: Path) -> None:
+    options = ["--words", 40, "--count", 30, "--pages", 0.5, "--workers", 1]
+    assert run_script(_TOOL, tmp_path / "real", *options) == 0
+    assert run_script(_TOOL, tmp_path / "control", *options, "--control") == 0
+    real, control = ShardSet.open(tmp_path / "real"), ShardSet.open(tmp_path / "control")
+    assert [real.read(row, "jpg") for row in range(30)] == [control.read(row, "jpg") for row in range(30)]
+    assert (control.labels == np.roll(real.labels, -1, axis=0)).all()
 
 
 def test_held_out_sets_have_the_classes_of_training(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pages", type=_share, default=0.25, help="share of pages among strips (default: %(default)s)")
     parser.add_argument(
         "--max-words", type=whole_number(1), default=6, help="most words of a page, and label slots (default: 6)"
+    )
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="give every picture the words of the next one, so that nothing but chance can be learned",
     )
     parser.add_argument("--strip-size", **_pair("WIDTH", "HEIGHT"), default=(112, 28), help="default: 112 28")
     parser.add_argument("--page-size", **_pair("WIDTH", "HEIGHT"), default=(112, 112), help="default: 112 112")
@@ -112,6 +118,17 @@ def _recipe(arguments: argparse.Namespace, words: tuple[str, ...]) -> WordPages:
     )
 
 
+def _with_words_of_the_next(
+    samples: Iterator[tuple[bytes, tuple[int, ...]]],
+) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+    """Yields the same pictures, each with the ids of the one that follows; the last one with those of the first."""
+    picture, first = next(samples)
+    for next_picture, ids in samples:
+        yield picture, ids
+        picture = next_picture
+    yield picture, first
+
+
 def _work(arguments: argparse.Namespace) -> None:
     from megatron_ove.data.shard_index import ShardWriter
 
@@ -132,6 +149,7 @@ def _work(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
     ) as writer:
         samples = word_samples(recipe, arguments.count, workers=arguments.workers)
+        samples = _with_words_of_the_next(samples) if arguments.control else samples
         for index, (jpeg, ids) in enumerate(
             show_progress(samples, title="making pictures of words", total=arguments.count)
         ):

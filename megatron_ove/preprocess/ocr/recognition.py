@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ove.data.shard_format import MAX_KEY_LENGTH, is_valid_key
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.engines import build_engine
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.pictures import load_picture
 from megatron_ove.preprocess.record_files import is_file_state, read_records
+from megatron_ove.sample_keys import MAX_KEY_LENGTH, is_valid_key
 
 READ_BY = "tools/ocr/1_recognize_pages.py"
 MIN_SIDE = 8  # pixels; no letter is readable in less
