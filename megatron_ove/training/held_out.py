@@ -45,7 +45,7 @@ class HeldOutEvaluation:
         objectives: ObjectiveSet | None,
         optimizer: EncoderOptimizer,
     ) -> None:
-        """Opens the sets; collective over all ranks.
+        """Opens the sets, if there are any; collective over all ranks.
 
         Args:
             config: the run.
@@ -61,7 +61,7 @@ class HeldOutEvaluation:
         self._num_steps = config.train.num_steps
         self._chunks: list[torch.nn.Module] = list(chunks)
         self._objectives, self._optimizer = objectives, optimizer
-        known = self._check(config)
+        known = self._check(config) if config.evaluation.sets else []
         self._samples: dict[str, HeldOutSamples] = {}
         for name, path in config.evaluation.sets.items():
             self._samples[name] = HeldOutSamples(name, config, ShardSet.open(path), topology)

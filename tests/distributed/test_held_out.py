@@ -218,6 +218,17 @@ def test_figures_do_not_depend_on_the_layout(
             assert torch.equal(tensor, rank[-1][name]), f"{first}: {name} differs when nothing is measured"
 
 
+def test_measuring_changes_nothing_in_bf16(sources: dict[str, str], held_out: dict[str, str], tmp_path: Path) -> None:
+    measured = config_of(sources, tmp_path / "measured", OVERLAPPED, held_out, precision="bf16")
+    plain = config_of(sources, tmp_path / "plain", OVERLAPPED, {}, precision="bf16")
+    results = run_distributed(train, 2, [measured, plain], timeout_s=200)
+    assert list(figures(tmp_path / "measured")) == [2, 4]
+    assert training_rows(tmp_path / "measured") == training_rows(tmp_path / "plain")
+    for rank in results:
+        for name, tensor in rank[0].items():
+            assert torch.equal(tensor, rank[1][name]), f"{name} differs when nothing is measured"
+
+
 def test_a_sample_that_cannot_be_decoded_is_left_out_counted_and_recorded_once(
     sources: dict[str, str], tmp_path: Path
 ) -> None:
