@@ -47,7 +47,7 @@ class Sizes(argparse.Namespace):
     """How much is made and trained: `easy` and `hard` pictures, `test` ones a set, steps in all and before pages."""
 
 
-FULL = Sizes(easy=50_000, hard=60_000, test=500, steps=3000, first_steps=1000)
+FULL = Sizes(easy=40_000, hard=60_000, test=500, steps=2000, first_steps=600)
 TINY = Sizes(easy=400, hard=300, test=24, steps=6, first_steps=3)
 
 
@@ -158,11 +158,11 @@ def measure(run_dir: Path, steps: int) -> dict[str, dict[str, dict[str, float]]]
 
 
 def read_curve(run_dir: Path) -> dict[str, list[list[float]]]:
-    """Returns the loss and the held-out mean average precision as lists of [samples, value]."""
+    """Returns the loss and the held-out mean average precision as lists of [step, value]."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     names = {"loss": f"loss/{OBJECTIVE}", "held_out": f"held_out/{OBJECTIVE}/mean_average_precision"}
     return {
-        name: [[row["samples"], round(row[key], 4)] for row in rows if row.get(key) is not None]
+        name: [[row["step"], round(row[key], 4)] for row in rows if row.get(key) is not None]
         for name, key in names.items()
     }
 
