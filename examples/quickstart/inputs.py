@@ -23,6 +23,8 @@ from megatron_ove.preprocess.folders import list_inputs
 
 KINDS = ("images", "pages", "clips")
 SPLITS = ("train", "held_out")
+NEW_TYPEFACES = "new_typefaces"
+"""A third split of the demo's own cards: typefaces that no training card has."""
 MIN_FILES = 5
 _HELD_OUT_SHARE = 5
 _LONGEST_SIDE = 320  # pixels of a cut; the encoder sees less
@@ -52,6 +54,8 @@ def prepare_inputs(
     for kind in KINDS:
         root = input_dir / ("made" if kind in made else "own")
         folders[kind] = {split: root / split / kind for split in SPLITS}
+        if kind == "pages" and kind in made:
+            folders[kind] = {split: root / split / "cards" for split in (*SPLITS, NEW_TYPEFACES)}
         if kind not in made:
             _split_user_folder(kind, user_files[kind], Path(user_folders[kind] or ""), folders[kind])
     return folders

@@ -100,11 +100,16 @@ def _published_form(batch: Batch, kind: str, patch_size: int) -> dict[str, Tenso
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Embeddings of one model: held-out samples, and the training samples that neighbours are looked for among."""
+    """Embeddings of one model: held-out samples, and the training samples that neighbours are looked for among.
+
+    Attributes:
+        new_typefaces: cards in typefaces that no training card has; None for a user's own pages.
+    """
 
     images: EmbeddedSet
     train_images: EmbeddedSet
     pages: EmbeddedSet
+    new_typefaces: EmbeddedSet | None
     clips: EmbeddedSet
     train_clips: EmbeddedSet
 
@@ -119,6 +124,7 @@ def embed_held_out(model: Model, data_dir: Path, settings: SampleSettings) -> He
         images=embed("images/held_out"),
         train_images=embed("images/train"),
         pages=embed("pages/held_out"),
+        new_typefaces=embed("pages/new_typefaces") if (data_dir / "pages/new_typefaces").exists() else None,
         clips=embed("clips/held_out"),
         train_clips=embed("clips/train"),
     )
@@ -126,9 +132,13 @@ def embed_held_out(model: Model, data_dir: Path, settings: SampleSettings) -> He
 
 def retrieval_figures(held_out: HeldOut, model: Model) -> dict[str, dict[str, float]]:
     """Page -> its words, image -> its clusters, clip -> another cut of it; held-out queries throughout."""
-    pages, images = held_out.pages, held_out.images
+    images = held_out.images
     return {
-        "page_to_words": label_retrieval(pages.embeddings, model.centers["page_words"], pages.labels, k=50),
+        **{
+            name: label_retrieval(pages.embeddings, model.centers["page_words"], pages.labels, k=10)
+            for name, pages in (("page_to_words", held_out.pages), ("new_typefaces_to_words", held_out.new_typefaces))
+            if pages is not None
+        },
         "image_to_clusters": label_retrieval(
             images.embeddings, model.centers["image_clusters"], images.labels, k=images.labels.shape[1]
         ),

@@ -11,6 +11,7 @@ from measures import HeldOut, Model
 from torch import Tensor
 
 from megatron_ove.data.shard_index import ShardSet
+from megatron_ove.evaluation.pages_read import choose_pages, draw_pages, read_pages
 from megatron_ove.evaluation.retrieval import average_precision, cosine_scores, labels_to_relevant
 from megatron_ove.preprocess.codec.clip_store import StoredClip, load_clip
 from megatron_ove.preprocess.codec.mosaic import contact_sheet
@@ -32,6 +33,7 @@ from megatron_ove.report.sections import (
 
 STAGES = ("before training", "after training")
 _NUM_WORDS = 24
+_NUM_CARDS = 18
 _NUM_QUERIES = 5
 _NUM_NEIGHBOURS = 6
 _SHEET_FRAME_WIDTH = 104
@@ -72,6 +74,33 @@ def page_section(
         f"of the vocabulary; below are the {_NUM_WORDS} nearest words with their cosine. A word is right when OCR "
         "found it on the page. Of the held-back pages this is the one of median average precision.",
         blocks=[PictureBlock(items=[picture], size="half"), WordBlock(columns=columns)],
+    )
+
+
+def card_section(data_dir: Path, folder: Path, held_out: Mapping[str, HeldOut], models: Mapping[str, Model]) -> Section:
+    """Held-out cards with the words read on them before and after, in typefaces of training and in others."""
+    after = held_out[STAGES[1]]
+    pictures = []
+    for split, title in (("held_out", "typefaces of training"), ("new_typefaces", "typefaces never seen")):
+        shards = ShardSet.open(data_dir / "pages" / split)
+        vocabulary = shards.read_vocabulary()
+        embedded = after.pages if split == "held_out" else after.new_typefaces
+        assert vocabulary is not None and embedded is not None
+        rows = choose_pages(embedded, _NUM_CARDS)
+        for stage in STAGES if split == "held_out" else STAGES[1:]:
+            of_stage = held_out[stage].pages if split == "held_out" else after.new_typefaces
+            assert of_stage is not None
+            read = read_pages(of_stage, rows, models[stage].centers["page_words"], vocabulary)
+            file = f"cards_{split}_{stage.split()[0]}.png"
+            draw_pages(shards, rows, read, folder / file)
+            right = sum(page.read[0] in page.words for page in read)
+            caption = f"{stage.capitalize()}, {title}: the first word is right on {right} of these {len(read)} cards."
+            pictures.append(Picture(file=file, alt=f"Cards and the words read on them {stage}", caption=caption))
+    return Section(
+        title="Held-back cards and the words read on them",
+        text="The encoder never saw these cards. Each is compared with the class center of every word of the "
+        "vocabulary; below it stand as many of the nearest words as it has, green if they are on it.",
+        blocks=[PictureBlock(items=pictures)],
     )
 
 

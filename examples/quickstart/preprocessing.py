@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from inputs import KINDS, SPLITS, Folders
+from cards import CardReading, write_card_lines
+from inputs import KINDS, NEW_TYPEFACES, SPLITS, Folders
 from phases import DemoError, run_tool, say
 from sizes import DemoSizes
 
@@ -36,6 +37,7 @@ class Preprocessing:
         self.inputs, self.labels, self.data = inputs, run_dir / "labels", run_dir / "data"
         self.rejects = run_dir / "rejects.jsonl"
         self.sizes, self.shape = sizes, shape
+        self.card_reading = CardReading()
 
     def run(self) -> None:
         """Labels all three kinds, writes their shard sets and validates them.
@@ -46,7 +48,7 @@ class Preprocessing:
         self.images()
         self.pages()
         self.clips()
-        folders = [self.data / kind / split for kind in KINDS for split in SPLITS]
+        folders = [self.data / kind / split for kind in KINDS for split in self.inputs[kind]]
         run_tool("tools/shards/validate_shards.py", *folders, "--deep")
         for folder in folders:
             if len(ShardSet.open(folder)) == 0:
@@ -76,11 +78,21 @@ class Preprocessing:
                 "--workers=1",
             )
 
+    @property
+    def has_cards(self) -> bool:
+        """Whether the pages are the demo's own cards, whose words are known."""
+        return NEW_TYPEFACES in self.inputs["pages"]
+
     def pages(self) -> None:
-        """Pages -> lines -> vocabulary of the training pages -> shards with 100 word ids a page."""
-        for split in SPLITS:
+        """Pages -> lines -> vocabulary of the training pages -> shards with up to 100 word ids a page."""
+        for split, folder in self.inputs["pages"].items():
             lines = self.labels / f"pages_{split}.jsonl"
-            run_tool("tools/ocr/1_recognize_pages.py", self.inputs["pages"][split], lines, f"--rejects={self.rejects}")
+            if self.has_cards:
+                num_read = self.sizes.read_cards if split == "train" else 0
+                reading = write_card_lines(folder, lines, num_read=num_read, rejects=self.rejects)
+                self.card_reading = reading if num_read else self.card_reading
+            else:
+                run_tool("tools/ocr/1_recognize_pages.py", folder, lines, f"--rejects={self.rejects}")
         train_lines, vocabulary = self.labels / "pages_train.jsonl", self.labels / "vocabulary.json"
         num_pages = len(train_lines.read_text(encoding="utf-8").splitlines())
         min_pages = 2 if num_pages >= _FEW_PAGES else 1
@@ -90,10 +102,10 @@ class Preprocessing:
             "tools/ocr/2_build_vocabulary.py",
             train_lines,
             f"--output={vocabulary}",
-            f"--max-words={self.sizes.vocabulary}",
+            f"--max-words={self.sizes.card_words if self.has_cards else self.sizes.vocabulary}",
             f"--min-pages={min_pages}",
         )
-        for split in SPLITS:
+        for split in self.inputs["pages"]:
             run_tool(
                 "tools/ocr/3_write_page_shards.py",
                 self.labels / f"pages_{split}.jsonl",

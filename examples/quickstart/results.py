@@ -13,7 +13,7 @@ from typing import Any
 
 from measures import HeldOut, Model, embed_held_out, export_difference, load_model, retrieval_figures
 from phases import DemoError, say
-from pictures import STAGES, clip_section, neighbour_section, page_section
+from pictures import STAGES, card_section, clip_section, neighbour_section, page_section
 from preprocessing import Preprocessing
 from training import checkpoint_dir
 
@@ -41,7 +41,8 @@ _PACKAGES = (
 )
 # figure of summary.json -> (the measure that is shown, its words)
 _SHOWN = {
-    "page_to_words": ("mean_average_precision", "page → its words, mean average precision"),
+    "page_to_words": ("first_right", "held-back page: the first word read is on it"),
+    "new_typefaces_to_words": ("first_right", "the same in typefaces never seen"),
     "image_to_clusters": ("recall_at_{labels}", "image → its clusters, recall@{labels}"),
     "clip_to_other_cut": ("recall_at_1", "clip → another cut of it, recall@1"),
 }
@@ -60,6 +61,8 @@ class Results:
         """Yields (words, before, after, chance or None) of the figures that people are shown."""
         num_labels = self.held_out[STAGES[1]].images.labels.shape[1]
         for name, (measure, words) in _SHOWN.items():
+            if name not in self.figures[STAGES[1]]:
+                continue
             key = measure.format(labels=num_labels)
             before, after = (self.figures[stage][name] for stage in STAGES)
             chance = after.get(f"chance_{key}")
@@ -171,13 +174,7 @@ def write_page(
                 text="On data that training never saw: other crops of photographs, other pages, other cuts of clips.",
                 blocks=[TableBlock(header=["held-out", "before", "after", "by chance"], rows=shown)],
             ),
-            page_section(
-                preprocessing.labels / "pages_held_out.jsonl",
-                folder,
-                results.held_out,
-                results.models,
-                preprocessing.words(),
-            ),
+            *_page_sections(preprocessing, folder, results),
             clip_section(preprocessing.labels / "clips_train", folder),
             neighbour_section(preprocessing.data, folder, results.held_out),
             Section(title="Time", blocks=[_time_table(summary["seconds"])]),
@@ -185,6 +182,14 @@ def write_page(
     )
     write_extras(run_dir, extras)
     return write_run_report(run_dir)
+
+
+def _page_sections(preprocessing: Preprocessing, folder: Path, results: Results) -> list[Section]:
+    """Cards and the words read on them; of a user's pages one, with its boxes."""
+    if preprocessing.has_cards:
+        return [card_section(preprocessing.data, folder, results.held_out, results.models)]
+    lines = preprocessing.labels / "pages_held_out.jsonl"
+    return [page_section(lines, folder, results.held_out, results.models, preprocessing.words())]
 
 
 def _time_table(seconds: Mapping[str, float]) -> TableBlock:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PAGE_SIDE = 320
-"""Pixels; within 256 patches a page is seen at 224, where its letters are still about a patch high."""
-
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """Amounts of input, classes and steps; sizes of patches and pictures are those of config.yaml."""
+    """Amounts of input, classes and steps; sizes of patches and pictures are those of config.yaml.
+
+    Attributes:
+        cards: pictures of one to three words to train on; `read_cards` of them are labelled by OCR, the others by what
+            they were made of.
+        held_out_cards: in the typefaces of training, and as many in others.
+        card_words: words that cards are made of.
+        vocabulary: most words of a user's own pages.
+    """
 
     images: int = 320
     held_out_images: int = 64
-    pages: int = 96
-    held_out_pages: int = 24
+    cards: int = 3000
+    read_cards: int = 96
+    held_out_cards: int = 150
+    card_words: int = 120
     clips: int = 60
     image_clusters: int = 64
     clip_clusters: int = 60
@@ -37,10 +44,11 @@ class DemoSizes:
         return [
             f"--images={self.images}",
             f"--held-out-images={self.held_out_images}",
-            f"--pages={self.pages}",
-            f"--held-out-pages={self.held_out_pages}",
-            f"--page-width={PAGE_SIDE}",
-            f"--page-height={PAGE_SIDE}",
+            "--pages=0",
+            "--held-out-pages=0",
+            f"--cards={self.cards}",
+            f"--held-out-cards={self.held_out_cards}",
+            f"--card-words={self.card_words}",
             f"--clips={self.clips}",
         ]
 
@@ -50,8 +58,9 @@ SIZES = {
     "fast": DemoSizes(
         images=160,
         held_out_images=32,
-        pages=40,
-        held_out_pages=12,
+        cards=1500,
+        read_cards=40,
+        held_out_cards=80,
         clips=30,
         image_clusters=40,
         clip_clusters=30,
@@ -61,8 +70,10 @@ SIZES = {
     "tiny": DemoSizes(
         images=40,
         held_out_images=10,
-        pages=10,
-        held_out_pages=4,
+        cards=60,
+        read_cards=12,
+        held_out_cards=16,
+        card_words=30,
         clips=10,
         image_clusters=12,
         clip_clusters=10,

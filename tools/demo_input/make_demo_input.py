@@ -2,8 +2,9 @@
 
 OUTPUT/train and OUTPUT/held_out each get images/, pages/ and clips/. Held-out images are other crops of the same
 photographs, held-out pages other passages in other looks, and a held-out clip is the later cut of the training clip
-with the same name, in the other codec. OUTPUT/page_truth.jsonl holds what is written where on the pages. Everything
-follows from --seed; a second run with the same options does nothing.
+with the same name, in the other codec. --cards adds cards/ with one to three large words, and OUTPUT/new_typefaces/
+with cards in typefaces that no other card has. OUTPUT/page_truth.jsonl holds what is written where on pages and cards.
+Everything follows from --seed; a second run with the same options does nothing.
 """
 
 from __future__ import annotations

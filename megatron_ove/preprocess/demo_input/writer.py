@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ove.preprocess.demo_input.cards import CARD_SPLITS, card_maker
 from megatron_ove.preprocess.demo_input.clips import draw_scene, write_clip
 from megatron_ove.preprocess.demo_input.images import draw_variant
 from megatron_ove.preprocess.photographs import photograph_names
@@ -25,12 +26,15 @@ _PAGE_CHARACTERS = 900  # more than any page holds
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """How much to make. Clips are one scene each, cut in two: frames for training, later frames held out."""
+    """How much to make. As many cards as are held out are made in typefaces that no other card has. Clips are one scene each, cut in two: frames for training, later frames held out."""
 
     images: int = 320
     held_out_images: int = 64
     pages: int = 64
     held_out_pages: int = 24
+    cards: int = 0
+    held_out_cards: int = 0
+    card_words: int = 120
     clips: int = 48
     page_width: int = 448
     page_height: int = 448
@@ -55,6 +59,9 @@ def _files(root: Path, sizes: DemoSizes) -> Iterator[Path]:
             yield root / split / "images" / f"{names[index % len(names)]}_{index:04d}.jpg"
         for index in range(pages):
             yield root / split / "pages" / f"{codes[index % len(codes)]}_{index:04d}.jpg"
+    for split in CARD_SPLITS:
+        for index in range(sizes.cards if split == "train" else sizes.held_out_cards):
+            yield root / split / "cards" / f"card_{index:05d}.jpg"
     for index in range(sizes.clips):
         yield root / "train" / "clips" / f"{names[index % len(names)]}_{index:04d}.mp4"
 
@@ -64,9 +71,10 @@ class DemoWriter:
 
     def __init__(self, root: Path, sizes: DemoSizes) -> None:
         self._root, self._sizes = root, sizes
+        self._cards = {split: card_maker(split, sizes.card_words, sizes.seed) for split in CARD_SPLITS}
 
     def __call__(self, path: Path) -> dict[str, Any] | None:
-        """Writes the file; returns the ground truth of a page, and None for others."""
+        """Writes the file; returns the ground truth of a page or card, and None for others."""
         split, kind = path.parent.parent.name, path.parent.name
         name, index = path.stem.rsplit("_", 1)
         place = zlib.crc32(path.relative_to(self._root).as_posix().encode())
@@ -77,8 +85,19 @@ class DemoWriter:
             return None
         if kind == "pages":
             return self._write_page(path, split, name, random, place)
+        if kind == "cards":
+            return self._write_card(path, split, int(index))
         self._write_cuts(path, int(index), random)
         return None
+
+    def _write_card(self, path: Path, split: str, index: int) -> dict[str, Any]:
+        card = self._cards[split].make(index).picture
+        write_whole(path, card.encode())
+        return {
+            "file": str(path.relative_to(self._root)),
+            "split": split,
+            "words": [{"text": word.text, "box": word.box} for word in card.words],
+        }
 
     def _write_page(
         self, path: Path, split: str, language: str, random: np.random.Generator, seed: int
@@ -112,5 +131,5 @@ class DemoWriter:
 
 
 def write_truth(root: Path, pages: list[dict[str, Any]]) -> None:
-    """Writes page_truth.jsonl: the lines and words of every page with their boxes."""
+    """Writes page_truth.jsonl: the lines of every page, and the words of every page and card, with their boxes."""
     write_whole(root / "page_truth.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pages).encode())
