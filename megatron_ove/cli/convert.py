@@ -18,6 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     export = directions.add_parser("export", help="checkpoint -> HuggingFace folder")
     export.add_argument("--checkpoint", required=True, help="folder like runs/NAME/checkpoints/step_00000100")
     export.add_argument("--output", required=True, help="new folder for the HuggingFace model")
+    export.add_argument(
+        "--class-centers", action="store_true", help="also write every head's class centers, one file a head"
+    )
     export.set_defaults(run=run_export)
 
     importing = directions.add_parser("import", help="HuggingFace folder -> checkpoint that initialises runs")
@@ -30,7 +33,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Exports and says how to load the result; returns the exit status."""
     from megatron_ove.convert.hf_export import export_checkpoint
 
-    path = export_checkpoint(arguments.checkpoint, arguments.output)
+    path = export_checkpoint(arguments.checkpoint, arguments.output, with_class_centers=arguments.class_centers)
     sys.stdout.write(f'{path}\nload it with AutoModel.from_pretrained("{path}", trust_remote_code=True)\n')
     return 0
 

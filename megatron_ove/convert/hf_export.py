@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+
 from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint, read_checkpoint_facts
-from megatron_ove.convert.class_centers import load_words
+from megatron_ove.convert.class_centers import load_class_centers, load_embedding_mean, load_words
 from megatron_ove.convert.hf_config import DEFAULT_IMAGE_SIZE, to_hf_config
 from megatron_ove.convert.hf_folder import write_hf_folder
 from megatron_ove.convert.mapping import to_hf
@@ -19,7 +21,7 @@ from megatron_ove.vocabulary import vocabulary_path
 logger = logging.getLogger(__name__)
 
 
-def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path) -> Path:
+def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path, *, with_class_centers: bool = False) -> Path:
     """Writes the encoder of a checkpoint as a HuggingFace folder; no other process, GPU or class center is needed.
 
     Weights keep their dtype: a bf16 run is exported in bf16, the precision it was trained to run in.
@@ -28,6 +30,9 @@ def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path) -> Pat
         checkpoint_dir: a checkpoint folder.
         output_dir: new folder: model.safetensors, config.json, the modelling code, preprocessor_config.json, README.md,
             and the vocabularies that the checkpoint carries.
+        with_class_centers: whether class_centers/<objective>.safetensors are written too: "class_centers" [c, e] fp32
+            in the order of class ids and, of a head with `centering: embeddings`, "embedding_mean" [e], which is to be
+            taken from an embedding before it is compared with them.
 
     Returns:
         The folder.
@@ -42,11 +47,26 @@ def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path) -> Pat
     values = to_hf_config(config, image_size=trained_image_size(facts), dtype=dtype)
     num_parameters = sum(tensor.numel() for tensor in published.values())
     num_words = _count_words(checkpoint_dir, facts)
-    card = describe_model(values, facts, num_parameters=num_parameters, num_words=num_words)
     files = {name: (Path(checkpoint_dir) / name).read_bytes() for name in num_words}
+    heads = list(facts["config"].get("objectives", {})) if with_class_centers else []
+    files |= {class_centers_path(name): _class_centers(checkpoint_dir, name) for name in heads}
+    card = describe_model(
+        values, facts, num_parameters=num_parameters, num_words=num_words, has_class_centers=bool(heads)
+    )
     path = write_hf_folder(output_dir, published, values, model_card=card, files=files)
     logger.info("exported %d tensors, %d parameters, to %s", len(published), num_parameters, path)
     return path
+
+
+def class_centers_path(objective: str) -> str:
+    """Returns where an export keeps the class centers of an objective."""
+    return f"class_centers/{objective}.safetensors"
+
+
+def _class_centers(checkpoint_dir: str | Path, objective: str) -> bytes:
+    tensors = {"class_centers": load_class_centers(checkpoint_dir, objective, verify=False)}
+    mean = load_embedding_mean(checkpoint_dir, objective)
+    return save(tensors if mean is None else {**tensors, "embedding_mean": mean})
 
 
 def _count_words(checkpoint_dir: str | Path, facts: Mapping[str, Any]) -> dict[str, int]:

@@ -79,6 +79,7 @@ def describe_model(
     *,
     num_parameters: int,
     num_words: Mapping[str, int] | None = None,
+    has_class_centers: bool = False,
 ) -> str:
     """Returns the model card.
 
@@ -87,6 +88,7 @@ def describe_model(
         facts: plain values of the checkpoint: step, config, train_state.
         num_parameters: of the exported model.
         num_words: vocabulary in the folder -> its words.
+        has_class_centers: whether the folder holds the heads' class centers.
     """
     usage = _USAGE.format(
         image_size=values["image_size"],
@@ -97,7 +99,7 @@ def describe_model(
         pooled_line=f"\noutput.pooler_output  # [1, {values['hidden_size']}]" if values["use_head"] else "",
     )
     name = facts["config"].get("name", "OneVision-Encoder")
-    training = _training(facts, num_words or {})
+    training = _training(facts, num_words or {}, has_class_centers)
     parts = [f"{_HEADER}\n# {name}\n", _architecture(values, num_parameters), training, usage, _LIMITS]
     return "\n".join(parts)
 
@@ -113,7 +115,21 @@ def _architecture(values: Mapping[str, Any], num_parameters: int) -> str:
     )
 
 
-def _training(facts: Mapping[str, Any], num_words: Mapping[str, int]) -> str:
+_CENTERS = """
+`class_centers/NAME.safetensors` holds the class centers of head NAME, in the order of class ids: the nearest ones to a
+picture's embedding are the classes that the head sees on it.
+
+```python
+from safetensors.torch import load_file
+
+head = load_file("FOLDER/class_centers/NAME.safetensors")
+embedding = output.pooler_output - head.get("embedding_mean", 0.0)
+scores = torch.nn.functional.cosine_similarity(embedding[:, None], head["class_centers"][None], dim=-1)
+```
+"""
+
+
+def _training(facts: Mapping[str, Any], num_words: Mapping[str, int], has_class_centers: bool) -> str:
     config = facts["config"]
     if "objectives" not in config:
         return f"## Training\n\nImported from {facts.get('imported_from', 'elsewhere')} and not trained further.\n"
@@ -130,7 +146,7 @@ def _training(facts: Mapping[str, Any], num_words: Mapping[str, int]) -> str:
             f"{item['loss_weight']:g} |"
             for name, item in config["objectives"].items()
         ),
-        "\nThe heads' class centers are not part of this export.\n",
+        _CENTERS if has_class_centers else "\nThe heads' class centers are not part of this export.\n",
         *(
             f"`{path}` holds the {count:,} words of a head's classes, in the order of class ids.\n"
             for path, count in num_words.items()

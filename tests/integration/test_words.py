@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from megatron_ove.checkpoint.manifest import read_manifest
 from megatron_ove.cli.main import main
@@ -114,6 +116,7 @@ def test_read_prints_the_words_whose_centers_are_nearest(
     export = tmp_path / "export"
     assert main(["convert", "export", "--checkpoint", str(checkpoint), "--output", str(export)]) == 0
     assert (export / FILE).read_bytes() == (checkpoint / FILE).read_bytes()
+    assert not (export / "class_centers").exists()
     assert f"`{FILE}` holds the 13 words of a head's classes" in (export / "README.md").read_text()
     encode, settings = huggingface_encoder(load_exported_model(export), 14), SampleSettings(max_patches=16)
     embedded = embed_shard_set(encode, ShardSet.open(sources["ocr"]), settings, indices=[3])
@@ -132,6 +135,17 @@ def test_read_prints_the_words_whose_centers_are_nearest(
     first, second = classes.tolist()[:2]
     expected = f"{page}\n  {values[0]:5.2f}  word{first}\n  {values[1]:5.2f}  word{second}\n"
     assert capsys.readouterr().out == expected
+
+
+def test_an_export_can_carry_the_class_centers(checkpoint: Path, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    assert main(["convert", "export", "--checkpoint", str(checkpoint), "--output", str(export), "--class-centers"]) == 0
+    assert "`class_centers/NAME.safetensors` holds the class centers" in (export / "README.md").read_text()
+    stored = load_file(export / f"class_centers/{OBJECTIVE}.safetensors")
+    assert list(stored) == ["class_centers"]
+    assert torch.equal(stored["class_centers"], load_class_centers(checkpoint, OBJECTIVE))
+    assert len(list((export / "class_centers").iterdir())) == 3
+    load_exported_model(export)
 
 
 def test_evaluate_shows_the_words_of_pages(

@@ -16,7 +16,7 @@ _STRIP, _CARD, _MOST_WORDS = (112, 28), (112, 84), 3
 
 
 def card_maker(split: str, num_words: int, seed: int) -> WordPages:
-    """Returns the maker of a split's cards: half of them strips of one word, half with one to three; words drawn evenly.
+    """Returns the maker of a split's cards: strips of one word and cards of one to three; words are drawn evenly.
 
     Args:
         split: a key of `CARD_SPLITS`.

@@ -26,7 +26,11 @@ _PAGE_CHARACTERS = 900  # more than any page holds
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """How much to make. As many cards as are held out are made in typefaces that no other card has. Clips are one scene each, cut in two: frames for training, later frames held out."""
+    """How much to make.
+
+    Clips are one scene each, cut in two: frames for training, later frames held out. As many cards as are held out are
+    made in typefaces that no other card has.
+    """
 
     images: int = 320
     held_out_images: int = 64
