@@ -22,12 +22,12 @@ class DemoSizes:
     cards: int = 3000
     read_cards: int = 96
     held_out_cards: int = 150
-    card_words: int = 120
+    card_words: int = 100
     clips: int = 60
     image_clusters: int = 64
     clip_clusters: int = 60
     vocabulary: int = 400
-    steps: int = 260
+    steps: int = 300
 
     @property
     def stop_at(self) -> int:

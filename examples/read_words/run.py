@@ -77,13 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch)\b")
     figures = measure(run_dir, sizes.steps)
     seconds["evaluation"] = time.perf_counter() - start - sum(seconds.values())
+    curve = read_curve(run_dir)
+    draw_curve(curve, sizes.first_steps, run_dir / "curve.png")
     result = {
         "seed": arguments.seed,
         "control": arguments.control,
         "samples": sizes.steps * 128,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "figures": figures,
-        "curve": read_curve(run_dir),
+        "curve": curve,
     }
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print_table(figures)
@@ -165,6 +167,26 @@ def read_curve(run_dir: Path) -> dict[str, list[list[float]]]:
         name: [[row["step"], round(row[key], 4)] for row in rows if row.get(key) is not None]
         for name, key in names.items()
     }
+
+
+def draw_curve(curve: dict[str, list[list[float]]], first_steps: int, path: Path) -> None:
+    """Draws the loss and the held-out figure over steps, with the step from which pages are among the strips."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.2), dpi=110)
+    axes.plot(*zip(*curve["loss"], strict=True), color="#c2571a", label="training loss")
+    axes.axvline(first_steps, color="#888888", linewidth=0.8, linestyle="--")
+    axes.annotate("pages from here on", (first_steps, axes.get_ylim()[1]), (4, -12), textcoords="offset points", size=8)
+    axes.set(xlabel="step of 128 pictures", ylabel="loss", ylim=(0, None))
+    held_out = axes.twinx()
+    held_out.plot(*zip(*curve["held_out"], strict=True), "o-", color="#14785a", label="words in unseen typefaces, mAP")
+    held_out.set(ylim=(0, 1), ylabel="mean average precision")
+    figure.legend(loc="upper center", ncol=2, frameon=False, fontsize=9)
+    figure.subplots_adjust(left=0.08, right=0.91, top=0.88, bottom=0.15)
+    figure.savefig(path)
 
 
 def print_table(figures: dict[str, dict[str, dict[str, float]]]) -> None:

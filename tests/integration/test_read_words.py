@@ -37,7 +37,8 @@ def test_a_tiny_run_from_pictures_to_figures(tmp_path: Path) -> None:
             assert {"chance_first_right", "word_to_pages_mean_average_precision"} <= set(figures)
     assert [step for step, _ in record["curve"]["held_out"]] == [6]
     assert all(
-        (tmp_path / "run" / name).stat().st_size > 1000 for name in ("strips_siblings.png", "pages_siblings.png")
+        (tmp_path / "run" / name).stat().st_size > 1000
+        for name in ("strips_siblings.png", "pages_siblings.png", "curve.png")
     )
     assert "strips_siblings" in result.stdout and "min in all" in result.stdout
 

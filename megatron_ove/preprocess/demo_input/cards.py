@@ -10,8 +10,9 @@ from megatron_ove.preprocess.text_render.word_pages import WordPages
 CARD_SPLITS: dict[str, Split] = {"train": "train", "held_out": "train", "new_typefaces": "siblings"}
 """Folder of cards -> the typefaces they are written in. Held-out cards are others in the typefaces of training."""
 
-# Places are whole patches of 14 pixels: where a letter lies within a patch is what takes longest to learn to ignore.
-_LOOK = Look(size=(16, 20), place_step=14)
+# Words stand on lines, at multiples of two patches of 14 pixels: where a letter lies within a patch is what takes longest
+# to learn to ignore, and there are minutes only.
+_LOOK = Look(size=(16, 18), place_step=28)
 _STRIP, _CARD, _MOST_WORDS = (112, 28), (112, 84), 3
 
 
@@ -29,7 +30,7 @@ def card_maker(split: str, num_words: int, seed: int) -> WordPages:
         looks=(_LOOK,),
         shares=(1.0,),
         seed=1000 * seed + list(CARD_SPLITS).index(split),
-        page_share=0.5,
+        page_share=0.25,
         max_words=_MOST_WORDS,
         strip=_STRIP,
         page=_CARD,

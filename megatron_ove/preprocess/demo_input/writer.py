@@ -38,7 +38,7 @@ class DemoSizes:
     held_out_pages: int = 24
     cards: int = 0
     held_out_cards: int = 0
-    card_words: int = 120
+    card_words: int = 100
     clips: int = 48
     page_width: int = 448
     page_height: int = 448
