@@ -202,6 +202,20 @@ def test_mean_cosine_is_that_of_the_encoder_which_the_run_started_from(words: Pa
     assert len(set.union(*starts.values())) == 3
 
 
+def test_a_shift_moves_every_embedding_alike(ablation: ModuleType) -> None:
+    from ablation_encoders import PictureEncoder, mean_cosine
+
+    encoder = PictureEncoder(0.05)
+    pictures = torch.randint(256, (8, 28, 112), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    with torch.no_grad():
+        before = encoder(pictures)
+        encoder.shift(-before.mean(0))
+        torch.testing.assert_close(encoder(pictures), before - before.mean(0), rtol=1e-4, atol=1e-5)
+    # Three directions in the plane, 120 degrees apart; and two that are the same.
+    plane = torch.tensor([[1.0, 0.0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]])
+    assert mean_cosine(plane) == pytest.approx(-0.5) and mean_cosine(plane[[0, 0]]) == pytest.approx(1.0)
+
+
 def test_table_and_plots_of_words(words: Path) -> None:
     table = (words / "table.md").read_text()
     assert "## words, 20 classes, initial range 0.05, 4 steps of 16 samples" in table

@@ -40,6 +40,12 @@ class PictureEncoder(nn.Module):
         pooled: Tensor = self.vit(normalize_pixels(colours)).pooler_output
         return pooled
 
+    @torch.no_grad()
+    def shift(self, offset: Tensor | float) -> None:
+        """Adds `offset` [VIT_SIZE] to every embedding."""
+        assert self.vit.head is not None
+        self.vit.head.mlp.fc2.bias.add_(offset)
+
 
 def make_encoder(data: AblationData, initializer_range: float | None) -> tuple[nn.Module, int]:
     """Returns a fresh encoder of what `data` shows, and the size of its embeddings.

@@ -35,8 +35,8 @@ photographs in scikit-image and scikit-learn, classes = k-means clusters, truth 
 images of scikit-learn's `load_digits`, classes = k-means clusters, truth = the digit. Of real images the encoder sees a
 random half of the pixels. `words` = pictures of one word, 20,000 for training and 1,000 held out in unseen typefaces,
 class and truth = the word; neighbours are looked for among 2,000 training pictures. `pretrained`: the encoder has
-learned to read as many other words before, with the settings of `small_embeddings`, so that its embeddings are not
-collinear at the start.
+learned to read as many other words before, with the settings of `small_embeddings`, and the mean of its embeddings was
+taken into its last bias, so that they are not collinear at the start.
 """
 
 _TIME_NOTE = """
