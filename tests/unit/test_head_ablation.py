@@ -133,3 +133,173 @@ def test_labels_of_real_images_are_the_nearest_clusters(ablation: ModuleType, ki
     assert distance[same].mean() < 0.8 * distance.mean()
     view = data.view(inputs, torch.Generator().manual_seed(0))
     assert 0.4 < float((view[inputs != 0] != 0).float().mean()) < 0.6
+
+
+def test_stored_runs_are_read_as_they_were_made_and_kept_to_the_letter(ablation: ModuleType, tmp_path: Path) -> None:
+    from ablation_heads import settings_of
+    from ablation_report import write_markdown
+    from ablation_runs import Run, RunFile, RunKey
+
+    stored = Path(__file__).parents[2] / "docs/ablation/head_ablation.json"
+    copy = tmp_path / "runs.json"
+    copy.write_bytes(stored.read_bytes())
+    file = RunFile(copy)
+    old = next(run for run in file.runs if run.key.classes == 400 and run.variant == "rate_10")
+    assert "centering" not in old.settings["head"]
+    assert file.find(old.key, settings_of("rate_10", 400)) == old
+    # What an option of today does that the old run did not have is another run.
+    assert file.find(old.key, settings_of("centered_gradient", 400)) is None
+    lines = copy.read_text().splitlines()
+    file.add(Run(RunKey("words", 20, 0, 32, 8, initializer_range=0.05), "small", 8, {}, old.points, {}, 0.5))
+    kept, added = copy.read_text().splitlines()[: len(lines) - 1], copy.read_text().splitlines()[len(lines) - 1]
+    assert [line.rstrip(",") for line in kept] == [line.rstrip(",") for line in lines[:-1]]
+    assert json.loads(added)["mean_cosine"] == 0.5
+
+    write_markdown(tmp_path / "table.md", RunFile(stored).runs, None)
+    now, published = ((tmp_path / "table.md").read_text(), stored.with_suffix(".md").read_text())
+    for table in published.split("\n## ")[1:]:
+        assert table.split("\n#")[0].strip() in now
+
+
+WORD_VARIANTS = ("published", "default", "small_embeddings")
+
+
+@pytest.fixture(scope="module")
+def words(ablation: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on pictures of words: two batch sizes and two initial ranges, and a pretrained encoder."""
+    import ablation_data
+    import ablation_training
+
+    folder = tmp_path_factory.mktemp("words")
+    tiny = f"--data words --classes 20 --seeds 1 --samples 64 --json {folder / 'runs.json'} --variants".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation_data, "WORDS_TRAIN", 60)
+        patch.setattr(ablation_data, "WORDS_HELD_OUT", 20)
+        patch.setattr(ablation, "PRETRAINING_SAMPLES", 64)
+        patch.setattr(ablation_training, "PRETRAINING_BATCH_SIZE", 16)
+        sizes = ["--batch-size", "16", "32"]
+        assert ablation.main([*tiny, *WORD_VARIANTS, *sizes, "--initializer-range", "0.05", "0.02"]) == 0
+        files = ["--markdown", str(folder / "table.md"), "--plot", str(folder / "plot.png")]
+        assert ablation.main([*tiny, "default", *sizes, "--pretrained", *files]) == 0
+    return folder
+
+
+def test_batch_sizes_of_words_see_the_same_number_of_samples(words: Path) -> None:
+    runs = runs_of(words)
+    assert len(runs) == 2 * 2 * len(WORD_VARIANTS) + 2
+    assert {(run["key"]["batch_size"], run["steps"]) for run in runs} == {(16, 4), (32, 2)}
+    assert all(run["points"][-1]["samples"] == 64 for run in runs)
+    assert all(0 < run["points"][-1]["figures"]["precision"] <= 1 for run in runs)
+
+
+def test_mean_cosine_is_that_of_the_encoder_which_the_run_started_from(words: Path) -> None:
+    starts = {}
+    for run in runs_of(words):
+        key = run["key"]
+        starts.setdefault((key["initializer_range"], "pretrained_samples" in key), set()).add(run["mean_cosine"])
+    assert set(starts) == {(0.05, False), (0.02, False), (0.05, True)}
+    assert all(len(cosines) == 1 for cosines in starts.values())  # the same for every variant and batch size
+    assert len(set.union(*starts.values())) == 3
+
+
+def test_a_shift_moves_every_embedding_alike(ablation: ModuleType) -> None:
+    from ablation_encoders import PictureEncoder, mean_cosine
+
+    encoder = PictureEncoder(0.05)
+    pictures = torch.randint(256, (8, 28, 112), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    with torch.no_grad():
+        before = encoder(pictures)
+        encoder.shift(-before.mean(0))
+        torch.testing.assert_close(encoder(pictures), before - before.mean(0), rtol=1e-4, atol=1e-5)
+    # Three directions in the plane, 120 degrees apart; and two that are the same.
+    plane = torch.tensor([[1.0, 0.0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]])
+    assert mean_cosine(plane) == pytest.approx(-0.5) and mean_cosine(plane[[0, 0]]) == pytest.approx(1.0)
+
+
+def test_table_and_plots_of_words(words: Path) -> None:
+    table = (words / "table.md").read_text()
+    assert "## words, 20 classes, initial range 0.05, 4 steps of 16 samples" in table
+    assert "## words, 20 classes, initial range 0.05, pretrained, 2 steps of 32 samples" in table
+    assert "## words, 20 classes, initial range 0.02, 2 steps of 32 samples" in table
+    assert "| mAP |" in table and "Mean cosine of two embeddings before the first step: 0." in table
+    compared = table.split("# Differences to the default")[1]
+    assert compared.count("| `small_embeddings` |") == 4 and "| `default` |" not in compared
+    assert (words / "plot_axes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_panels_of_the_axes_hold_series_that_differ_in_nothing_else(ablation: ModuleType) -> None:
+    from ablation_axes import panels_of
+    from ablation_runs import Run, RunKey
+
+    def run(classes: int, batch_size: int, steps: int, **more: object) -> Run:
+        return Run(RunKey("synthetic", classes, 0, batch_size, steps, **more), "default", steps, {}, [])
+
+    runs = [run(300, 64, 16), run(300, 16, 64), run(5000, 64, 16), run(300, 32, 16), run(300, 64, 16, budget="time")]
+    ((_, by_batch), (_, by_classes)) = panels_of(runs)
+    assert [(title, list(members)) for title, members in by_batch] == [
+        ("synthetic, 300 classes, 1,024 samples", [16, 64])
+    ]
+    assert [(title, list(members)) for title, members in by_classes] == [("synthetic, batch size 64", [300, 5000])]
+
+
+def test_words_and_pictures_follow_from_the_seed(ablation: ModuleType) -> None:
+    from ablation_words import word_list, word_pictures
+
+    words, others = word_list(300, 0), word_list(300, 0, others=True)
+    assert words == word_list(300, 0) != word_list(300, 1)
+    assert len({*words, *others}) == 600
+    pictures, classes = word_pictures(words, 8, "train", seed=0)
+    assert pictures.shape == (8, 28, 112) and pictures.dtype == torch.uint8 and int(classes.max()) < 300
+    assert torch.equal(pictures, word_pictures(words, 8, "train", seed=0)[0])
+    assert not torch.equal(pictures, word_pictures(words, 8, "siblings", seed=0)[0])
+    with pytest.raises(ValueError, match="take fewer --classes"):
+        word_list(2_000, 0)
+
+
+def test_the_running_mean_is_taken_away_only_where_training_took_one_away(ablation: ModuleType) -> None:
+    from ablation_heads import make_head
+
+    from megatron_ove.config.parallel import ParallelConfig
+    from megatron_ove.parallel.topology import destroy_topology, initialize_topology
+
+    topology = initialize_topology(ParallelConfig(), seed=0)
+    try:
+        pooled = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)) + 3.0
+        for variant in ("published", "default", "small_gradient", "centered_embeddings"):
+            head = make_head(variant, 20, 128, num_labels=1, seed=0, topology=topology)
+            inputs = pooled.clone().requires_grad_()
+            head.loss(0, inputs, torch.arange(32)[:, None] % 20, torch.arange(32)).backward()
+            head.update(1e-3)
+            mean = torch.as_tensor(head.embedding_mean()).expand(128)
+            expected = pooled.mean(0) if variant == "centered_embeddings" else torch.zeros(128)
+            torch.testing.assert_close(mean, expected)
+            common = inputs.grad.sum(0).norm() / inputs.grad.norm(dim=1).sum()
+            assert (common < 1e-5) == (variant in ("small_gradient", "centered_embeddings")), variant
+    finally:
+        destroy_topology()
+
+
+def test_warm_up_is_counted_in_samples(ablation: ModuleType) -> None:
+    from ablation_training import LEARNING_RATE, learning_rate
+
+    # Stored runs: 50 steps of 128.
+    assert learning_rate(49, 1000, 128) == LEARNING_RATE * (1 - 49 / 1000) > learning_rate(48, 1000, 128)
+    assert learning_rate(199, 2000, 32) == pytest.approx(LEARNING_RATE * (1 - 199 / 2000))
+    assert learning_rate(98, 2000, 32) == pytest.approx(LEARNING_RATE * 99 / 200 * (1 - 98 / 2000))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--pretrained", "are of --data words, not of synthetic"),
+        ("--data digits --initializer-range 0.02", "are of --data words, not of digits"),
+        ("--samples 1000 --batch-size 50 64", "--samples 1000 is no multiple of the batch size 64"),
+        ("--samples 1000 --steps 10", "not allowed with argument"),
+    ],
+)
+def test_options_that_do_not_fit(
+    ablation: ModuleType, options: str, sentence: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        ablation.parse(options.split())
+    assert sentence in capsys.readouterr().err

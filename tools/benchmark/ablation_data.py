@@ -1,10 +1,11 @@
-"""Data sets of the head ablation: what the encoder sees, each sample's 10 nearest classes, and a truth to search for.
+"""Data sets of the head ablation: what the encoder sees, each sample's classes, and a truth to search for.
 
 synthetic: a mixture of many clusters seen through a fixed non-linear map with noise; truth = the cluster.
 photos: patches of the photographs that ship with scikit-image and scikit-learn, seen with half of their pixels missing;
 classes = k-means clusters of the whole patches; truth = the nearest of them. Held out: the right fifth of each picture.
 digits: the 1,797 images of scikit-learn's `load_digits`, seen with half of their pixels missing; classes = k-means
 clusters of the whole images; truth = the written digit. So few that every image is seen dozens of times.
+words: pictures of single words (ablation_words.py); the one label and the truth are the word.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from ablation_words import WORDS_HELD_OUT, WORDS_TRAIN, word_list, word_pictures
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from megatron_ove.preprocess.text_render.typefaces import Split
 
 NUM_LABELS = 10
 SYNTHETIC_HELD_OUT = 4_000
@@ -24,6 +28,8 @@ DIGITS_HELD_OUT = 600
 PHOTOS_TRAIN, PHOTOS_HELD_OUT = 60_000, 4_000
 KEPT_PIXELS = 0.5
 """Of real images."""
+WORDS_SEARCHED = 2_000
+"""Training pictures among which neighbours are looked for: to embed them all would take longer than training."""
 
 _LATENT_SIZE, _SEEN_SIZE = 48, 128
 _SEARCH_BLOCK = 500
@@ -39,8 +45,8 @@ class Samples:
     """One half of a data set.
 
     Attributes:
-        inputs: [n, d] fp32, what the encoder sees (of digits: before pixels are dropped).
-        labels: [n, 10] int64, the nearest classes, nearest first.
+        inputs: [n, d] fp32, what the encoder sees (of digits: before pixels are dropped); of words [n, h, w] uint8.
+        labels: [n, 10] int64, the nearest classes, nearest first; of words [n, 1], the word.
         truth: [n] int64, what a retrieved neighbour should share with the query.
     """
 
@@ -57,6 +63,7 @@ class AblationData:
         kept_pixels: chance of an input coordinate to be seen; drawn anew for every training view. 1 = all.
         counts_share: what the second figure is. True: the share of the 10 neighbours that have the query's truth;
             False: whether any of them has it.
+        num_searched: training samples, the first ones, among which neighbours are looked for. None = all.
     """
 
     num_classes: int
@@ -64,9 +71,15 @@ class AblationData:
     held_out: Samples
     kept_pixels: float
     counts_share: bool
+    num_searched: int | None = None
+
+    @property
+    def has_one_label(self) -> bool:
+        """Whether a sample has a single label."""
+        return self.train.labels.shape[1] == 1
 
     def view(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns one view of `inputs` [n, d]: those coordinates that are seen, the others 0."""
+        """Returns one view of `inputs` [n, ...]: those coordinates that are seen, the others 0."""
         if self.kept_pixels >= 1:
             return inputs
         return inputs * (torch.rand(inputs.shape, generator=generator) < self.kept_pixels)
@@ -76,11 +89,25 @@ def make_data(kind: str, num_classes: int, seed: int) -> AblationData:
     """Makes a data set; the same one for every variant of a seed.
 
     Args:
-        kind: "synthetic", "photos" or "digits".
-        num_classes: clusters.
+        kind: "synthetic", "photos", "digits" or "words".
+        num_classes: clusters or words.
         seed: of everything that is drawn.
     """
-    return {"synthetic": _synthetic, "photos": _photos, "digits": _digits}[kind](num_classes, seed)
+    makers = {"synthetic": _synthetic, "photos": _photos, "digits": _digits, "words": make_words}
+    return makers[kind](num_classes, seed)
+
+
+def make_words(num_classes: int, seed: int, *, others: bool = False) -> AblationData:
+    """Makes pictures of words; with `others` of as many words that the same call without it does not use."""
+    words = word_list(num_classes, seed, others=others)
+    halves = []
+    parts: tuple[tuple[int, Split], ...] = ((WORDS_TRAIN, "train"), (WORDS_HELD_OUT, "siblings"))
+    for count, split in parts:
+        pictures, classes = word_pictures(words, count, split, seed)
+        halves.append(Samples(pictures, classes[:, None], classes))
+    return AblationData(
+        num_classes, *halves, kept_pixels=1.0, counts_share=False, num_searched=min(WORDS_SEARCHED, WORDS_TRAIN)
+    )
 
 
 def _synthetic(num_classes: int, seed: int) -> AblationData:

@@ -25,7 +25,7 @@ from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.class_order import rows_of_classes
 from megatron_ove.parallel.topology import ParallelTopology
 
-PUBLISHED, DEFAULT = "published", "default"
+PUBLISHED, DEFAULT, SMALL_EMBEDDINGS = "published", "default", "small_embeddings"
 LABELS_PER_STEP, PUBLISHED_RATE = 8, 0.1
 _NAME, _SOURCE = "classes", "samples"
 
@@ -46,6 +46,9 @@ class Variant:
 
 
 _ADAMW = {"first_moment": "float32", "second_moment": "element", "lr_scaling": "none"}
+# What examples/read_words/config.yaml says about its head, but for the centering.
+_SMALL = {"margin": 0.0, "logit_scale": 16.0, "sample_rate": 1.0, "negatives": "shared", "interclass_filter": 1.0}
+_SMALL_OPTIM = {"first_moment": "float32", "second_moment": "element", "beta2": 0.98, "lr_multiplier": 0.2}
 
 VARIANTS: dict[str, Variant] = {
     PUBLISHED: Variant("published method (b)"),
@@ -75,6 +78,16 @@ VARIANTS: dict[str, Variant] = {
     "lr_x4": Variant("4 x the encoder's learning rate", optim={"lr_scaling": "none", "lr_multiplier": 4.0}),
     "dense": Variant("dense update: idle rows decay and drift", optim={"update": "dense", "lr_scaling": "none"}),
     "bf16": Variant("bf16 weights, stochastic rounding", optim={"weight_dtype": "bfloat16"}),
+    "centered_gradient": Variant("common gradient taken away", {"centering": "gradient"}),
+    "centered_embeddings": Variant("mean embedding taken away", {"centering": "embeddings"}),
+    "centers_slow": Variant("a tenth of the encoder's learning rate", optim={"lr_multiplier": 0.1}),
+    "small": Variant("settings of examples/read_words, not centered", _SMALL, _SMALL_OPTIM),
+    "small_gradient": Variant("small, common gradient taken away", {**_SMALL, "centering": "gradient"}, _SMALL_OPTIM),
+    SMALL_EMBEDDINGS: Variant("small, mean embedding taken away", {**_SMALL, "centering": "embeddings"}, _SMALL_OPTIM),
+    "small_margin": Variant("small, margin 0.1", {**_SMALL, "margin": 0.1}, _SMALL_OPTIM),
+    "small_scale": Variant("small, scale 32", {**_SMALL, "logit_scale": 32.0}, _SMALL_OPTIM),
+    "small_moments": Variant("small, moments as by default", _SMALL, {"beta2": 0.98, "lr_multiplier": 0.2}),
+    "small_lr_x1": Variant("small, the encoder's learning rate", _SMALL, {**_SMALL_OPTIM, "lr_multiplier": 1.0}),
 }
 
 
@@ -102,7 +115,7 @@ class Head(Protocol):
         Args:
             step: from 0.
             pooled: [b, e] embeddings, not normalized.
-            labels: [b, 10] class ids.
+            labels: [b, l] class ids, 10 or 1.
             seeds: [b] int64; decide which labels the step uses, for every head the same ones.
         """
         ...
@@ -113,6 +126,10 @@ class Head(Protocol):
 
     def centers(self) -> Tensor:
         """Returns [num_classes, e] fp32, in class order."""
+        ...
+
+    def embedding_mean(self) -> Tensor | float:
+        """Returns what is taken away from an embedding before it is compared with anything: [e] fp32, or 0."""
         ...
 
 
@@ -154,15 +171,23 @@ class PackageHead:
         weight = objective.centers.weight
         return weight[rows_of_classes(torch.arange(len(weight)), len(weight))].float()
 
+    def embedding_mean(self) -> Tensor | float:
+        mean = self._objectives[_NAME].sharded_state_dict("").get("embedding_mean")  # as a checkpoint would keep it
+        return 0.0 if mean is None else mean.data
+
 
 class PublishedMethod(PublishedHead):
-    """The published head at a learning rate that follows a schedule, drawing the same labels as the others."""
+    """The published head at a learning rate that follows a schedule, drawing the same labels as the others.
 
-    def __init__(self, num_classes: int, embedding_size: int) -> None:
-        super().__init__(num_classes, embedding_size, num_slots=LABELS_PER_STEP, sample_rate=PUBLISHED_RATE, lr=0.0)
+    It knows no empty slot, so samples with one label have one slot, and a step one set of classes.
+    """
+
+    def __init__(self, num_classes: int, embedding_size: int, num_labels: int) -> None:
+        self._slots = min(LABELS_PER_STEP, num_labels)
+        super().__init__(num_classes, embedding_size, num_slots=self._slots, sample_rate=PUBLISHED_RATE, lr=0.0)
 
     def loss(self, step: int, pooled: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:  # type: ignore[override]
-        return super().loss(pooled, draw_label_slots(labels, seeds, LABELS_PER_STEP))
+        return super().loss(pooled, draw_label_slots(labels, seeds, self._slots))
 
     def update(self, lr: float) -> None:  # type: ignore[override]
         self._optimizer.param_groups[0]["lr"] = lr
@@ -171,9 +196,14 @@ class PublishedMethod(PublishedHead):
     def centers(self) -> Tensor:
         return self.weight.detach()
 
+    def embedding_mean(self) -> Tensor | float:
+        return 0.0
 
-def make_head(name: str, num_classes: int, embedding_size: int, *, seed: int, topology: ParallelTopology) -> Head:
-    """Builds a variant with a fresh table."""
+
+def make_head(
+    name: str, num_classes: int, embedding_size: int, *, num_labels: int, seed: int, topology: ParallelTopology
+) -> Head:
+    """Builds a variant with a fresh table, for samples of `num_labels` labels."""
     if name == PUBLISHED:
-        return PublishedMethod(num_classes, embedding_size)
+        return PublishedMethod(num_classes, embedding_size, num_labels)
     return PackageHead(VARIANTS[name], num_classes, embedding_size, seed=seed, topology=topology)
