@@ -155,10 +155,10 @@ def test_the_running_mean_is_that_of_the_labelled_samples_and_resumes_bit_for_bi
     assert read is not None and torch.equal(read, results[0]["means"][1])
 
 
-def test_late_steps_move_the_mean_by_a_fiftieth():
+def test_late_steps_move_the_mean_by_a_tenth():
     mean = EmbeddingMean(2, torch.device("cpu"), None)
     mean.steps.fill_(1000)
-    mean.observe(torch.tensor([[50.0, 0.0], [7.0, 7.0]]), torch.tensor([True, False]))
+    mean.observe(torch.tensor([[10.0, 0.0], [7.0, 7.0]]), torch.tensor([True, False]))
     mean.apply_update()
     torch.testing.assert_close(mean.value, torch.tensor([1.0, 0.0]))
     mean.apply_update()  # a step without a labelled sample
