@@ -19,7 +19,7 @@ class DemoSizes:
 
     images: int = 320
     held_out_images: int = 64
-    cards: int = 3000
+    cards: int = 5000
     read_cards: int = 96
     held_out_cards: int = 150
     card_words: int = 100

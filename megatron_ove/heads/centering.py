@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_ove.errors import CheckpointError
 
 _DECAY = 0.9
-"""Of the running mean over steps; a run's first steps count equally. A longer memory is behind an encoder that moves."""
+"""Of the running mean over steps; a run's first steps count equally. A longer memory lags behind the encoder."""
 _SHORTEST = 1e-3
 """A centered embedding that is shorter than this share of what it was is not brought to length 1."""
 _EPSILON = 1e-12
