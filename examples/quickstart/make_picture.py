@@ -1,4 +1,4 @@
-"""Draws the picture of the top-level README from a finished demo run: a page, a clip's patches, the falling losses.
+"""Draws the picture of the top-level README from a finished demo run: cards read, a clip's patches, the falling losses.
 
 python examples/quickstart/make_picture.py [RUN_DIR] [OUTPUT]
 """
@@ -33,7 +33,7 @@ def main(run_dir: Path, output: Path) -> None:
     figure = plt.figure(figsize=(12, 4.3), dpi=110)
     grid = figure.add_gridspec(1, 3, width_ratios=[0.72, 1.0, 1.05], left=0.01, right=0.985, top=0.88, bottom=0.12)
     grid.update(wspace=0.12)
-    _show(figure.add_subplot(grid[0]), run_dir / "report/page_boxes.jpg", "A page, read: its words are its labels")
+    _show(figure.add_subplot(grid[0]), run_dir / "report/cards_held_out_after.png", "Words read on cards never seen")
     _show(figure.add_subplot(grid[1]), run_dir / "report/clip_sheet.jpg", "A clip: only lit patches are used")
     _curves(figure.add_subplot(grid[2]), read_metrics(run_dir / "metrics.jsonl"))
     output.parent.mkdir(parents=True, exist_ok=True)

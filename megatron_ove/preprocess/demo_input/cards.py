@@ -10,8 +10,8 @@ from megatron_ove.preprocess.text_render.word_pages import WordPages
 CARD_SPLITS: dict[str, Split] = {"train": "train", "held_out": "train", "new_typefaces": "siblings"}
 """Folder of cards -> the typefaces they are written in. Held-out cards are others in the typefaces of training."""
 
-# Words stand at multiples of two patches of 14 pixels: where a letter lies within a patch is what takes longest to learn
-# to ignore, and there are minutes only.
+# Words stand at multiples of two patches of 14 pixels: where a letter lies in a patch takes longest to learn to
+# ignore, and there are minutes only.
 _LOOK = Look(size=(16, 18), place_step=28)
 _STRIP, _CARD, _MOST_WORDS = (112, 28), (112, 84), 3
 
