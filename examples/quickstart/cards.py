@@ -18,6 +18,7 @@ from megatron_ove.preprocess.record_files import read_records
 class CardReading:
     """How OCR did on the cards it was given: words on them, words read that are there, and words that are not."""
 
+    cards: int = 0
     words: int = 0
     right: int = 0
     wrong: int = 0
@@ -68,8 +69,9 @@ def _known_words(cards: Path) -> Mapping[str, list[str]]:
 
 def _compare(by_ocr: Path, truth: Mapping[str, list[str]]) -> CardReading:
     words = right = wrong = 0
-    for page in read_pages(by_ocr):
+    pages = read_pages(by_ocr)
+    for page in pages:
         there = truth[Path(page.file).name]
         read = {word for line in page.lines for word in segment_words(line.text)}
         words, right, wrong = words + len(there), right + len(read & set(there)), wrong + len(read - set(there))
-    return CardReading(words, right, wrong)
+    return CardReading(len(pages), words, right, wrong)

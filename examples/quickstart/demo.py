@@ -79,7 +79,8 @@ def run_demo(arguments: argparse.Namespace, sizes: DemoSizes) -> None:
         exports = export_run(run_dir, sizes.steps)
     with phases.phase("evaluation", "What training was good for, on held-out data"):
         results = evaluate_run(run_dir, config, exports)
-    summary = write_summary(run_dir, config, results, stopped_at=stopped_at, seconds=phases.seconds)
+    reading = preprocessing.card_reading
+    summary = write_summary(run_dir, config, results, reading=reading, stopped_at=stopped_at, seconds=phases.seconds)
     page = write_page(run_dir, config, results, preprocessing, summary)
     say(f"\n{summary['total_seconds']:.0f} s in all. Figures: {run_dir / 'summary.json'}\nThe page to look at:\n{page}")
 

@@ -6,11 +6,12 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cards import CardReading
 from measures import HeldOut, Model, embed_held_out, export_difference, load_model, retrieval_figures
 from phases import DemoError, say
 from pictures import STAGES, card_section, clip_section, neighbour_section, page_section
@@ -122,7 +123,13 @@ def sample_settings(config: TrainConfig) -> SampleSettings:
 
 
 def write_summary(
-    run_dir: Path, config: TrainConfig, results: Results, *, stopped_at: int, seconds: Mapping[str, float]
+    run_dir: Path,
+    config: TrainConfig,
+    results: Results,
+    *,
+    reading: CardReading,
+    stopped_at: int,
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Writes summary.json and returns it."""
     log = read_metrics(run_dir / "metrics.jsonl")
@@ -138,6 +145,7 @@ def write_summary(
         "export_difference": max(difference.values()),
         "export_differences": dict(difference),
         "rejects": count_rejects(run_dir / "rejects.jsonl"),
+        "cards_read_by_ocr": asdict(reading),
         "data": _data(run_dir),
         "versions": {"megatron_ove": __version__, "python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},

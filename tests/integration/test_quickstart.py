@@ -48,7 +48,7 @@ def test_tiny_demo_from_input_to_page(tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:)""", html)
     for heading in (
         "Training",
-        "A held-back page and its words",
+        "Held-back cards and the words read on them",
         "A clip and its selected patches",
         "Nearest neighbours",
     ):
@@ -58,8 +58,13 @@ def test_tiny_demo_from_input_to_page(tmp_path: Path) -> None:
     assert all(head["last_loss"] < head["first_loss"] for head in summary["heads"].values())
     assert 0 < summary["export_difference"] <= 1e-5
     assert 0 < summary["stopped_at_step"] < summary["steps"] == 12
-    assert summary["samples"] == 12 * 32
+    assert summary["samples"] == 12 * 96
     assert summary["rejects"] == {}
+    reading = summary["cards_read_by_ocr"]
+    assert reading["cards"] == 12 and reading["right"] == reading["words"] and reading["wrong"] == 0
+    for stage in summary["retrieval"].values():
+        for cards in ("page_to_words", "new_typefaces_to_words"):
+            assert 0 <= stage[cards]["first_right"] <= 1 and "chance_first_right" in stage[cards]
     assert set(summary["seconds"]) == {"input", "preprocessing", "training", "resume", "export", "evaluation"}
     console = (tmp_path / "run/console.log").read_text(encoding="utf-8")
     assert f"Resumed from {tmp_path / 'run'}/checkpoints/step_{summary['stopped_at_step']:08d}" in console
