@@ -168,7 +168,7 @@ def write_page(
         title="Quick start: images, pages and clips in one encoder",
         introduction="A small encoder with every part of the large one, trained from nothing for "
         f"{summary['steps']} steps on two processes, cut short half-way and resumed. Its labels were made by the tools "
-        "of this repository; no text or label was given by hand.",
+        "of this repository; no label was given by hand.",
         highlights=[(f"{before} → {after}", words) for words, before, after, _ in shown]
         + [
             (f"{summary['total_seconds'] / 60:.1f} min", "all phases"),
@@ -179,7 +179,8 @@ def write_page(
         sections=[
             Section(
                 title="Before and after training",
-                text="On data that training never saw: other crops of photographs, other pages, other cuts of clips.",
+                text="On data that training never saw: other crops of photographs, other cards or pages, other cuts "
+                "of clips.",
                 blocks=[TableBlock(header=["held-out", "before", "after", "by chance"], rows=shown)],
             ),
             *_page_sections(preprocessing, folder, results),
