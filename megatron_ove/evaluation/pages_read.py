@@ -84,6 +84,7 @@ def draw_pages(shards: ShardSet, rows: Sequence[int], pages: Sequence[PageRead],
         for place, cell in enumerate(line):
             sheet.paste(cell, (_GAP + place * (_CELL + _GAP), top))
         top += height
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
 
 
