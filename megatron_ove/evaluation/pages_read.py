@@ -20,7 +20,7 @@ from megatron_ove.vocabulary import Vocabulary
 
 _MOST_WORDS = 8
 _COLUMNS, _CELL, _GAP, _TEXT_SIZE = 6, 200, 12, 14
-_RIGHT, _WRONG = (0, 120, 40), (190, 30, 30)
+_RIGHT, _WRONG, _EDGE = (0, 120, 40), (190, 30, 30), (215, 215, 215)
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def _draw_page(stored: bytes, page: PageRead) -> Image.Image:
     cell = Image.new("RGB", (_CELL, picture.height + 6 + line * len(page.read)), "white")
     cell.paste(picture, (0, 0))
     pen = ImageDraw.Draw(cell)
+    pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=_EDGE)  # white pages have an edge too
     for place, word in enumerate(page.read):
         font = _typeface_for(word).open(_TEXT_SIZE)
         colour = _RIGHT if word in page.words else _WRONG
