@@ -78,8 +78,12 @@ def config(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> P
         write_synthetic_shard_set(folder / name, kind=kind, num_classes=classes[name], **shape)
     sources = {name: {"path": str(folder / name), "max_patches": 16} for name in shapes}
     sources["images"] = {"path": str(folder / "images"), "image_size": 28}
+    for name, weight in (("images", 2.0), ("pages", 1.0), ("clips", 1.0)):
+        sources[name]["weight"] = weight
+    heads = yaml.safe_load(quickstart.read_text())["objectives"]
     data = {
         "extends": [str(quickstart)],
+        "objectives": {name: {"centering": "none"} for name in heads},  # it depends on what shares a microbatch
         "encoder": {
             "hidden_size": 64,
             "num_attention_heads": 2,
@@ -88,7 +92,10 @@ def config(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> P
             "rope_temporal_size": 16,
         },
         "data": {"sources": sources, "tokens_per_microbatch": 64, "num_threads": 1},
-        "optim": {"schedule": {"kind": "constant", "warmup_steps": 2}},  # so that a rate is not a question of the end
+        "optim": {
+            "lr": 8e-4,
+            "schedule": {"kind": "constant", "warmup_steps": 2},
+        },  # so that a rate is not a question of the end
         "train": {"num_steps": 1_000_000, "global_batch_size": 8, "log_interval_steps": 1},
         "checkpoint": {"interval_steps": 100_000, "save_initial": False},
         "tracking": {"tensorboard": False},

@@ -95,11 +95,13 @@ def constant(tokens: int) -> Any:
 
 
 def demo_mixture() -> tuple[TrainConfig, list[SizedSource]]:
-    """The shapes of examples/quickstart: images of 64 patches, pages and clips of 256; some clips have moved less."""
+    """Images of 64 patches, pages and clips of 256, 32 in a step; some clips have moved less."""
     config = load_config(repository_root() / "examples/quickstart/config.yaml")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 32})})
+    weights = {"images": 2.0, "pages": 1.0, "clips": 1.0}
     clips = lambda rows, seeds: np.where((rows % 6 == 0) & (draw_uniform(seeds, 0) < 0.5), 192, 256)  # noqa: E731
     sources = {"images": constant(64), "pages": constant(256), "clips": clips}
-    return config, [SizedSource(n, s.weight, sources[n]) for n, s in config.data.sources.items()]
+    return config, [SizedSource(name, weight, sources[name]) for name, weight in weights.items()]
 
 
 def native_mixture(budget: int, batch: int) -> tuple[TrainConfig, list[SizedSource]]:

@@ -54,7 +54,8 @@ def test_the_summary_counts_rejects(results: ModuleType, tmp_path: Path, monkeyp
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 8, "loss": 1.0, "time": 0.0}\n')
     config = SimpleNamespace(objectives={}, train=SimpleNamespace(num_steps=1))
     outcome = SimpleNamespace(export_difference={"all": 0.0}, figures={stage: {} for stage in results.STAGES})
-    results.write_summary(tmp_path, config, outcome, stopped_at=1, seconds={"training": 1.0})
+    reading = results.CardReading()
+    results.write_summary(tmp_path, config, outcome, reading=reading, stopped_at=1, seconds={"training": 1.0})
     assert json.loads((tmp_path / "summary.json").read_text())["rejects"] == {"ocr": 2, "clips": 1}
 
 
