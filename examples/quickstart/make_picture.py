@@ -33,7 +33,9 @@ def main(run_dir: Path, output: Path) -> None:
     figure = plt.figure(figsize=(12, 4.3), dpi=110)
     grid = figure.add_gridspec(1, 3, width_ratios=[0.72, 1.0, 1.05], left=0.01, right=0.985, top=0.88, bottom=0.12)
     grid.update(wspace=0.12)
-    _show(figure.add_subplot(grid[0]), run_dir / "report/cards_held_out_after.png", "Words read on cards never seen")
+    _show(
+        figure.add_subplot(grid[0]), run_dir / "report/cards_held_out_after.png", "Words read on cards never seen", 0.5
+    )
     _show(figure.add_subplot(grid[1]), run_dir / "report/clip_sheet.jpg", "A clip: only lit patches are used")
     _curves(figure.add_subplot(grid[2]), read_metrics(run_dir / "metrics.jsonl"))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -42,8 +44,10 @@ def main(run_dir: Path, output: Path) -> None:
     picture.quantize(256, dither=Image.Dither.NONE).save(output, optimize=True)  # a third of the size, looks the same
 
 
-def _show(axes: Axes, path: Path, title: str) -> None:
-    axes.imshow(Image.open(path))
+def _show(axes: Axes, path: Path, title: str, share: float = 1.0) -> None:
+    """Shows the left `share` of a picture."""
+    picture = Image.open(path)
+    axes.imshow(picture.crop((0, 0, round(share * picture.width), picture.height)))
     axes.set_title(title, fontsize=10.5, loc="left")
     axes.axis("off")
 
