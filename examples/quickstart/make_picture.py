@@ -5,6 +5,7 @@ python examples/quickstart/make_picture.py [RUN_DIR] [OUTPUT]
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -30,11 +31,16 @@ COLORS = ("#1f6fb2", "#c2571a", "#14785a")
 
 def main(run_dir: Path, output: Path) -> None:
     """Writes the picture."""
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    right = summary["retrieval"]["after"]["page_to_words"]["first_right"]
     figure = plt.figure(figsize=(12, 4.3), dpi=110)
     grid = figure.add_gridspec(1, 3, width_ratios=[0.72, 1.0, 1.05], left=0.01, right=0.985, top=0.88, bottom=0.12)
     grid.update(wspace=0.12)
     _show(
-        figure.add_subplot(grid[0]), run_dir / "report/cards_held_out_after.png", "Words read on cards never seen", 0.5
+        figure.add_subplot(grid[0]),
+        run_dir / "report/cards_held_out_after.png",
+        f"Cards never seen: {right:.0%} of first words right",
+        0.5,
     )
     _show(figure.add_subplot(grid[1]), run_dir / "report/clip_sheet.jpg", "A clip: only lit patches are used")
     _curves(figure.add_subplot(grid[2]), read_metrics(run_dir / "metrics.jsonl"))
