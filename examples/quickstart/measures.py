@@ -25,6 +25,7 @@ from megatron_ove.evaluation.evaluate_shards import group_names
 from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model, normalize_pixels
 from megatron_ove.evaluation.retrieval import (
     cosine_scores,
+    first_right,
     label_retrieval,
     mean_over_queries,
     reciprocal_rank,
@@ -158,13 +159,8 @@ def other_cut_figures(cuts: EmbeddedSet, train: EmbeddedSet) -> dict[str, float]
     itself = torch.eye(count, len(names), dtype=torch.bool)
     relevant, scores = relevant & ~itself, scores.masked_fill(itself, -torch.inf)
     return {
-        "recall_at_1": mean_over_queries(torch.where(relevant.any(dim=1), hit_at_1(scores, relevant), torch.nan)),
+        "recall_at_1": mean_over_queries(first_right(scores, relevant)),
         "mean_reciprocal_rank": mean_over_queries(reciprocal_rank(scores, relevant)),
         "chance_recall_at_1": mean_over_queries(relevant.sum(dim=1) / (len(names) - 1)),
         "queries": int(relevant.any(dim=1).sum()),
     }
-
-
-def hit_at_1(scores: Tensor, relevant: Tensor) -> Tensor:
-    """Returns [q] fp32: 1 where the best scored item is relevant."""
-    return relevant.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0].float()

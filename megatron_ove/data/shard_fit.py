@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,22 +34,14 @@ def open_shard_sets(config: TrainConfig) -> dict[str, ShardSet]:
         DataError: shard sets that cannot be used; one sentence a line.
         ConfigError: shard sets that do not fit the configuration; every mistake, one sentence a line.
     """
-    opened: dict[str, ShardSet] = {}
-    data_problems: list[str] = []
-    config_problems: list[str] = []
-    for name, source in config.data.sources.items():
-        try:
-            opened[name] = ShardSet.open(source.path)
-        except DataError as error:
-            data_problems += [f"data.sources.{name}: {line}" for line in str(error).split("\n")]
-        else:
-            config_problems += find_mismatches(config, name, opened[name].info)
-            config_problems += find_unlearnable(config, name, opened[name])
-    if config_problems:
-        raise ConfigError("\n".join(data_problems + config_problems))
-    if data_problems:
-        raise DataError("\n".join(data_problems))
-    return opened
+    return _open_fitting(
+        {name: source.path for name, source in config.data.sources.items()},
+        place="data.sources",
+        problems_of=lambda name, shards: [
+            *find_mismatches(config, name, shards.info),
+            *find_unlearnable(config, name, shards),
+        ],
+    )
 
 
 def open_held_out_sets(config: TrainConfig) -> dict[str, ShardSet]:
@@ -61,16 +54,33 @@ def open_held_out_sets(config: TrainConfig) -> dict[str, ShardSet]:
         DataError: shard sets that cannot be used; one sentence a line.
         ConfigError: shard sets that do not fit; every mistake, one sentence a line.
     """
+    return _open_fitting(
+        config.evaluation.sets,
+        place="evaluation.sets",
+        problems_of=lambda name, shards: _held_out_mismatches(config, name, shards),
+    )
+
+
+def _open_fitting(
+    paths: Mapping[str, str], *, place: str, problems_of: Callable[[str, ShardSet], list[str]]
+) -> dict[str, ShardSet]:
+    """Opens sets; raises everything that is wrong with any of them at once, one sentence a line.
+
+    Args:
+        paths: name -> folder.
+        place: section of the configuration that names them.
+        problems_of: says how a set does not fit.
+    """
     opened: dict[str, ShardSet] = {}
     data_problems: list[str] = []
     config_problems: list[str] = []
-    for name, path in config.evaluation.sets.items():
+    for name, path in paths.items():
         try:
             opened[name] = ShardSet.open(path)
         except DataError as error:
-            data_problems += [f"evaluation.sets.{name}: {line}" for line in str(error).split("\n")]
+            data_problems += [f"{place}.{name}: {line}" for line in str(error).split("\n")]
         else:
-            config_problems += _held_out_mismatches(config, name, opened[name])
+            config_problems += problems_of(name, opened[name])
     if config_problems:
         raise ConfigError("\n".join(data_problems + config_problems))
     if data_problems:

@@ -155,10 +155,9 @@ def group_retrieval(embeddings: Tensor, groups: Sequence[str], k: int) -> dict[s
     scores = without_self(cosine_scores(embeddings, embeddings))
     relevant = same_group(groups, groups) & ~torch.eye(len(groups), dtype=torch.bool)
     partners = relevant.sum(dim=1)
-    first = _ranked(scores, relevant)[:, :1].any(dim=1).float()
     precision = _ranked(scores, relevant)[:, :k].sum(dim=1) / partners.clamp(max=k)
     return {
-        "recall_at_1": mean_over_queries(torch.where(partners > 0, first, torch.nan)),
+        "recall_at_1": mean_over_queries(first_right(scores, relevant)),
         "mean_reciprocal_rank": mean_over_queries(reciprocal_rank(scores, relevant)),
         f"precision_at_{k}": mean_over_queries(precision),
         "queries": int((partners > 0).sum()),
