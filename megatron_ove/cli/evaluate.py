@@ -90,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.objective}; leave it away"
         )
     shards = ShardSet.open(arguments.shards)
+    if arguments.picture and shards.info.kind == "video":
+        raise ConfigError(f"--picture draws pages, and {arguments.shards} holds clips; leave it away or give pages")
     model = load_exported_model(arguments.model).to(arguments.device)
     patch_size = int(model.config.patch_size)
     image_size = int(model.config.image_size) if arguments.image_size is None else arguments.image_size

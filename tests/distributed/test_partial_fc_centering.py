@@ -130,6 +130,26 @@ def mean_after_steps(rank: int, world_size: int, case: Case, tensor_size: int, f
     }
 
 
+def loaded_mean(rank: int, world_size: int, case: Case, tensor_size: int, folder: str) -> tuple[torch.Tensor, int]:
+    topology = start(tensor_size)
+    objectives = build(case, topology)
+    manager = CheckpointManager(folder, keep=1, verify="full", data_group=topology.data_group)
+    newest = manager.latest()
+    assert newest is not None
+    loaded = manager.load(newest, {"objectives": objectives.sharded_state_dict("objectives.")})
+    objectives.load_state(loaded["objectives"])
+    mean = objectives[NAME]._mean  # type: ignore[attr-defined]
+    return mean.value, int(mean.steps)
+
+
+def test_the_running_mean_is_read_by_any_number_of_ranks(tmp_path: Path) -> None:
+    case = make_case(centering="embeddings")
+    saved = run_distributed(mean_after_steps, 3, case, 1, str(tmp_path))[0]["means"][1]
+    for world_size, tensor_size in ((1, 1), (2, 1), (4, 2)):
+        for mean, steps in run_distributed(loaded_mean, world_size, case, tensor_size, str(tmp_path)):
+            assert torch.equal(mean, saved) and steps == 2
+
+
 @pytest.mark.parametrize("grid", ["1", "3", "tp2 x dp2"])
 @pytest.mark.parametrize("class_group", ["stage", "tensor"])
 def test_the_running_mean_is_that_of_the_labelled_samples_and_resumes_bit_for_bit(tmp_path: Path, grid, class_group):

@@ -175,6 +175,9 @@ def test_evaluate_shows_the_words_of_pages(
         assert picture.format == "PNG" and picture.width > 1000
     assert main([*command, str(wordless)]) == 2
     assert f"--picture needs words, and the checkpoint {wordless} carries none" in capsys.readouterr().err
+    clips = [sources["video"] if part == sources["ocr"] else part for part in command]
+    assert main([*clips, str(checkpoint)]) == 2
+    assert f"--picture draws pages, and {sources['video']} holds clips" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_used_does_not_stop_the_others(
