@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -15,15 +16,43 @@ from torch import Tensor
 class VisionFeatures:
     """Encoder output on the last pipeline stage; replicated over tensor-parallel ranks.
 
+    Boundaries and grids are those of the tokens: an encoder that merges patches has fewer tokens than patches.
+
     Attributes:
-        tokens: [P, 1, h], after the final norm; rows `cu_seqlens[-1]..P` are padding.
-        pooled: [b, h], attention-pooled, not normalized.
-        cu_seqlens: [b + 1] int32, on the CPU.
+        tokens: [T, 1, h], after the final norm; rows `cu_seqlens[-1]..T` are padding.
+        cu_seqlens: [n + 1] int32 on the CPU, boundaries of the segments in the token dim.
+        grids: [n, 3] int32 on the CPU, (t, h, w) tokens of a segment that is a full grid, else 0.
+        sample: [n] int32 on the CPU, ascending: the sample of each segment.
+        pooled: [n, h], attention-pooled, not normalized; None of an encoder without a pooling head.
     """
 
     tokens: Tensor
-    pooled: Tensor
     cu_seqlens: Tensor
+    grids: Tensor
+    sample: Tensor
+    pooled: Tensor | None = None
+
+    def sample_embeddings(self, num_samples: int) -> Tensor:
+        """Returns [b, h], the pooled embedding of every sample: the mean over its segments.
+
+        Raises:
+            ValueError: the encoder has no pooling head.
+        """
+        if self.pooled is None:
+            raise ValueError("the encoder has no pooling head, so its features have no embedding of a sample")
+        if len(self.sample) == num_samples and bool((self.sample == torch.arange(num_samples)).all()):
+            return self.pooled
+        sample = self.sample.long()
+        sums = self.pooled.new_zeros(num_samples, self.pooled.shape[1])
+        sums = sums.index_add(0, sample.to(self.pooled.device), self.pooled)
+        counts = torch.bincount(sample, minlength=num_samples).clamp(min=1)
+        return sums / counts.to(sums.device, sums.dtype)[:, None]
+
+    def anchor(self) -> Tensor:
+        """Returns a 0 that depends on the encoder's output: a loss that starts from it is differentiable in every
+        microbatch, also in one without any sample."""
+        output = self.tokens if self.pooled is None else self.pooled
+        return output[:0].sum(dtype=torch.float32)
 
 
 @dataclass(frozen=True)

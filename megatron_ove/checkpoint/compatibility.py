@@ -37,6 +37,8 @@ _STORAGE_PATHS = {
     "optim.class_centers.first_moment": "the class centers' moments are",
     "optim.class_centers.second_moment": "the class centers' moments are",
 }
+# Settings that decide which weights have moments, and in which groups, with what they are where nothing is said.
+_GROUPING_PATHS: dict[str, Any] = {"freeze": [], "optim.parts": {}, "optim.layer_decay": 1.0}
 
 
 def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -64,6 +66,17 @@ def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any])
                 f"the checkpoint {path} was saved with {setting} = {before} and this run has {now}, but "
                 f"{what} stored differently for the two; set {setting}: {str(before).lower()}; or, "
                 f"{_keep_the_encoder(path)}"
+            )
+
+
+    for setting, default in _GROUPING_PATHS.items():
+        before, now = (_lookup(config, setting) for config in (saved, current))
+        if (before or default) != (now or default):
+            raise CheckpointError(
+                f"the checkpoint {path} was saved with {setting} = {before or default} and this run has "
+                f"{now or default}, but the optimizer's state is stored by groups of weights that move alike; set it "
+                f"as it was; or, to go on in another way, write another run_dir and 'init_from: {path}', as a list of "
+                "{path, parts} where more than the encoder is wanted"
             )
 
 

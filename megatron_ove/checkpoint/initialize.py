@@ -1,9 +1,8 @@
-"""Encoder weights of another run or of an imported model, as the start of a new run."""
+"""Weights of another run or of an imported model, as the start of a new run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ove.checkpoint.compatibility import architecture_differences
-from megatron_ove.checkpoint.manager import CheckpointManager, read_common_state
+from megatron_ove.checkpoint.manager import CheckpointManager
 from megatron_ove.checkpoint.manifest import checkpoints_at
 from megatron_ove.errors import CheckpointError
 
@@ -44,32 +42,25 @@ def find_start(given: str | Path, *, verify: Literal["full", "sizes"]) -> Path:
     if dist.get_rank() == 0:
         for problem in problems:
             logger.warning("init_from = %s: skipping %s; looking for an older one.", given, problem)
-        logger.info("init_from = %s: the encoder starts with the weights of %s.", given, path)
     return path
 
 
-def load_encoder_weights(path: str | Path, state: ShardedStateDict, *, encoder: Mapping[str, Any]) -> StateDict:
-    """Fills `state` with the encoder weights of a checkpoint and reads nothing else of it; collective.
+def load_start(path: str | Path, state: ShardedStateDict, *, given: str) -> StateDict:
+    """Fills `state` with weights of a checkpoint and reads nothing else of it; collective.
 
     Args:
-        path: any whole checkpoint that holds the encoder, whatever layout wrote it; see `find_start`.
-        state: the encoder's sharded state; tensors of another dtype than the stored ones are converted.
-        encoder: the encoder's configuration, as plain values.
+        path: any whole checkpoint that holds them, whatever layout wrote it; see `find_start`.
+        state: sharded state; tensors of another dtype than the stored ones are converted.
+        given: what `init_from` says, for messages.
 
     Raises:
-        CheckpointError: on all ranks, when it holds another architecture or cannot be read.
+        CheckpointError: on all ranks, when it cannot be read.
     """
-    differences = list(architecture_differences(read_common_state(path)["config"]["encoder"], encoder))
-    if differences:
-        raise CheckpointError(
-            f"init_from = {path} holds another encoder: {'; '.join(differences)}; set the fields as they are there",
-            on_every_rank=True,
-        )
     try:
         loaded: Any = dist_checkpointing.load(state, str(path))
         return loaded
     except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"init_from = {path} cannot be read ({error}); use another checkpoint",
+            f"init_from = {given}: {path} cannot be read ({error}); use another checkpoint, or other parts",
             on_every_rank=True,
         ) from error

@@ -1,27 +1,53 @@
-"""Objectives: a tagged union, one class per kind of head + loss. The map's names become metric prefixes."""
+"""Objectives: one class per kind of loss. The map's names become metric prefixes."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from megatron_ove.config.base import StrictModel
 
 
-class PartialFCConfig(StrictModel):
+def _form_of_names(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "name"
+
+
+SourceNames = Annotated[
+    Annotated[str, Tag("name")] | Annotated[Annotated[tuple[str, ...], Field(min_length=1)], Tag("list")],
+    Discriminator(_form_of_names),
+]
+"""A source, or a list of sources."""
+
+
+class ObjectiveConfig(StrictModel):
+    """What every kind of objective has."""
+
+    kind: str
+    source: SourceNames
+    """Name of the data source whose samples this objective sees, or a list of names."""
+    loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of this objective in the total loss."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    def _check_sources_differ(self) -> Iterator[str]:
+        twice = [name for name in dict.fromkeys(self.sources) if self.sources.count(name) > 1]
+        if twice:
+            yield f"source names '{twice[0]}' twice, but its samples are seen once a step; name it once"
+
+
+class PartialFCConfig(ObjectiveConfig):
     """Cluster discrimination against class centers sharded over ranks: a margin softmax per drawn label."""
 
-    kind: Literal["partial_fc"]
-    source: str
-    """Name of the data source whose samples and labels this objective sees."""
+    kind: Literal["partial_fc"]  # pyright: ignore[reportIncompatibleVariableOverride]
     num_classes: Annotated[int, Field(gt=1, le=2**31)] | None = None
     """Rows of the class-center table; label ids are 0 .. num_classes - 1. null = as many as the source's shard set has;
     the resolved configuration and checkpoints hold the number."""
-    loss_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of this objective in the total loss."""
     labels_per_step: Annotated[int, Field(gt=0)] = 8
     """Labels drawn per sample and step from its stored ones, without replacement."""
     margin_type: Literal["cosface", "arcface", "combined"] = "cosface"
@@ -123,7 +149,7 @@ class PartialFCConfig(StrictModel):
             ValueError: it is still to be taken from the shard set, by `data/class_counts.py`.
         """
         if self.num_classes is None:
-            raise ValueError(f"num_classes of an objective of source '{self.source}' was not filled in")
+            raise ValueError(f"num_classes of an objective of source {self.source} was not filled in")
         return self.num_classes
 
     @property
@@ -137,7 +163,3 @@ class PartialFCConfig(StrictModel):
         count = {"per_label": self.labels_per_step, "shared": 1}.get(self.negatives, self.negative_groups or 1)
         edges = [index * self.labels_per_step // count for index in range(count + 1)]
         return [range(start, stop) for start, stop in itertools.pairwise(edges)]
-
-
-ObjectiveConfig = PartialFCConfig
-"""Union of every objective's config, told apart by `kind`."""

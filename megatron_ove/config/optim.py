@@ -49,8 +49,17 @@ class ClassCenterOptimConfig(StrictModel):
     """Largest L2 norm of a table's gradient, taken over all its ranks; 0 = no clipping."""
 
 
+class PartConfig(StrictModel):
+    """What a part of the model does differently."""
+
+    lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    """Its learning rate / optim.lr."""
+    weight_decay_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    """Its weight decay / optim.weight_decay; norms, biases and the pooling probe have none all the same."""
+
+
 class OptimConfig(StrictModel):
-    """AdamW of the encoder; no weight decay on norms, biases and the pooling probe."""
+    """AdamW of dense weights: encoder and modules of objectives; no decay on norms, biases and the pooling probe."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Base learning rate."""
@@ -60,7 +69,12 @@ class OptimConfig(StrictModel):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     clip_grad_norm: Annotated[float, Field(ge=0)] = 5.0
-    """Largest L2 norm of the encoder's gradient over all ranks; 0 = no clipping."""
+    """Largest L2 norm of the dense weights' gradient over all ranks; 0 = no clipping."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Rate of an encoder layer / rate of the layer behind it; 1 = all move at the same rate."""
+    parts: dict[str, PartConfig] = {}
+    """Part of the model -> what it does differently. A part is the beginning of weights' names up to a dot, like
+    encoder.head, encoder.layers.0-5 or objectives.<name>; of several that fit, the longest counts."""
     schedule: ScheduleConfig = ScheduleConfig()
     class_centers: ClassCenterOptimConfig = ClassCenterOptimConfig()
 

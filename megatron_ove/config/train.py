@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from megatron_ove.config.base import StrictModel
 from megatron_ove.config.data import DataConfig, ImageSourceConfig
@@ -62,6 +62,21 @@ class TrainLoopConfig(StrictModel):
     """Save and stop cleanly after this many steps of this launch; null = run to num_steps."""
 
 
+class InitFrom(StrictModel):
+    """Weights that a new run starts with."""
+
+    path: str
+    """Run folder (its newest usable checkpoint is taken), checkpoint (of a run or from `megatron-ove convert import`)
+    or HuggingFace folder."""
+    parts: Annotated[tuple[str, ...], Field(min_length=1)] = ("encoder",)
+    """Parts of the model that are taken from there: the beginnings of weights' names up to a dot, like encoder,
+    encoder.layers.0-5 or objectives.<name>, which includes the class centers."""
+
+
+def _form_of_start(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "path"
+
+
 class TrainConfig(StrictModel):
     """A training run."""
 
@@ -71,9 +86,17 @@ class TrainConfig(StrictModel):
     """Folder for checkpoints, metrics and logs."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of weights, data order, augmentation, label slots and negatives."""
-    init_from: str | None = None
-    """Run folder (its newest usable checkpoint is taken) or checkpoint (of a run or from `megatron-ove convert import`)
-    whose encoder a new run starts with; null = random weights. Not read when the run resumes."""
+    init_from: (
+        Annotated[
+            Annotated[str, Tag("path")] | Annotated[tuple[InitFrom, ...], Tag("list")], Discriminator(_form_of_start)
+        ]
+        | None
+    ) = None
+    """What a new run starts with: a run folder, checkpoint or HuggingFace folder whose encoder is taken; or a list of
+    {path, parts}; null = random weights. Not read when the run resumes."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model that keep the weights they start with: the beginnings of weights' names up to a dot, like
+    encoder.patch_embed, encoder.layers.0-5 or objectives.<name>."""
     encoder: EncoderConfig
     parallel: ParallelConfig = ParallelConfig()
     objectives: Annotated[dict[str, ObjectiveConfig], Field(min_length=1)]
@@ -85,6 +108,13 @@ class TrainConfig(StrictModel):
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
+
+    @property
+    def starts(self) -> tuple[InitFrom, ...]:
+        """What `init_from` asks for."""
+        if isinstance(self.init_from, str):
+            return (InitFrom(path=self.init_from),)
+        return self.init_from or ()
 
     @property
     def token_multiple(self) -> int:
@@ -183,11 +213,12 @@ class TrainConfig(StrictModel):
 
     def _check_objective_sources(self) -> Iterator[str]:
         for name, objective in self.objectives.items():
-            if objective.source not in self.data.sources:
-                yield (
-                    f"objectives.{name}.source = '{objective.source}' is not one of data.sources "
-                    f"({', '.join(self.data.sources)}), so it would never see a sample; name one of them"
-                )
+            for source in objective.sources:
+                if source not in self.data.sources:
+                    yield (
+                        f"objectives.{name}.source = '{source}' is not one of data.sources "
+                        f"({', '.join(self.data.sources)}), so it would never see a sample; name one of them"
+                    )
 
     def _check_evaluation_objectives(self) -> Iterator[str]:
         for name in self.evaluation.sets:
@@ -206,7 +237,7 @@ class TrainConfig(StrictModel):
             )
 
     def _check_every_source_is_used(self) -> Iterator[str]:
-        used = {objective.source for objective in self.objectives.values()}
+        used = {source for objective in self.objectives.values() for source in objective.sources}
         unused = [name for name in self.data.sources if name not in used]
         if unused:
             yield (

@@ -1,8 +1,8 @@
-"""From a decoded share to the microbatches that a rank is given: boundaries and labels, then patches and positions."""
+"""From a decoded share to the microbatches that a rank is given: segments and inputs, then patches and positions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,23 +10,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.data.patchify import empty_patches
+from megatron_ove.data.sample_reader import SampleReader
 from megatron_ove.data.shard_index import ShardSet
-from megatron_ove.data.shard_validation import bad_label, label_sentence
-from megatron_ove.data.source import DataSource
+from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_decoder import DecodedShare
 from megatron_ove.data.step_share import StepShare
-from megatron_ove.errors import DataError
+from megatron_ove.parallel.row_blocks import concatenate_ranges
 
 if TYPE_CHECKING:
     from megatron_ove.parallel.topology import ParallelTopology
 
+Collate = Callable[[Samples, SampleReader], Mapping[str, Any]]
+"""(samples of a microbatch, what reads about them) -> objective name -> its inputs; runs in a loader's thread."""
 
-def room_for(share: StepShare, topology: ParallelTopology, patch_size: int) -> DecodedShare:
+
+def room_for(share: StepShare, patch_size: int, device: torch.device, *, has_pixels: bool) -> DecodedShare:
     """Returns what a rank that does not decode receives into."""
     size = (share.num_microbatches, share.plan.tokens_per_microbatch)
-    patches = empty_patches(*size, patch_size, topology.device) if topology.is_first_stage else None
+    patches = empty_patches(*size, patch_size, device) if has_pixels else None
     return DecodedShare(share, patches, None)
 
 
@@ -41,57 +44,66 @@ def device_positions(decoded: DecodedShare, device: torch.device) -> Tensor:
 
 
 def assemble_batches(
-    decoded: DecodedShare, positions: Tensor, bad: np.ndarray, sources: Sequence[DataSource], *, has_labels: bool
+    decoded: DecodedShare, positions: Tensor, bad: np.ndarray, sources: Sequence[DataSource], collate: Collate | None
 ) -> tuple[Batch, ...]:
     """Returns the microbatches of a share; patches and positions may still be filled in.
 
     Args:
         decoded: the share.
         positions: [m, P, 3] int32 behind the batches, on the device.
-        bad: [x] int64, samples of the share that could not be read: they get no labels.
+        bad: [x] int64, samples of the share that could not be read.
         sources: in the planner's order.
-        has_labels: whether labels are read; they are needed on the last stage.
+        collate: returns the inputs of a microbatch; None where there are no objectives.
 
     Raises:
-        DataError: a label is out of range.
+        DataError: what objectives need cannot be used, like a label that is out of range.
     """
     share, patches, names = decoded.share, decoded.patches, tuple(source.name for source in sources)
-    is_bad = np.zeros(len(share.places), dtype=bool)
-    is_bad[bad] = True
+    is_valid = np.ones(len(share.places), dtype=bool)
+    is_valid[bad] = False
     shard_sets = tuple(source.shards for source in sources)
+    reader = SampleReader(sources)
+    counts, lengths, grids = _segments_of(share, sources)
+    first_segment = np.concatenate([[0], np.cumsum(counts)])
     batches = []
     for i in range(share.num_microbatches):
-        samples = share.of_microbatch(i)
-        source_index, rows = share.source_index[samples], share.rows[samples]
-        boundaries = np.concatenate([[0], np.cumsum(share.num_patches[samples])])
-        labels = {}
-        if has_labels:
-            for index, name in enumerate(names):
-                chosen = source_index == index
-                labels[name] = _read_labels(shard_sets[index], rows[chosen], is_bad[samples][chosen])
-        batches.append(
-            Batch(
-                positions=positions[i],
-                cu_seqlens=torch.from_numpy(boundaries).to(torch.int32),
-                source_index=torch.from_numpy(source_index).to(torch.int32),
-                source_names=names,
-                sample_keys=SampleKeys(shard_sets, source_index, rows),
-                sample_seeds=torch.from_numpy(share.seeds[samples]).to(torch.int64),
-                patches=patches[i] if patches is not None else None,
-                labels=labels,
-            )
+        mine = share.of_microbatch(i)
+        source, rows = share.source_index[mine], share.rows[mine]
+        samples = Samples(
+            source_names=names,
+            source=torch.from_numpy(source).to(torch.int32),
+            row=torch.from_numpy(rows).to(torch.int64),
+            seed=torch.from_numpy(share.seeds[mine]).to(torch.int64),
+            is_valid=torch.from_numpy(is_valid[mine]),
+            keys=SampleKeys(shard_sets, source, rows),
         )
+        segments = slice(first_segment[mine[0]], first_segment[mine[-1] + 1]) if len(mine) else slice(0)
+        pack = PatchPack(
+            positions=positions[i],
+            cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths[segments])])).to(torch.int32),
+            grids=torch.from_numpy(grids[segments]),
+            sample=torch.from_numpy(np.repeat(np.arange(len(mine)), counts[mine])).to(torch.int32),
+            patches=patches[i] if patches is not None else None,
+        )
+        batches.append(Batch({MAIN_PACK: pack}, samples, collate(samples, reader) if collate else {}))
     return tuple(batches)
 
 
-def _read_labels(shards: ShardSet, rows: np.ndarray, is_bad: np.ndarray) -> Tensor:
-    labels = np.array(shards.labels[rows], dtype=np.int32)
-    problem = bad_label(labels, shards.info.num_classes)
-    if problem is not None:
-        key = shards.key(int(rows[problem[0]]))
-        raise DataError(label_sentence(problem[1], key, shards.directory, shards.info.num_classes))
-    labels[is_bad] = -1
-    return torch.from_numpy(labels)
+def _segments_of(share: StepShare, sources: Sequence[DataSource]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the segments of a share in its order: how many each sample has, [n], their lengths, [s], and grids."""
+    counts = np.empty(len(share.places), dtype=np.int64)
+    found = []
+    for index, source in enumerate(sources):
+        chosen = np.flatnonzero(share.source_index == index)
+        segments = source.segments(share.rows[chosen], share.seeds[chosen])
+        counts[chosen] = segments.counts
+        found.append((chosen, segments))
+    firsts = np.cumsum(counts) - counts
+    lengths, grids = np.empty(counts.sum(), dtype=np.int64), np.empty((counts.sum(), 3), dtype=np.int32)
+    for chosen, segments in found:
+        places = concatenate_ranges(firsts[chosen], segments.counts)
+        lengths[places], grids[places] = segments.lengths, segments.grids
+    return counts, lengths, grids
 
 
 def fill_in(

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, assert_never
 
 from megatron_ove.config.data import ImageSourceConfig, OcrSourceConfig, SourceConfig, VideoSourceConfig
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.assembly import Collate
 from megatron_ove.data.bad_samples import KnownBad
 from megatron_ove.data.delivery import PrepareStep, StepLoader
-from megatron_ove.data.image_dali import ImageSource
 from megatron_ove.data.mixture import planner_of
-from megatron_ove.data.ocr_dali import OcrSource
 from megatron_ove.data.shard_files import raise_file_limit
 from megatron_ove.data.shard_fit import class_warnings, open_shard_sets
 from megatron_ove.data.shard_index import ShardSet
-from megatron_ove.data.source import DataSource
-from megatron_ove.data.video_dali import VideoSource
+from megatron_ove.data.sources.base import DataSource
+from megatron_ove.data.sources.clips import VideoSource
+from megatron_ove.data.sources.images import ImageSource
+from megatron_ove.data.sources.pages import OcrSource
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,9 @@ def build_loader(
     *,
     start_step: int,
     known_bad: KnownBad | None = None,
+    collate: Collate | None = None,
     prepare: PrepareStep | None = None,
+    last_stage_has_pixels: bool = False,
 ) -> StepLoader:
     """Opens every source and starts loading.
 
@@ -43,7 +46,7 @@ def build_loader(
         topology: this process's place in it.
         start_step: first step that will be asked for.
         known_bad: samples that count as unreadable without being tried.
-        prepare: see `StepLoader`.
+        collate, prepare, last_stage_has_pixels: see `StepLoader`.
 
     Raises:
         DataError: shard sets that cannot be used; one sentence a line.
@@ -77,7 +80,9 @@ def build_loader(
         start_step=start_step,
         end_step=config.train.num_steps,
         known_bad=known_bad,
+        collate=collate,
         prepare=prepare,
+        last_stage_has_pixels=last_stage_has_pixels,
     )
 
 

@@ -29,16 +29,16 @@ def fill_in_class_counts(config: TrainConfig, name: str) -> TrainConfig:
     counts: dict[str, int] = {}
     problems = []
     for key in open_objectives:
-        source = config.objectives[key].source
-        try:
-            info = DatasetInfo.read(Path(config.data.sources[source].path))
-        except DataError as error:
-            problems.append(
-                f"data.sources.{source}: {error}; objectives.{key}.num_classes is taken from this set, so write the "
-                "number where there is no set"
-            )
-        else:
-            counts[key] = info.num_classes
+        for source in config.objectives[key].sources:
+            try:
+                info = DatasetInfo.read(Path(config.data.sources[source].path))
+            except DataError as error:
+                problems.append(
+                    f"data.sources.{source}: {error}; objectives.{key}.num_classes is taken from this set, so write "
+                    "the number where there is no set"
+                )
+            else:
+                counts[key] = max(info.num_classes, counts.get(key, 0))
     if problems:
         raise DataError("\n".join(problems))
     return _with_counts(config, counts, name)

@@ -3,9 +3,9 @@
 Three threads. One on the first rank of each tensor-parallel group reads and decodes, some steps ahead. One on every
 rank prepares the step after the present one: it agrees with the replica's other ranks on samples that could not be
 read, assembles the microbatches and runs the host half of the objectives; its exchanges use process groups of their
-own. The main thread broadcasts inside the tensor-parallel group. Everything that follows from plan and index (sample
-boundaries, seeds, labels, all sizes) is computed or read by every rank itself, so only patches and positions travel:
-at most one broadcast each a step. Pipeline stages read for themselves what they need: patches on the first, labels on
+own. The main thread broadcasts inside the tensor-parallel group. Everything that follows from plan and index (segments,
+seeds, inputs of objectives, all sizes) is computed or read by every rank itself, so only patches and positions travel:
+at most one broadcast each a step. Pipeline stages read for themselves what they need: patches on the first, inputs on
 the last, positions everywhere.
 """
 
@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ove.batch import Batch
-from megatron_ove.data.assembly import assemble_batches, device_positions, fill_in, room_for
+from megatron_ove.data.assembly import Collate, assemble_batches, device_positions, fill_in, room_for
 from megatron_ove.data.background import BackgroundSteps
 from megatron_ove.data.bad_samples import BadSample, KnownBad, record_bad_samples
 from megatron_ove.data.mixture import MicrobatchPlanner
-from megatron_ove.data.source import DataSource
+from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_decoder import DecodedShare, StepDecoder, places_of
 from megatron_ove.data.step_share import StepShare, count_samples, share_of
 
@@ -65,7 +65,7 @@ class _PreparedStep:
 
     Attributes:
         step: the step as the trainer gets it; patches and positions are filled in later.
-        patches: [m, P, 3 * p * p] uint8 behind the batches, on the device; None off the first stage.
+        patches: [m, P, 3 * p * p] uint8 behind the batches, on the device; None where nobody looks at pixels.
         positions: [m, P, 3] int32 behind the batches, on the device.
         host_positions: what to fill in; None where they are in place, or received.
         bad_places: what to leave empty.
@@ -94,7 +94,9 @@ class StepLoader:
         start_step: int,
         end_step: int | None = None,
         known_bad: KnownBad | None = None,
+        collate: Collate | None = None,
         prepare: PrepareStep | None = None,
+        last_stage_has_pixels: bool = False,
     ) -> None:
         """Starts loading at `start_step`.
 
@@ -109,7 +111,9 @@ class StepLoader:
             start_step: first step that will be asked for; a resumed run passes its next step and needs nothing else.
             end_step: steps of the run; None = no last one.
             known_bad: samples that count as unreadable without being tried, the same on every rank.
+            collate: makes the inputs of objectives, on the last stage; None = there are none.
             prepare: called on every rank a step ahead in a thread; may use the topology's host groups.
+            last_stage_has_pixels: whether patches are wanted there too; the first stage always has them.
         """
         self._planner = planner
         self._sources = tuple(sources)
@@ -118,7 +122,8 @@ class StepLoader:
         self._patch_size = patch_size
         self._run_dir = run_dir
         self._known_bad = known_bad or {}
-        self._prepare = prepare
+        self._collate, self._prepare = collate, prepare
+        self._has_pixels = topology.is_first_stage or (topology.is_last_stage and last_stage_has_pixels)
         self._next_step = start_step
         steps = {"first_step": start_step, "end_step": end_step}
         self._decoder: StepDecoder | None = None
@@ -129,6 +134,7 @@ class StepLoader:
                 sources,
                 topology,
                 patch_size=patch_size,
+                has_pixels=self._has_pixels,
                 read_threads=read_threads,
                 end_step=end_step,
                 known_bad=self._known_bad,
@@ -188,7 +194,7 @@ class StepLoader:
         share = decoded.share
         bad = self._agree_on_bad(decoded)
         positions = device_positions(decoded, device)
-        batches = assemble_batches(decoded, positions, bad, self._sources, has_labels=topology.is_last_stage)
+        batches = assemble_batches(decoded, positions, bad, self._sources, self._collate)
         counts = count_samples(share.plan, self._names, topology.data_size)
         return _PreparedStep(
             LoadedStep(batches, self._prepare(step, batches, counts) if self._prepare else None, len(bad)),
@@ -201,7 +207,7 @@ class StepLoader:
     def _room_for(self, step: int) -> DecodedShare:
         topology = self._topology
         share = share_of(self._planner.plan(step), topology.data_rank, topology.data_size)
-        return room_for(share, topology, self._patch_size)
+        return room_for(share, self._patch_size, topology.device, has_pixels=self._has_pixels)
 
     def _agree_on_bad(self, decoded: DecodedShare) -> np.ndarray:
         """Returns the share's samples, ascending, that any rank of the replica could not read; records new ones."""

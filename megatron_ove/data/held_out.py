@@ -19,14 +19,14 @@ import torch.distributed as dist
 
 from megatron_ove.batch import Batch
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.assembly import assemble_batches, device_positions, fill_in, room_for
+from megatron_ove.data.assembly import Collate, assemble_batches, device_positions, fill_in, room_for
 from megatron_ove.data.background import BackgroundSteps
 from megatron_ove.data.bad_samples import BadSample, record_bad_samples
 from megatron_ove.data.build import build_source
 from megatron_ove.data.mixture import MicrobatchPlan, length_multiple_of
 from megatron_ove.data.packing import pack_samples
 from megatron_ove.data.shard_index import ShardSet
-from megatron_ove.data.source import DataSource
+from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_decoder import DecodedShare, StepDecoder, places_of
 from megatron_ove.data.step_share import StepShare, share_of
 from megatron_ove.data.whole_samples import without_chance
@@ -80,7 +80,9 @@ class HeldOutSamples:
         """
         self.name = RECORD_PREFIX + objective
         self._config, self._topology, self._shards = config, topology, shards
-        self._section = without_chance(config.data.sources[config.objectives[objective].source])
+        # What an objective collates belongs to one of its sources, so that is what the held-out samples come as.
+        self._source_name = config.objectives[objective].sources[0]
+        self._section = without_chance(config.data.sources[self._source_name])
         count = min(len(shards), config.evaluation.max_samples)
         self._rows = np.arange(count) * len(shards) // count
         self._sizes = self._new_source().count_tokens(self._rows, np.zeros(count, dtype=np.int64))
@@ -132,11 +134,12 @@ class HeldOutSamples:
             microbatch_index=self._microbatch[chosen] - first,
         )
 
-    def rounds(self, step: int) -> Iterator[HeldOutRound]:
+    def rounds(self, step: int, collate: Collate | None) -> Iterator[HeldOutRound]:
         """Yields all samples of this replica; collective over its ranks.
 
         Args:
             step: steps done, for the record of samples that cannot be read.
+            collate: makes the objective's inputs; on the last stage.
 
         Raises:
             DataError: a label is out of range, or what cannot be read cannot be recorded.
@@ -151,6 +154,7 @@ class HeldOutSamples:
                 [source],
                 topology,
                 patch_size=self._config.encoder.patch_size,
+                has_pixels=topology.is_first_stage,
                 read_threads=self._config.data.read_threads,
                 end_step=self.num_rounds,
                 known_bad=dict.fromkeys(range(self.num_rounds), bad),
@@ -160,17 +164,18 @@ class HeldOutSamples:
             )
         try:
             for number in range(self.num_rounds):
-                yield self._finish(decoding.take() if decoding else self._room_for(number), source, step)
+                decoded = decoding.take() if decoding else self._room_for(number)
+                yield self._finish(decoded, source, step, collate)
         finally:
             if decoder is not None and decoding is not None and decoding.stop(_CLOSE_TIMEOUT_S):
                 decoder.close()
             self._shards.close()
 
-    def _finish(self, decoded: DecodedShare, source: DataSource, step: int) -> HeldOutRound:
+    def _finish(self, decoded: DecodedShare, source: DataSource, step: int, collate: Collate | None) -> HeldOutRound:
         topology, share = self._topology, decoded.share
         bad = self._agree_on_bad(decoded, step)
         positions = device_positions(decoded, topology.device)
-        batches = assemble_batches(decoded, positions, bad, [source], has_labels=topology.is_last_stage)
+        batches = assemble_batches(decoded, positions, bad, [source], collate)
         host_positions = decoded.positions if decoded.positions is not positions else None
         fill_in(decoded.patches, positions, host_positions, places_of(share, bad), topology)
         return HeldOutRound(batches, len(bad))
@@ -221,12 +226,12 @@ class HeldOutSamples:
     def _room_for(self, number: int) -> DecodedShare:
         topology = self._topology
         share = share_of(self.plan(number), topology.data_rank, topology.data_size)
-        return room_for(share, topology, self._config.encoder.patch_size)
+        return room_for(share, self._config.encoder.patch_size, topology.device, has_pixels=topology.is_first_stage)
 
     def _new_source(self) -> DataSource:
         """Returns a source of its own for each time, so that what a decoder holds is given back in between."""
         return build_source(
-            self.name,
+            self._source_name,
             self._section,
             self._shards,
             patch_size=self._config.encoder.patch_size,

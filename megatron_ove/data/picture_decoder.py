@@ -7,7 +7,6 @@ same code serves both devices; on a GPU the decoder is the hybrid one ("mixed") 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,29 +16,13 @@ import torch
 from nvidia.dali import Pipeline
 from torch import Tensor
 
+from megatron_ove.data.windows import Windows
 from megatron_ove.errors import DataError
 
 _MAX_PICTURES = 64
 """Pictures decoded in one go."""
 _MAX_PIXELS = 1 << 26
 """Pixels decoded in one go (192 MiB), unless a single picture has more."""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """What to make of each picture.
-
-    Attributes:
-        corner: [n, 2] int32, (y, x) of the window's upper left pixel.
-        extent: [n, 2] int32, (height, width) of the window in pixels.
-        size: [n, 2] int32, (height, width) after resizing.
-        mirror: [n] int32, 1 = mirrored from left to right.
-    """
-
-    corner: np.ndarray
-    extent: np.ndarray
-    size: np.ndarray
-    mirror: np.ndarray
 
 
 class PictureDecoder:

@@ -90,7 +90,7 @@ def _open_fitting(
 
 def _held_out_mismatches(config: TrainConfig, name: str, shards: ShardSet) -> list[str]:
     """Returns a sentence for everything in which a held-out set differs from what its objective trains on."""
-    source = config.data.sources[config.objectives[name].source]
+    source = config.data.sources[config.objectives[name].sources[0]]
     place, path, info = f"evaluation.sets.{name}", shards.directory, shards.info
     if info.kind != source.kind:
         return [
@@ -159,7 +159,7 @@ def find_mismatches(config: TrainConfig, name: str, info: DatasetInfo) -> list[s
             "the shard set with at least one label per sample"
         )
     for objective_name, objective in config.objectives.items():
-        if objective.source == name and (objective.num_classes or info.num_classes) < info.num_classes:
+        if name in objective.sources and (objective.num_classes or info.num_classes) < info.num_classes:
             problems.append(
                 f"objectives.{objective_name}.num_classes = {objective.num_classes} is smaller than the "
                 f"{info.num_classes} classes of {source.path}, so some labels would have no class center; set it to "
@@ -244,7 +244,7 @@ def _alike_warnings(config: TrainConfig, name: str, shards: ShardSet) -> list[st
 
 def _labels_alike(config: TrainConfig, name: str, shards: ShardSet) -> tuple[str, list[int] | None]:
     """Returns the objectives of a source, and `common_labels` of its set if it is what they use."""
-    users = ", ".join(f"objectives.{key}" for key, one in config.objectives.items() if one.source == name)
+    users = ", ".join(f"objectives.{key}" for key, one in config.objectives.items() if name in one.sources)
     if shards.info.kind != config.data.sources[name].kind or not users:
         return users, None  # has its own sentence
     return users, common_labels(shards.labels)
@@ -286,8 +286,8 @@ def class_warnings(config: TrainConfig, shard_sets: dict[str, ShardSet], *, coun
         counts_samples: whether labels are looked at: up to 256 MiB of them are read.
     """
     warnings = [line for name, shards in shard_sets.items() for line in _alike_warnings(config, name, shards)]
-    for key, objective in config.objectives.items():
-        shards = shard_sets[objective.source]
+    for key, shards in ((k, shard_sets[s]) for k, one in config.objectives.items() for s in one.sources):
+        objective = config.objectives[key]
         known, path = shards.info.num_classes, shards.directory
         size = objective.num_classes or known
         if size > known:

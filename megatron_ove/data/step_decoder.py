@@ -15,7 +15,7 @@ from megatron_ove.data.bad_samples import KnownBad
 from megatron_ove.data.mixture import MicrobatchPlan
 from megatron_ove.data.patchify import empty_patches
 from megatron_ove.data.read_ahead import MemberReader, ReadAhead, StepReads
-from megatron_ove.data.source import DataSource
+from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_share import StepShare, share_of
 from megatron_ove.errors import DataError, MegatronOveError
 
@@ -29,7 +29,7 @@ class DecodedShare:
 
     Attributes:
         share: which samples.
-        patches: [m, P, 3 * p * p] uint8 on the device; None off the first stage.
+        patches: [m, P, 3 * p * p] uint8 on the device; None where nobody looks at pixels.
         positions: [m, P, 3] int32 on the CPU; None on ranks that receive them.
         problems: place among the share's samples -> why it could not be read here.
     """
@@ -58,6 +58,7 @@ class StepDecoder:
         topology: ParallelTopology,
         *,
         patch_size: int,
+        has_pixels: bool,
         read_threads: int,
         end_step: int | None,
         known_bad: KnownBad,
@@ -66,8 +67,9 @@ class StepDecoder:
         Args:
             planner: of all steps.
             sources: in the planner's order.
-            topology: which share, and which part of it, this rank decodes.
+            topology: which share this rank decodes.
             patch_size: p.
+            has_pixels: whether patches are decoded, or positions only.
             read_threads: reads at a time.
             end_step: nothing is read for this step and later ones; None = there is no last one.
             known_bad: samples that are not even tried.
@@ -75,7 +77,7 @@ class StepDecoder:
         self._planner = planner
         self._sources = tuple(sources)
         self._topology = topology
-        self._patch_size = patch_size
+        self._patch_size, self._has_pixels = patch_size, has_pixels
         self._end_step = end_step
         self._known_bad = known_bad
         self._reads = ReadAhead([source.shards for source in sources], read_threads)
@@ -123,14 +125,14 @@ class StepDecoder:
         for index, source, chosen in self._by_source(share, ~is_known):
             rows, seeds = share.rows[chosen], share.seeds[chosen]
             members = source.position_members(rows, seeds)
-            if topology.is_first_stage:
+            if self._has_pixels:
                 members = members + source.picture_members(rows, seeds)
             wanted += [(index, row, member) for row, member in members]
         return share, is_known, self._reads.start(wanted)
 
     def _decode(self, share: StepShare, is_known: np.ndarray, reads: StepReads) -> DecodedShare:
         topology, size = self._topology, (share.num_microbatches, share.plan.tokens_per_microbatch)
-        patches = empty_patches(*size, self._patch_size, topology.device) if topology.is_first_stage else None
+        patches = empty_patches(*size, self._patch_size, topology.device) if self._has_pixels else None
         decoded = DecodedShare(share, patches, torch.zeros(*size, 3, dtype=torch.int32))
         decoded.problems = dict.fromkeys(np.flatnonzero(is_known).tolist(), "")
         for index, source, chosen in self._by_source(share, ~is_known):

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.config.data import ImageSourceConfig, OcrSourceConfig, SourceConfig, VideoSourceConfig
 from megatron_ove.data.build import build_source
 from megatron_ove.data.shard_index import ShardSet
-from megatron_ove.data.source import DataSource
+from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.whole_samples import without_chance
 from megatron_ove.errors import ConfigError, DataError
 
@@ -147,12 +147,20 @@ def _make_batch(source: DataSource, rows: np.ndarray, counts: np.ndarray) -> Bat
     for sentence in source.decode_into(rows, seeds, targets).values():
         raise DataError(sentence)
     positions = np.concatenate([source.positions(int(row), 0) for row in rows])
-    return Batch(
+    segments = source.segments(rows, seeds)
+    pack = PatchPack(
         positions=torch.from_numpy(positions).to(source.device),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        source_index=torch.zeros(len(rows), dtype=torch.int32),
-        source_names=(source.name,),
-        sample_keys=tuple(source.shards.key(int(row)) for row in rows),
-        sample_seeds=torch.zeros(len(rows), dtype=torch.int64),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(segments.lengths)])).to(torch.int32),
+        grids=torch.from_numpy(segments.grids),
+        sample=torch.from_numpy(np.repeat(np.arange(len(rows)), segments.counts)).to(torch.int32),
         patches=patches,
     )
+    samples = Samples(
+        source_names=(source.name,),
+        source=torch.zeros(len(rows), dtype=torch.int32),
+        row=torch.from_numpy(rows),
+        seed=torch.from_numpy(seeds),
+        is_valid=torch.ones(len(rows), dtype=torch.bool),
+        keys=tuple(source.shards.key(int(row)) for row in rows),
+    )
+    return Batch({MAIN_PACK: pack}, samples)

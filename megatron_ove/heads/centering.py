@@ -113,6 +113,10 @@ class EmbeddingMean:
         self._sum = torch.zeros_like(self.value)
         self._count = torch.zeros_like(self.steps)
 
+    def start_with(self, mean: Tensor) -> None:
+        """Takes a mean [e] that another run found; the first steps of this one replace it."""
+        self.value.copy_(mean)
+
     def sharded_state_dict(self, prefix: str, replica: int) -> dict[str, Any]:
         """Returns what a checkpoint keeps; `replica` numbers the ranks that hold the same, 0 writes."""
         return {

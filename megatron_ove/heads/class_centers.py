@@ -23,11 +23,15 @@ from megatron_ove.heads.center_update import CenterUpdate
 from megatron_ove.heads.fused_softmax import SAMPLE_PADDING
 from megatron_ove.heads.row_gradient import DenseRowGradient, FactoredRowGradient, RowGradient
 from megatron_ove.heads.sampled_softmax import ActiveTable, chunks_of
+from megatron_ove.parallel.class_order import classes_of_rows
 from megatron_ove.parallel.random import stateless_generator
 from megatron_ove.parallel.shard_range import shard_range
 
 INITIAL_STD = 0.01
 """Standard deviation of fresh centers; only their direction enters the first losses."""
+
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "steps"})
+"""What of a table's state belongs to the run that made it."""
 
 _INITIAL_BLOCK_ROWS = 1024
 _SAVED_ROWS = 65536
@@ -45,6 +49,7 @@ class ClassCenters:
         exp_avg_sq: second moment, corrected: [c_local, e] fp32 by element, or [c_local, 1] fp32 by row.
         steps: [c_local] int32, updates that each row has had.
         class_group: the ranks that share the table.
+        lr_multiplier: its rate / the rate of dense weights.
         step_table: the active rows of the step under way.
     """
 
@@ -84,6 +89,7 @@ class ClassCenters:
         self.embedding_size = embedding_size
         self.first_row, stop = shard_range(num_classes, class_group.size(), class_group.rank())
         self.num_rows = stop - self.first_row
+        self.lr_multiplier = optim.lr_multiplier
         self._optim = optim
         self.class_group = class_group
         self._replicas = replica_group if replica_group is not None and replica_group.size() > 1 else None
@@ -139,7 +145,7 @@ class ClassCenters:
         self._squares: Tensor | None = None
         self._norm: Tensor | None = None
 
-    def row_gradient_norm(self) -> Tensor:
+    def gradient_norm(self) -> Tensor:
         """Returns the L2 norm of the step's gradient over the whole table, before clipping; collective.
 
         No further backward pass may follow. A NaN or inf anywhere in the gradient shows in the norm on every rank of
@@ -163,7 +169,7 @@ class ClassCenters:
         Args:
             lr: learning rate of the rows; scaled as the options say.
         """
-        norm, limit = self.row_gradient_norm(), self._optim.clip_grad_norm
+        norm, limit = self.gradient_norm(), self._optim.clip_grad_norm
         assert self._squares is not None
         clip = (limit / (norm + _CLIP_EPSILON)).clamp(max=1.0) if limit else torch.ones_like(norm)
         factor = (clip * self._gradient_scale).float()
@@ -180,7 +186,7 @@ class ClassCenters:
 
     def gradient_of_rows(self) -> Tensor:
         """Returns the step's gradient of its active rows, [a, e] fp32, before clipping; for tests and inspection."""
-        self.row_gradient_norm()
+        self.gradient_norm()
         table = self.step_table
         factor = torch.tensor(self._gradient_scale, device=table.weight.device)
         parts = [
@@ -224,9 +230,36 @@ class ClassCenters:
         Raises:
             CheckpointError: a tensor is missing or does not have this rank's shape.
         """
+        self._load(state, self._state())
+
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """As `load_state`, without moments and step counts: those of a new run stay as they are."""
+        self._load(state, {key: data for key, data in self._state().items() if key not in MOMENTS})
+
+    def load_whole(self, centers: Tensor, *, origin: str) -> None:
+        """Takes over class centers [c, e] in the order of class ids.
+
+        Args:
+            centers: of all classes.
+            origin: where they are from, for messages.
+
+        Raises:
+            CheckpointError: they have another shape.
+        """
+        if centers.shape != (self.num_classes, self.embedding_size):
+            raise CheckpointError(
+                f"{origin} holds class centers of shape {list(centers.shape)}, but '{self.name}' has "
+                f"{self.num_classes} classes x {self.embedding_size}; use a head with the same classes"
+            )
+        rows = torch.arange(self.first_row, self.first_row + self.num_rows)
+        self.weight.copy_(centers[classes_of_rows(rows, self.num_classes)])
+        self._update.measure_norms()
+        self.discard_update()
+
+    def _load(self, state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
         if self.num_rows == 0:
             return
-        for key, data in self._state().items():
+        for key, data in wanted.items():
             for first, block in _saved_blocks(data):
                 loaded = state.get(key, {}).get(str(first))
                 found = "nothing" if loaded is None else f"shape {list(loaded.shape)}"

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import PatchPack
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.model.attention import PatchSegments, build_segments
 from megatron_ove.model.initialization import initialize_parameters
@@ -91,27 +91,27 @@ class VisionEncoder(MegatronModule):
         received: Any = input_tensor[0] if isinstance(input_tensor, list) else input_tensor  # None on the first stage
         self.decoder.set_input_tensor(received)
 
-    def forward(self, batch: Batch) -> Tensor | VisionFeatures:
+    def forward(self, pack: PatchPack) -> Tensor | VisionFeatures:
         """Encodes one microbatch.
 
         Args:
-            batch: `patches` may be None off the first chunk; labels are not looked at.
+            pack: `patches` may be None off the first chunk.
 
         Returns:
-            `VisionFeatures` on the last chunk, with `pooled` [b, 0] if the encoder has no head; hidden states
-            [P, 1, h], or [P/tp, 1, h] under sequence parallelism, elsewhere.
+            `VisionFeatures` on the last chunk, without `pooled` if the encoder has no head; hidden states [P, 1, h], or
+            [P/tp, 1, h] under sequence parallelism, elsewhere.
         """
-        angles = rotary_angles(batch.positions, self._frequencies)  # [P, d]
-        segments = build_segments(batch.cu_seqlens, angles, self.config.params_dtype)
-        hidden = self._embed(batch) if self.pre_process else None
+        angles = rotary_angles(pack.positions, self._frequencies)  # [P, d]
+        segments = build_segments(pack.cu_seqlens, angles, self.config.params_dtype)
+        hidden = self._embed(pack) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=segments)  # [P(/tp), 1, h]
-        return self._features(hidden, batch, segments) if self.post_process else hidden
+        return self._features(hidden, pack, segments) if self.post_process else hidden
 
-    def _embed(self, batch: Batch) -> Tensor:
+    def _embed(self, pack: PatchPack) -> Tensor:
         """Returns [P, 1, h], or this rank's [P/tp, 1, h] under sequence parallelism."""
-        patches = batch.patches
+        patches = pack.patches
         if patches is None:
-            raise ValueError("the first model chunk got a batch without patches")
+            raise ValueError("the first model chunk got a pack without patches")
         if self.config.sequence_parallel:
             size, rank = self.tp_group.size(), self.tp_group.rank()
             if patches.shape[0] % size:
@@ -119,16 +119,13 @@ class VisionEncoder(MegatronModule):
             patches = patches.chunk(size)[rank]
         return self.layernorm_pre(self.patch_embed(patches)).unsqueeze(1)
 
-    def _features(self, hidden: Tensor, batch: Batch, segments: PatchSegments) -> VisionFeatures:
+    def _features(self, hidden: Tensor, pack: PatchPack, segments: PatchSegments) -> VisionFeatures:
         tokens = hidden
         if self.config.sequence_parallel:
             # Whatever follows is replicated, so every rank already has the whole gradient: its backward only slices.
             tokens = gather_from_sequence_parallel_region(hidden, False, group=self.tp_group)  # [P, 1, h]
-        if self.head is None:
-            pooled = tokens.new_zeros(batch.num_samples, 0)
-        else:
-            pooled = self.head(tokens.squeeze(1), segments.sample_runs)  # [b, h]
-        return VisionFeatures(tokens=tokens, pooled=pooled, cu_seqlens=batch.cu_seqlens)
+        pooled = None if self.head is None else self.head(tokens.squeeze(1), segments.sample_runs)  # [n, h]
+        return VisionFeatures(tokens, pack.cu_seqlens, pack.grids, pack.sample, pooled)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -7,7 +7,7 @@ modules are built, hence on the pipeline layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,41 @@ def initialize_parameters(
         layer_offset: layers that come before this chunk.
         tensor_rank, tensor_size: this rank's place in the tensor group.
     """
-    for name, parameter in parameters:
+    fill_parameters(
+        parameters,
+        lambda name, shape: initial_value(name, shape, seed=seed, initializer_range=initializer_range),
+        layer_offset=layer_offset,
+        tensor_rank=tensor_rank,
+        tensor_size=tensor_size,
+    )
+
+
+def fill_parameters(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    value_of: Callable[[str, list[int]], Tensor],
+    *,
+    layer_offset: int,
+    tensor_rank: int,
+    tensor_size: int,
+    is_wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Gives parameters this rank's share of whole tensors, in place.
+
+    Args:
+        parameters: as for `initialize_parameters`.
+        value_of: (global name, full shape) -> the whole tensor.
+        layer_offset, tensor_rank, tensor_size: as for `initialize_parameters`.
+        is_wanted: whether a parameter with this global name is filled.
+    """
+    for local_name, parameter in parameters:
+        name = global_name(local_name, layer_offset)
+        if not is_wanted(name):
+            continue
         shape, dim = list(parameter.shape), getattr(parameter, "partition_dim", -1)
         is_sharded = getattr(parameter, "tensor_model_parallel", False) and tensor_size > 1
         if is_sharded:
             shape[dim] *= tensor_size
-        full = initial_value(global_name(name, layer_offset), shape, seed=seed, initializer_range=initializer_range)
+        full = value_of(name, shape)
         with torch.no_grad():
             parameter.copy_(full.chunk(tensor_size, dim)[tensor_rank] if is_sharded else full)
 

@@ -1,6 +1,6 @@
-"""`Objective`: a head, its loss and the labels it needs. The training loop knows objectives only through this.
+"""`Objective`: a loss, the weights it owns and the inputs it needs. The training loop knows objectives only by this.
 
-Objectives live on the last pipeline stage. They return local *sums*; the division by the number of samples of the step
+Objectives live on the last pipeline stage. They return local *sums*; the division by the number of items of the step
 happens once, in the training step, with a number counted before the first forward pass.
 """
 
@@ -8,43 +8,74 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import Batch, Samples
+from megatron_ove.errors import CheckpointError
+from megatron_ove.optim.updates import RowTable
 from megatron_ove.outputs import LossTerms, VisionFeatures
+
+if TYPE_CHECKING:
+    from megatron_ove.data.sample_reader import SampleReader
 
 
 class Objective(ABC):
     """One objective. `forward` and what follows it are collective over the ranks of the last pipeline stage.
 
-    Order of a step: `find_mistake`, `message` and `prepare_step`, which another thread may call while the step before
-    is still under way; `begin_step`; per microbatch `forward` and autograd's backward pass; `row_gradient_norm`; then
-    `apply_update` or `discard_update`.
+    Order of a step: `collate`, `find_mistake`, `message` and `prepare_step`, which another thread calls while the step
+    before is still under way; `begin_step`; per microbatch `forward` and autograd's backward pass; `end_step`.
+
+    A plain object, not a module: what it owns says itself who updates it. Dense weights are `modules`: they become
+    children of the last model chunk, so data parallelism, the optimizer, precision, checkpoints, freezing and rates by
+    name see them. Tables of rows are `tables`, updated by an optimizer of their own.
 
     Attributes:
         name: key in the configuration; prefix of metrics and checkpoint keys.
-        source: data source whose samples it sees.
-        message_width: int32 numbers that replicas tell one another of every sample of the source before a step.
+        sources: data sources whose samples it sees.
+        message_width: int32 numbers that replicas tell one another of every sample of its sources before a step.
+        wants_pixels: whether the packs of a batch have patches on the last stage too.
     """
 
     name: str
-    source: str
+    sources: tuple[str, ...]
     message_width: int = 0
+    wants_pixels: ClassVar[bool] = False
+
+    def modules(self) -> Mapping[str, MegatronModule]:
+        """Returns name -> dense weights, replicated or sharded over the tensor group by megatron-core's layers.
+
+        Each has the same initial weights under every layout. A gradient that arrives at replicated weights must be
+        complete on every tensor-parallel rank. Weights that a microbatch does not use have gradient 0 in it.
+        """
+        return {}
+
+    def tables(self) -> Sequence[RowTable]:
+        """Returns the tables of rows."""
+        return ()
+
+    def collate(self, samples: Samples, reader: SampleReader) -> Any:
+        """Returns the objective's inputs of a microbatch, host tensors; runs in a loader's thread.
+
+        Raises:
+            DataError: something stored cannot be used; names the sample.
+        """
+        return None
 
     @abstractmethod
     def num_items(self, batch: Batch) -> int:
-        """Returns how many samples of this replica's microbatch the loss is summed over."""
+        """Returns how many items of this replica's microbatch the loss is summed over: samples, tokens, regions."""
 
     def find_mistake(self, batches: Sequence[Batch]) -> str:
         """Returns a sentence about what is wrong with this replica's microbatches of a step; "" = nothing."""
         return ""
 
     def message(self, batches: Sequence[Batch]) -> np.ndarray:
-        """Returns what this replica tells the others, [samples of the source, message_width] int32, in batch order."""
-        return np.zeros((sum(len(batch.rows_of(self.source)) for batch in batches), 0), dtype=np.int32)
+        """Returns what this replica tells the others, [samples of the sources, message_width] int32, in batch order."""
+        return np.zeros((sum(len(batch.samples.of(*self.sources)) for batch in batches), 0), dtype=np.int32)
 
     def prepare_step(self, step: int, batches: Sequence[Batch], sample_counts: np.ndarray, messages: np.ndarray) -> Any:
         """Returns what `begin_step` needs. Works on the host and changes nothing: the step before may be under way.
@@ -52,7 +83,7 @@ class Objective(ABC):
         Args:
             step: steps done before; random draws are functions of it.
             batches: this replica's microbatches.
-            sample_counts: [replicas, microbatches of a replica] int64, samples of the source.
+            sample_counts: [replicas, microbatches of a replica] int64, samples of the sources.
             messages: [n, message_width] int32, of all replicas, one after the other.
 
         Returns:
@@ -65,9 +96,10 @@ class Objective(ABC):
 
     @abstractmethod
     def forward(self, features: VisionFeatures, batch: Batch) -> LossTerms:
-        """Returns the loss sum over this replica's samples of a microbatch, which may have none.
+        """Returns the loss sum over this replica's items of a microbatch, which may have none.
 
-        `batch` is one of those given to `prepare_step`, or a copy of it on the device.
+        `batch` is one of those given to `prepare_step`, or a copy of it on the device. The metrics hold "loss", the sum
+        and its items.
 
         The gradient that goes back to `features` is complete and identical on every tensor-parallel rank. The gradient
         that arrives at the loss sum must be the same number on every replica, as the training step's factors are.
@@ -78,14 +110,17 @@ class Objective(ABC):
         """Returns what `forward` does, for all objectives of this class; a class may share collectives between them."""
         return [objective.forward(features, batch) for objective in objectives]
 
+    def end_step(self, *, accepted: bool) -> None:  # noqa: B027 - nothing to do unless there is a state beside tables
+        """Ends a step after its tables were updated, or as if it had never begun; collective."""
+
     def measure_held_out(
-        self, pooled: Tensor, labels: Tensor, sample_counts: np.ndarray
+        self, embeddings: Tensor, inputs: Sequence[Any], sample_counts: np.ndarray
     ) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Says how well held-out samples are understood; changes nothing. Between steps, collective as `forward` is.
 
         Args:
-            pooled: [n, h], pooled embeddings of this replica's samples; n may be 0.
-            labels: [n, L] int32 on the CPU, their stored labels, -1 = none.
+            embeddings: [n, h], pooled embeddings of this replica's samples; n may be 0.
+            inputs: what `collate` returned for each of their microbatches.
             sample_counts: [replicas] int64, samples of every replica.
 
         Returns:
@@ -93,26 +128,29 @@ class Objective(ABC):
         """
         return {}
 
-    @abstractmethod
-    def row_gradient_norm(self) -> Tensor:
-        """Returns the L2 norm of the gradient of the objective's own table; not finite if any part of it is not."""
+    def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
+        """Returns what a checkpoint keeps besides modules, as megatron-core sharded tensors whose keys start with
+        `prefix`."""
+        return {}
 
-    @abstractmethod
-    def apply_update(self, lr: float) -> None:
-        """Updates the objective's own table and ends the step.
+    def start_state_dict(self, prefix: str) -> dict[str, Any]:
+        """Returns the part of `sharded_state_dict` that another run may start with: tables without moments."""
+        return {}
+
+    def load_start(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - nothing to do without a state
+        """Takes over tensors read for `start_state_dict`."""
+
+    def load_exported(self, tensors: Mapping[str, Tensor], *, origin: str) -> None:
+        """Takes over whole tensors of `convert export --class-centers`.
 
         Args:
-            lr: the schedule's learning rate for class centers.
+            tensors: of the file.
+            origin: the file, for messages.
+
+        Raises:
+            CheckpointError: they do not fit.
         """
+        raise CheckpointError(f"{origin}: objectives.{self.name} has no class centers; leave it out of parts")
 
-    @abstractmethod
-    def discard_update(self) -> None:
-        """Ends the step as if it had never begun."""
-
-    @abstractmethod
-    def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
-        """Returns what a checkpoint keeps, as megatron-core sharded tensors whose keys start with `prefix`."""
-
-    @abstractmethod
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - nothing to do without a state
         """Takes over tensors read for `sharded_state_dict`."""

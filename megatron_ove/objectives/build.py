@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 import torch
+from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
 
 from megatron_ove.config.objectives import ObjectiveConfig, PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
+from megatron_ove.model.initialization import initialize_parameters
 from megatron_ove.objectives.base import Objective
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.objectives.partial_fc import PartialFC
+from megatron_ove.optim.parts import is_in_any
 from megatron_ove.parallel.topology import ParallelTopology
 
 
@@ -23,6 +26,8 @@ def build_objectives(
     seed: int,
     optim: ClassCenterOptimConfig,
     dtype: torch.dtype = torch.float32,
+    initializer_range: float = 0.02,
+    frozen_parts: Sequence[str] = (),
 ) -> ObjectiveSet:
     """Builds the objectives of a run, with fresh tables; to be called on the last pipeline stage only.
 
@@ -33,6 +38,8 @@ def build_objectives(
         seed: of initial centers and negatives.
         optim: of class centers.
         dtype: of the run's weights and activations, which `compute_dtype: auto` follows.
+        initializer_range: standard deviation of the initial weights of modules.
+        frozen_parts: parts of the model that stay as they are.
     """
     objectives: list[Objective] = []
     for name, config in configs.items():
@@ -50,4 +57,17 @@ def build_objectives(
             case _:
                 assert_never(config)
         objectives.append(objective)
-    return ObjectiveSet(objectives, {name: config.loss_weight for name, config in configs.items()}, topology)
+    weights = {name: config.loss_weight for name, config in configs.items()}
+    frozen = [name for name in configs if is_in_any(f"objectives.{name}.class_centers", frozen_parts)]
+    built = ObjectiveSet(objectives, weights, topology, frozen=frozen)
+    for parameter in built.modules.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    initialize_parameters(
+        ((f"objectives.{name}", parameter) for name, parameter in built.modules.named_parameters()),
+        seed=seed,
+        initializer_range=initializer_range,
+        layer_offset=0,
+        tensor_rank=topology.tensor_rank,
+        tensor_size=topology.tensor_size,
+    )
+    return built

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import Batch, Samples
 from megatron_ove.objectives.base import Objective
 from megatron_ove.objectives.step_exchange import MessageLayout, Messages, exchange, raise_mistake
+from megatron_ove.optim.updates import RowTable
 from megatron_ove.outputs import LossTerms, StepOutput, VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology
+
+if TYPE_CHECKING:
+    from megatron_ove.data.sample_reader import SampleReader
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class StepPreparation:
     """What `ObjectiveSet.prepare_step` found out about a step.
 
     Attributes:
-        item_counts: objective name -> N_k, samples that its loss is summed over, over all replicas and microbatches.
+        item_counts: objective name -> N_k, items that its loss is summed over, over all replicas and microbatches.
         parts: objective name -> what its `prepare_step` returned; host tensors, pinned on CUDA.
     """
 
@@ -34,16 +38,38 @@ class StepPreparation:
 class ObjectiveSet:
     """Iterating gives the names, in configuration order, which is the order of all collectives.
 
+    To the training step it is an `Update`: that of every table.
+
     Attributes:
         weights: objective name -> weight in the total loss.
+        modules: objective -> name -> dense weights, of objectives that have some; to be made children of the model.
+        wants_pixels: whether any objective looks at patches.
     """
 
     def __init__(
-        self, objectives: Sequence[Objective], weights: Mapping[str, float], topology: ParallelTopology
+        self,
+        objectives: Sequence[Objective],
+        weights: Mapping[str, float],
+        topology: ParallelTopology,
+        *,
+        frozen: Collection[str] = (),
     ) -> None:
+        """
+        Args:
+            objectives: in configuration order.
+            weights: objective name -> weight in the total loss.
+            topology: this rank's place.
+            frozen: objectives whose tables stay as they are.
+        """
         self._objectives = {objective.name: objective for objective in objectives}
         self._topology = topology
+        self._frozen = frozenset(frozen)
         self.weights = {name: weights[name] for name in self._objectives}
+        owned = {name: objective.modules() for name, objective in self._objectives.items()}
+        self.modules = torch.nn.ModuleDict(
+            {name: torch.nn.ModuleDict(modules) for name, modules in owned.items() if modules}
+        )
+        self.wants_pixels = any(objective.wants_pixels for objective in objectives)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._objectives)
@@ -54,13 +80,17 @@ class ObjectiveSet:
     def __getitem__(self, name: str) -> Objective:
         return self._objectives[name]
 
-    def source_of(self, name: str) -> str:
-        """Returns the data source of an objective."""
-        return self._objectives[name].source
+    def sources_of(self, name: str) -> tuple[str, ...]:
+        """Returns the data sources of an objective."""
+        return self._objectives[name].sources
 
     def num_items(self, name: str, batch: Batch) -> int:
-        """Returns how many samples of this replica's microbatch an objective's loss is summed over."""
+        """Returns how many items of this replica's microbatch an objective's loss is summed over."""
         return self._objectives[name].num_items(batch)
+
+    def collate(self, samples: Samples, reader: SampleReader) -> dict[str, Any]:
+        """Returns objective -> its inputs of a microbatch; runs in a loader's thread."""
+        return {name: objective.collate(samples, reader) for name, objective in self._objectives.items()}
 
     def prepare_step(
         self, step: int, batches: Sequence[Batch], sample_counts: Mapping[str, np.ndarray]
@@ -81,9 +111,13 @@ class ObjectiveSet:
         """
         if not self._objectives:
             return StepPreparation({}, {})
-        messages = self._exchange(batches, sample_counts)
+        counts = {
+            name: sum(sample_counts[source] for source in objective.sources)
+            for name, objective in self._objectives.items()
+        }
+        messages = self._exchange(batches, counts)
         parts = {
-            name: objective.prepare_step(step, batches, sample_counts[objective.source], numbers)
+            name: objective.prepare_step(step, batches, counts[name], numbers)
             for (name, objective), numbers in zip(self._objectives.items(), messages.numbers, strict=True)
         }
         return StepPreparation(dict(zip(self._objectives, messages.item_counts.tolist(), strict=True)), parts)
@@ -94,15 +128,15 @@ class ObjectiveSet:
         group, replica = self._topology.data_host_group, self._topology.data_rank
         numbers = [objective.message(batches) for objective in objectives]
         for objective, part in zip(objectives, numbers, strict=True):
-            planned = int(sample_counts[objective.source][replica].sum())
+            planned = int(sample_counts[objective.name][replica].sum())
             if len(part) != planned:
                 raise ValueError(
-                    f"the microbatches have {len(part)} samples of source '{objective.source}' where sample_counts has "
-                    f"{planned} for replica {replica}"
+                    f"the microbatches have {len(part)} samples for objective '{objective.name}' where sample_counts "
+                    f"has {planned} for replica {replica}"
                 )
         mistake = next(filter(None, (objective.find_mistake(batches) for objective in objectives)), "")
         layout = MessageLayout(
-            [sample_counts[objective.source].sum(axis=1) for objective in objectives],
+            [sample_counts[name].sum(axis=1) for name in self._objectives],
             [objective.message_width for objective in objectives],
         )
         message = layout.pack(
@@ -130,8 +164,11 @@ class ObjectiveSet:
             batch: one of the batches given to `prepare_step`, or a copy of it on the device.
             scales: objective name -> factor of its loss sum, the same on every replica.
         """
-        # Starting from the features keeps the loss differentiable and exactly 0 in an empty microbatch.
-        loss = features.pooled.new_zeros((), dtype=torch.float32)
+        # The schedule wants a loss with a gradient, and data parallelism one of every weight, in every microbatch.
+        loss = features.anchor()
+        for parameter in self.modules.parameters():
+            if parameter.requires_grad:
+                loss = loss + parameter.flatten()[:0].sum(dtype=torch.float32)
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         by_class: dict[type[Objective], list[Objective]] = {}
         for objective in self._objectives.values():
@@ -147,28 +184,50 @@ class ObjectiveSet:
             metrics |= {f"{name}/{metric}": value for metric, value in terms.metrics.items()}
         return StepOutput(loss, metrics)
 
-    def row_gradient_norms(self) -> dict[str, Tensor]:
-        """Returns the gradient norm of each objective's table, before clipping; collective."""
+    # -- an Update ----------------------------------------------------------------------------------------------------
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Returns table -> norm of its gradient, before clipping; collective."""
         norms = {}
-        for name, objective in self._objectives.items():
-            with _trace(name):
-                norms[name] = objective.row_gradient_norm()
+        for objective, table in self._tables():
+            if objective not in self._frozen:
+                with _trace(objective):
+                    norms[table.name] = table.gradient_norm()
         return norms
 
-    def apply_update(self, lr: float) -> None:
-        """Updates every table and ends the step; collective."""
-        for objective in self._objectives.values():
-            with _trace(objective.name):
-                objective.apply_update(lr)
+    def describe(self, name: str) -> str:
+        return f"the class centers of '{name}'"
 
-    def discard_update(self) -> None:
-        """Ends the step as if it had never begun."""
+    def step(self, lr: float) -> None:
+        """Updates every table and ends the step; collective. `lr` is that of the schedule."""
+        for objective, table in self._tables():
+            with _trace(objective):
+                if objective in self._frozen:
+                    table.discard_update()
+                else:
+                    table.apply_update(lr * table.lr_multiplier)
         for objective in self._objectives.values():
-            objective.discard_update()
+            objective.end_step(accepted=True)
+
+    def discard(self) -> None:
+        """Ends the step as if it had never begun."""
+        for _, table in self._tables():
+            table.discard_update()
+        for objective in self._objectives.values():
+            objective.end_step(accepted=False)
+
+    def _tables(self) -> Iterator[tuple[str, RowTable]]:
+        return ((name, table) for name, objective in self._objectives.items() for table in objective.tables())
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
-        """Returns objective name -> its sharded tensors, with keys `<prefix><name>.<tensor>`."""
-        return {name: objective.sharded_state_dict(f"{prefix}{name}.") for name, objective in self._objectives.items()}
+        """Returns objective name -> its sharded tensors, with keys `<prefix><name>.<tensor>`; modules belong to the
+        model."""
+        states = {
+            name: objective.sharded_state_dict(f"{prefix}{name}.") for name, objective in self._objectives.items()
+        }
+        return {name: state for name, state in states.items() if state}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what was read for `sharded_state_dict`; objectives without rows on this rank may be missing."""

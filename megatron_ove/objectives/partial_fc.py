@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import Batch, Samples
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
-from megatron_ove.errors import ConfigError
+from megatron_ove.errors import CheckpointError, ConfigError
 from megatron_ove.heads import triton_backend
 from megatron_ove.heads.active_classes import (
     NegativeDraw,
@@ -29,7 +29,7 @@ from megatron_ove.heads.active_classes import (
     weigh_active_rows,
 )
 from megatron_ove.heads.centering import EmbeddingMean, center_gradient, centered_directions
-from megatron_ove.heads.class_centers import ClassCenters
+from megatron_ove.heads.class_centers import MOMENTS, ClassCenters
 from megatron_ove.heads.embedding_health import embedding_health
 from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, FusedSoftmax
 from megatron_ove.heads.label_ranks import each_label_once, label_ranks, retrieval_sums
@@ -40,6 +40,7 @@ from megatron_ove.objectives.chance import margin_softmax_of
 from megatron_ove.objectives.label_check import find_bad_label
 from megatron_ove.objectives.label_slots import draw_label_slots
 from megatron_ove.objectives.partial_fc_step import CoPositives, MicrobatchPlan, StepPlan, plan_microbatches
+from megatron_ove.optim.updates import RowTable
 from megatron_ove.outputs import LossTerms, VisionFeatures
 from megatron_ove.parallel.class_order import rows_of_classes
 from megatron_ove.parallel.collectives import gather_replica_rows, sum_gradient_over_group
@@ -47,6 +48,9 @@ from megatron_ove.parallel.host_tensors import host_tensor
 from megatron_ove.parallel.random import stateless_seed
 from megatron_ove.parallel.row_blocks import concatenate_ranges
 from megatron_ove.parallel.topology import ParallelTopology
+
+if TYPE_CHECKING:
+    from megatron_ove.data.sample_reader import SampleReader
 
 
 class PartialFC(Objective):
@@ -64,7 +68,7 @@ class PartialFC(Objective):
         dtype: torch.dtype,
     ) -> None:
         self.name = name
-        self.source = config.source
+        self.sources = config.sources
         self.message_width = config.labels_per_step
         self._config = config
         self._topology = topology
@@ -95,12 +99,20 @@ class PartialFC(Objective):
             self._mean = EmbeddingMean(embedding_size, topology.device, replicas)
         self._plans: dict[int, MicrobatchPlan] = {}
 
+    def tables(self) -> Sequence[RowTable]:
+        return (self.centers,)
+
+    def collate(self, samples: Samples, reader: SampleReader) -> Tensor:
+        """Returns the stored labels of the samples of its sources, [m, L] int32, -1 = none."""
+        return reader.labels(samples, *self.sources)
+
     def num_items(self, batch: Batch) -> int:
-        labels = batch.labels.get(self.source)
-        return 0 if labels is None else int((labels >= 0).any(1).sum())
+        """Returns the number of samples that have a label."""
+        return int((batch.inputs[self.name] >= 0).any(1).sum())
 
     def find_mistake(self, batches: Sequence[Batch]) -> str:
-        return find_bad_label(self.name, self.source, self._config.table_size, batches)
+        labels = [batch.inputs[self.name] for batch in batches]
+        return find_bad_label(self.name, self.sources, self._config.table_size, batches, labels)
 
     def message(self, batches: Sequence[Batch]) -> np.ndarray:
         """Returns the class ids of the drawn labels, [n_own, k] int32, -1 = none."""
@@ -129,11 +141,11 @@ class PartialFC(Objective):
             set_of_slot=host_tensor(set_of_slot, device),
             labels=host_tensor(labels, device),
             co_positives=co_positives,
-            rows=host_tensor(np.concatenate([batch.rows_of(self.source).numpy() for batch in batches]), device),
+            rows=host_tensor(np.concatenate([batch.samples.of(*self.sources).numpy() for batch in batches]), device),
             counts=sample_counts,
             samples=samples,
             own=own,
-            seeds=[batch.sample_seeds for batch in batches],
+            samples_of=[batch.samples for batch in batches],
         )
 
     def begin_step(self, prepared: StepPlan) -> None:
@@ -160,7 +172,7 @@ class PartialFC(Objective):
 
     def plan_of(self, batch: Batch) -> MicrobatchPlan:
         """Returns the plan of a microbatch of the step under way."""
-        plan = self._plans.get(id(batch.sample_seeds))
+        plan = self._plans.get(id(batch.samples))
         if plan is None:
             raise RuntimeError(f"objective '{self.name}' got a batch that was not given to prepare_step")
         return plan
@@ -205,18 +217,19 @@ class PartialFC(Objective):
         return LossTerms(loss_sum, metrics)
 
     def measure_held_out(
-        self, pooled: Tensor, labels: Tensor, sample_counts: np.ndarray
+        self, embeddings: Tensor, inputs: Sequence[Tensor], sample_counts: np.ndarray
     ) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Returns what `retrieval_sums` says of the labels' ranks among all classes."""
         topology, centers = self._topology, self.centers
-        rows = rows_of_classes(labels, centers.num_classes).to(pooled.device)
-        embeddings = pooled.float() if self._mean is None else pooled.float() - self._mean.value
-        own = slice(0, len(pooled))
+        rows = rows_of_classes(torch.cat(list(inputs)), centers.num_classes).to(embeddings.device)
+        num_own = len(embeddings)
+        embeddings = embeddings.float() if self._mean is None else embeddings.float() - self._mean.value
+        own = slice(0, num_own)
         if self._is_stage_wide:
             groups = topology.data_group, topology.class_group
             embeddings, rows = (gather_replica_rows(x, *groups, sample_counts[None]) for x in (embeddings, rows))
             first = int(sample_counts[: topology.data_rank].sum())
-            own = slice(first, first + len(pooled))
+            own = slice(first, first + num_own)
         ranks = label_ranks(
             embeddings,
             each_label_once(rows),
@@ -227,19 +240,12 @@ class PartialFC(Objective):
         )
         return retrieval_sums(ranks[own], centers.num_classes)
 
-    def row_gradient_norm(self) -> Tensor:
-        return self.centers.row_gradient_norm()
-
-    def apply_update(self, lr: float) -> None:
-        self.centers.apply_update(lr)
+    def end_step(self, *, accepted: bool) -> None:
         if self._mean is not None:
-            self._mean.apply_update()
-        self._plans = {}
-
-    def discard_update(self) -> None:
-        self.centers.discard_update()
-        if self._mean is not None:
-            self._mean.discard_update()
+            if accepted:
+                self._mean.apply_update()
+            else:
+                self._mean.discard_update()
         self._plans = {}
 
     def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
@@ -248,6 +254,25 @@ class PartialFC(Objective):
             state |= self._mean.sharded_state_dict(prefix, replica=self._topology.class_group.rank())
         return state
 
+    def start_state_dict(self, prefix: str) -> dict[str, Any]:
+        state = self.sharded_state_dict(prefix)
+        return {key: item for key, item in state.items() if key not in MOMENTS}
+
+    def load_start(self, state: Mapping[str, Any]) -> None:
+        self.centers.load_weights(state)
+        if self._mean is not None:
+            self._mean.load_state(state, self.name)
+
+    def load_exported(self, tensors: Mapping[str, Tensor], *, origin: str) -> None:
+        self.centers.load_whole(tensors["class_centers"], origin=origin)
+        if self._mean is not None:
+            if "embedding_mean" not in tensors:
+                raise CheckpointError(
+                    f"{origin} has no embedding_mean, because its head was trained without centering: embeddings; set "
+                    f"objectives.{self.name}.centering as it was there"
+                )
+            self._mean.start_with(tensors["embedding_mean"])
+
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.centers.load_state(state)
         if self._mean is not None:
@@ -255,14 +280,12 @@ class PartialFC(Objective):
 
     def _draw_slots(self, batch: Batch) -> Tensor:
         """Returns class ids of the drawn labels, [b_own, k] int32, -1 = none."""
-        rows, labels = batch.rows_of(self.source), batch.labels.get(self.source)
-        if labels is None:
-            labels = torch.empty(0, 1, dtype=torch.int32)
+        rows, labels = batch.samples.of(*self.sources), batch.inputs[self.name]
         if labels.shape[0] != rows.shape[0]:
             raise ValueError(
-                f"a batch has {rows.shape[0]} samples of source '{self.source}' but {labels.shape[0]} rows of labels"
+                f"a batch has {rows.shape[0]} samples for objective '{self.name}' but {labels.shape[0]} rows of labels"
             )
-        return draw_label_slots(labels, batch.sample_seeds[rows], self._config.labels_per_step).int()
+        return draw_label_slots(labels, batch.samples.seed[rows], self._config.labels_per_step).int()
 
     def _draw_class_sets(self, step: int, labels: np.ndarray) -> tuple[NegativeDraw, np.ndarray]:
         """Returns (the step's negatives, the class set of each slot [k]); slots without any label have no set.
@@ -341,7 +364,8 @@ def _forward_heads(heads: Sequence[PartialFC], features: VisionFeatures, batch: 
     """Three collectives for heads whose tables are sharded over the same ranks: gather, sum, reduce-scatter."""
     plans = [head.plan_of(batch) for head in heads]
     topology, centers = heads[0]._topology, heads[0].centers
-    own = features.pooled[torch.cat([plan.rows for plan in plans])].float().split([len(plan.rows) for plan in plans])
+    pooled = features.sample_embeddings(batch.num_samples)
+    own = pooled[torch.cat([plan.rows for plan in plans])].float().split([len(plan.rows) for plan in plans])
     embeddings = torch.cat([head.before_gather(x) for head, x in zip(heads, own, strict=True)])
     if heads[0]._is_stage_wide:
         counts = np.stack([plan.row_counts for plan in plans])

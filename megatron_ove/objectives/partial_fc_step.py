@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ove.batch import Samples
 from megatron_ove.heads.active_classes import ActiveRows, ChosenRows, NegativeDraw, find
 
 
@@ -38,11 +39,11 @@ class StepPlan:
         set_of_slot: [k] int64, class set that serves each slot.
         labels: [n, k] int64, table rows of the drawn labels, -1 = none.
         co_positives: None = a sample's other labels always count 1.
-        rows: [n_own] int64, places of this replica's samples within their microbatches.
+        rows: [n_own] int64, places of this replica's samples of its sources within their microbatches.
         counts: [replicas, microbatches] int64, samples of every replica.
         samples: of each microbatch, how many meet the table.
         own: of each microbatch, which of these are this replica's.
-        seeds: of each microbatch its `sample_seeds`, by which `forward` knows it: its copy on a device has the same.
+        samples_of: each microbatch's `samples`, by which `forward` knows it: its copy on a device has the same object.
     """
 
     draw: NegativeDraw
@@ -55,7 +56,7 @@ class StepPlan:
     counts: np.ndarray
     samples: list[int]
     own: list[slice]
-    seeds: Sequence[Tensor]
+    samples_of: Sequence[Samples]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class MicrobatchPlan:
         co_weights: [b, k, k] fp32, what label l counts in the class set of slot j; None = always 1.
         row_counts: [replicas] int64, samples of each replica.
         own: this replica's samples within the b.
-        seeds: of the microbatch; kept so that no other tensor gets their id.
+        samples: of the microbatch; kept so that no other object gets their id.
     """
 
     rows: Tensor
@@ -80,7 +81,7 @@ class MicrobatchPlan:
     co_weights: Tensor | None
     row_counts: np.ndarray
     own: slice
-    seeds: Tensor
+    samples: Samples
 
 
 def plan_microbatches(
@@ -95,7 +96,7 @@ def plan_microbatches(
         device: of the result.
 
     Returns:
-        id of a microbatch's `sample_seeds` -> its plan.
+        id of a microbatch's `samples` -> its plan.
     """
     labels, set_of_slot, rows = (
         tensor.to(device, non_blocking=True) for tensor in (plan.labels, plan.set_of_slot, plan.rows)
@@ -107,7 +108,7 @@ def plan_microbatches(
     rows_of_batches = rows.split([own.stop - own.start for own in plan.own])
     labels_of_batches, targets_of_batches = labels.split(plan.samples), targets.split(plan.samples)
     return {
-        id(seeds): MicrobatchPlan(
+        id(samples): MicrobatchPlan(
             rows=rows_of_batches[index],
             labels=labels_of_batches[index],
             targets=targets_of_batches[index].T.contiguous(),
@@ -115,9 +116,9 @@ def plan_microbatches(
             co_weights=co_weights[index],
             row_counts=plan.counts[:, index],
             own=plan.own[index],
-            seeds=seeds,
+            samples=samples,
         )
-        for index, seeds in enumerate(plan.seeds)
+        for index, samples in enumerate(plan.samples_of)
     }
 
 

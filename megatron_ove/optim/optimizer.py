@@ -1,4 +1,4 @@
-"""`EncoderOptimizer`: megatron-core's optimizer in two halves, so that a bad step can be refused in between.
+"""`DenseOptimizer`: megatron-core's optimizer in two halves, so that a bad step can be refused in between.
 
 megatron-core's own `step()` computes the norm and updates in one go, and in fp32 and bf16 it checks nothing: one NaN
 destroys all weights. Here `gradient_norm()` comes first and changes nothing that lasts; `step()` clips and updates.
@@ -7,7 +7,7 @@ The norm is the same on every rank and for every layout: replicated gradients co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,37 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_ove.config.optim import OptimConfig
 from megatron_ove.optim.param_groups import config_overrides, set_group_hyperparameters
 
 
-class EncoderOptimizer:
-    """AdamW over the encoder: fp32 master weights under bf16, state sharded over data ranks if configured."""
+class DenseOptimizer:
+    """AdamW over all weights of the model: fp32 master weights under bf16, state sharded over data ranks if configured.
 
-    def __init__(self, optimizer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel], config: OptimConfig):
+    To the training step it is an `Update`: encoder and modules of objectives together, clipped by their joint norm.
+    """
+
+    def __init__(
+        self,
+        optimizer: MegatronOptimizer,
+        chunks: Sequence[DistributedDataParallel],
+        config: OptimConfig,
+        names: Mapping[Tensor, str],
+    ) -> None:
         """
         Args:
-            optimizer: as built by `build_encoder_optimizer`.
+            optimizer: as built by `build_dense_optimizer`.
             chunks: the wrapped model chunks of this rank.
             config: hyperparameters.
+            names: parameter -> its name in the whole model.
         """
         self._optimizer = optimizer
         self._chunks = list(chunks)
         self._config = config
+        self._names = names
+        self._norm = 0.0
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -46,28 +59,34 @@ class EncoderOptimizer:
         self._optimizer.zero_grad()
 
     @torch.no_grad()
-    def gradient_norm(self) -> float:
-        """Returns the L2 norm of the whole encoder's gradient; collective. Call after the gradients are reduced.
+    def gradient_norms(self) -> dict[str, float]:
+        """Returns the L2 norm of the whole gradient under the name ""; collective. Call after gradients are reduced.
 
         May be infinite or NaN; then `step` must not be called.
         """
         self._optimizer.prepare_grads()
-        return float(self._optimizer.get_grad_norm())
+        self._norm = float(self._optimizer.get_grad_norm())
+        return {"": self._norm}
+
+    def describe(self, name: str) -> str:
+        return "the encoder"
 
     @torch.no_grad()
-    def step(self, *, gradient_norm: float, lr: float) -> None:
-        """Clips to `clip_grad_norm` by the given norm and updates the weights.
+    def step(self, lr: float) -> None:
+        """Clips to `clip_grad_norm` by the norm that `gradient_norms` found and updates the weights.
 
         Args:
-            gradient_norm: what `gradient_norm()` returned, finite.
             lr: rate of this step.
         """
         set_group_hyperparameters(self._optimizer.param_groups, self._config, lr=lr)
         if self._config.clip_grad_norm > 0:
             params = [param for group in self._optimizer.param_groups for param in group["params"]]
             if params:
-                clip_grad_by_total_norm_fp32(params, self._config.clip_grad_norm, gradient_norm)
+                clip_grad_by_total_norm_fp32(params, self._config.clip_grad_norm, self._norm)
         self._optimizer.step_with_ready_grads()
+
+    def discard(self) -> None:
+        """Nothing to do: gradients are cleared before the next step."""
 
     def finish_param_gather(self) -> None:
         """Completes the weights on every data rank where their gathering waits for the next forward pass; collective.
@@ -99,14 +118,13 @@ class EncoderOptimizer:
         if "param_state" not in state:
             return None
         chunks: list[Any] = self._chunks
-        names = {parameter: name for chunk in chunks for name, parameter in chunk.named_parameters()}
         buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
         # megatron-core numbers them like this when it describes its state, and when it takes it over.
         parameters = [parameter for buffer in buffers for parameter in buffer.param_index_map]
         for index, parameter in enumerate(parameters):
             master = state["param_state"][index]["param"].to(device=parameter.device, dtype=parameter.dtype)
             if not torch.allclose(master, parameter, rtol=0, atol=0, equal_nan=True):
-                return names[parameter].partition("encoder.")[2]
+                return self._names[parameter]
         return None
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -114,19 +132,23 @@ class EncoderOptimizer:
         self._optimizer.load_state_dict(state)
 
 
-def build_encoder_optimizer(
+def build_dense_optimizer(
     chunks: Sequence[DistributedDataParallel],
     config: OptimConfig,
     *,
+    names: Mapping[Tensor, str],
+    num_layers: int,
     dtype: torch.dtype,
     use_distributed_optimizer: bool,
     process_groups: ProcessGroupCollection,
-) -> EncoderOptimizer:
+) -> DenseOptimizer:
     """Builds AdamW for the wrapped model chunks of this rank; collective over all ranks.
 
     Args:
         chunks: model chunks inside megatron-core's DistributedDataParallel.
         config: hyperparameters.
+        names: parameter -> its name in the whole model; see `optim/parts.py`.
+        num_layers: of the whole encoder, for `layer_decay`.
         dtype: of the model's weights, float32 or bfloat16.
         use_distributed_optimizer: whether state is sharded over the data ranks.
         process_groups: megatron-core's groups.
@@ -146,11 +168,11 @@ def build_encoder_optimizer(
     optimizer = get_megatron_optimizer(
         mcore_config,
         list(chunks),
-        config_overrides=config_overrides(),
+        config_overrides=config_overrides(names, config, num_layers),
         use_gloo_process_groups=False,
         pg_collection=process_groups,
     )
-    return EncoderOptimizer(optimizer, chunks, config)
+    return DenseOptimizer(optimizer, chunks, config, names)
 
 
 def sharding_metadata() -> dict[str, Any]:

@@ -8,7 +8,7 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from megatron_ove.config.optim import OptimConfig
+from megatron_ove.optim.parts import multipliers_of
 
 
 def has_weight_decay(name: str, param: Tensor) -> bool:
@@ -26,10 +27,30 @@ def has_weight_decay(name: str, param: Tensor) -> bool:
     return param.ndim > 1 and not name.endswith((".bias", "probe"))
 
 
-def config_overrides() -> dict[ParamKey, ParamGroupOverride]:
-    """Returns the rule in the form that megatron-core's `get_megatron_optimizer` takes."""
-    predicate = ParamWithNamePredicate(name="no_weight_decay", fn=lambda param, name: not has_weight_decay(name, param))
-    return {ParamKey(with_name_predicate=predicate): ParamGroupOverride(wd_mult=0.0)}  # type: ignore[typeddict-item]
+def config_overrides(
+    names: Mapping[Tensor, str], config: OptimConfig, num_layers: int
+) -> dict[ParamKey, ParamGroupOverride]:
+    """Returns rates and decay of parts in the form that megatron-core's `get_megatron_optimizer` takes.
+
+    Args:
+        names: parameter -> its name in the whole model.
+        config: of the optimizer.
+        num_layers: of the whole encoder.
+    """
+    groups: dict[tuple[float, float], set[Tensor]] = {}
+    for parameter, name in names.items():
+        rate, decay = multipliers_of(name, config, num_layers)
+        groups.setdefault((rate, decay if has_weight_decay(name, parameter) else 0.0), set()).add(parameter)
+    groups.pop((1.0, 1.0), None)
+    overrides: dict[ParamKey, ParamGroupOverride] = {}
+    for (rate, decay), members in groups.items():
+        predicate = ParamWithNamePredicate(
+            name=f"rate {rate:g}, decay {decay:g}", fn=lambda param, _, members=members: param in members
+        )
+        override = {} if rate == 1.0 else {"lr_mult": rate}
+        override |= {} if decay == 1.0 else {"wd_mult": decay}
+        overrides[ParamKey(with_name_predicate=predicate)] = override  # type: ignore[assignment]
+    return overrides
 
 
 def set_group_hyperparameters(groups: Iterable[dict[str, Any]], config: OptimConfig, *, lr: float) -> None:
@@ -39,7 +60,7 @@ def set_group_hyperparameters(groups: Iterable[dict[str, Any]], config: OptimCon
 
     Args:
         groups: parameter groups of a torch optimizer with megatron-core's `wd_mult` and `lr_mult`.
-        config: the encoder's optimizer settings.
+        config: of the optimizer.
         lr: rate of this step.
     """
     for group in groups:

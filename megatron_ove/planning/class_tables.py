@@ -70,7 +70,7 @@ def plan_tables(
     if place.stage != layout.pipeline - 1:
         return []
     return [
-        _plan_table(name, objective, config, layout, place, workload.sample_counts[objective.source], device)
+        _plan_table(name, objective, config, layout, place, workload.samples_of(objective), device)
         for name, objective in config.objectives.items()
     ]
 

@@ -112,7 +112,7 @@ def _add_step_labels(ledger: _Ledger, config: TrainConfig, layout: Layout, workl
     """The one message of all objectives; see `objectives/step_exchange.py`."""
     numbers = np.full(layout.data, 1 + len(config.objectives))
     for objective in config.objectives.values():
-        numbers += workload.sample_counts[objective.source].sum(axis=0) * objective.labels_per_step
+        numbers += workload.samples_of(objective).sum(axis=0) * objective.labels_per_step
     ledger.add("data", "all_gather", layout.data * int(numbers.max()) * 4)
 
 
@@ -124,7 +124,7 @@ def _add_heads(
         heads = [table for table in tables if table.is_stage_wide == is_wide]
         if not heads:
             continue
-        counts = np.sum([workload.sample_counts[config.objectives[head.name].source] for head in heads], axis=0)
+        counts = np.sum([workload.samples_of(config.objectives[head.name]) for head in heads], axis=0)
         for index in range(workload.num_microbatches):
             totals = [int(total) for total in counts[index]]
             if not is_wide:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.mixture import MicrobatchPlan, planner_of
 from megatron_ove.planning.layout import Layout
@@ -42,6 +43,10 @@ class Workload:
     def num_samples(self) -> np.ndarray:
         """[n, replicas] int64, samples of all sources in each microbatch."""
         return sum(self.sample_counts.values(), np.zeros_like(self.real_tokens))
+
+    def samples_of(self, objective: ObjectiveConfig) -> np.ndarray:
+        """Returns [n, replicas] int64, samples that an objective sees in each microbatch."""
+        return sum((self.sample_counts[source] for source in objective.sources), np.zeros_like(self.real_tokens))
 
     @property
     def padding_share(self) -> float:

@@ -1,15 +1,21 @@
-"""Encoder -> PretrainModel -> Float16Module (bf16) -> DistributedDataParallel, one per model chunk of this rank."""
+"""Encoder and objectives' modules -> PretrainModel -> Float16Module (bf16) -> DistributedDataParallel, one per model
+chunk of this rank."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from torch import Tensor
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.model.encoder import VisionEncoder, build_encoder_chunks
+from megatron_ove.model.encoder import build_encoder_chunks
+from megatron_ove.model.parameter_names import global_name
 from megatron_ove.model.pooling import AttentionPoolingHead
 from megatron_ove.objectives.objective_set import ObjectiveSet
+from megatron_ove.optim.parts import is_in_any
 from megatron_ove.parallel import gradient_buckets
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.determinism import use_deterministic_kernels
@@ -48,9 +54,13 @@ def build_model_chunks(
     )
     chunks = []
     for index, encoder in enumerate(encoders):
-        _average_replicated_gradients(encoder)
         is_last = topology.is_last_chunk(encoder.vp_stage)
-        module: MegatronModule = PretrainModel(encoder, objectives if is_last else None)
+        model = PretrainModel(encoder, objectives if is_last else None)
+        _average_replicated_gradients(model, sequence_parallel=encoder.config.sequence_parallel)
+        for name, parameter in _named_parameters(model):
+            if is_in_any(name, config.freeze):  # before the wrappers, which would make room for its gradient
+                parameter.requires_grad_(False)
+        module: MegatronModule = model
         if config.train.precision == "bf16":
             module = Float16Module(encoder.config, module)
         encoder.config.finalize_model_grads_func = finalize_model_grads
@@ -67,15 +77,26 @@ def build_model_chunks(
     return chunks
 
 
-def _average_replicated_gradients(encoder: VisionEncoder) -> None:
+def parameter_names(chunks: Sequence[DistributedDataParallel]) -> dict[Tensor, str]:
+    """Returns parameter -> its name in the whole model (see `optim/parts.py`), frozen ones included."""
+    return {parameter: name for chunk in chunks for name, parameter in _named_parameters(model_of(chunk))}
+
+
+def _named_parameters(model: PretrainModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        # Where megatron-core's schedules look for layers is nothing that a user should have to know.
+        yield global_name(name, model.encoder.layer_offset).replace("encoder.decoder.", "encoder.", 1), parameter
+
+
+def _average_replicated_gradients(model: PretrainModel, *, sequence_parallel: bool) -> None:
     """Has megatron-core average gradients that every tensor-parallel rank computes in full.
 
     They are equal by arithmetic, but kernels that add in changing order make them differ in the last bits, and the
     ranks' copies of a weight would drift apart over a long run.
     """
-    for parameter in encoder.parameters():
+    for parameter in model.parameters():
         is_sharded = getattr(parameter, "tensor_model_parallel", False)
-        is_summed = encoder.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+        is_summed = sequence_parallel and getattr(parameter, "sequence_parallel", False)
         if not is_sharded and not is_summed:
             parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
 
@@ -85,14 +106,15 @@ def _gather_before_pooling(chunk: DistributedDataParallel, head: AttentionPoolin
 
     def gather(*_: object) -> None:
         for parameter in head.attention.parameters(recurse=False):
-            chunk.param_to_bucket_group[parameter].finish_param_sync()
+            if parameter.requires_grad:
+                chunk.param_to_bucket_group[parameter].finish_param_sync()
 
     head.register_forward_pre_hook(gather)
 
 
-def encoder_of(chunk: DistributedDataParallel) -> VisionEncoder:
-    """Returns the encoder inside a wrapped chunk."""
+def model_of(chunk: DistributedDataParallel) -> PretrainModel:
+    """Returns the model inside a wrapped chunk."""
     module = chunk.module
     model = module.module if isinstance(module, Float16Module) else module
     assert isinstance(model, PretrainModel)
-    return model.encoder
+    return model

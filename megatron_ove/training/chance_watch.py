@@ -29,7 +29,7 @@ class ChanceWatch:
         total = sum(source.weight for source in config.data.sources.values())
         self.losses: dict[str, float] = {}
         for name, objective in config.objectives.items():
-            share = config.data.sources[objective.source].weight / total
+            share = sum(config.data.sources[source].weight for source in objective.sources) / total
             self.losses[name] = chance_loss(objective, config.train.global_batch_size * share)
         self._rate = config.optim.class_centers.lr_multiplier
         self._warmup = config.optim.schedule.warmup_steps

@@ -26,7 +26,7 @@ from megatron_ove.data.shard_fit import open_held_out_sets
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.errors import MegatronOveError
 from megatron_ove.objectives.objective_set import ObjectiveSet
-from megatron_ove.optim.optimizer import EncoderOptimizer
+from megatron_ove.optim.optimizer import DenseOptimizer
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.metrics import MetricAccumulator, Total, averages
 
@@ -43,7 +43,7 @@ class HeldOutEvaluation:
         topology: ParallelTopology,
         chunks: Sequence[DistributedDataParallel],
         objectives: ObjectiveSet | None,
-        optimizer: EncoderOptimizer,
+        optimizer: DenseOptimizer,
     ) -> None:
         """Opens the sets, if there are any; collective over all ranks.
 
@@ -52,7 +52,7 @@ class HeldOutEvaluation:
             topology: this rank's place.
             chunks: wrapped model chunks of this rank.
             objectives: on the last pipeline stage; None elsewhere.
-            optimizer: of the encoder; asked to complete weights that are still to be gathered.
+            optimizer: of dense weights; asked to complete weights that are still to be gathered.
 
         Raises:
             ConfigError, DataError: on every rank, a set cannot be used or does not fit its objective.
@@ -104,23 +104,26 @@ class HeldOutEvaluation:
         self, name: str, samples: HeldOutSamples, step: int
     ) -> Mapping[str, tuple[Tensor | float, Tensor | float]]:
         """Returns figure -> (sum, count) over this replica's samples, on one rank of the replica; {} elsewhere."""
+        objective = None if self._objectives is None else self._objectives[name]
+        collate = None if objective is None else lambda some, reader: {name: objective.collate(some, reader)}
         pooled: list[Tensor] = []
-        labels: list[Tensor] = []
-        num_bad = 0
-        for part in samples.rounds(step):
+        inputs: list[Any] = []
+        num_items = num_bad = 0
+        for part in samples.rounds(step, collate):
             pooled += self._embed(part.batches)
-            labels += [table for batch in part.batches for table in batch.labels.values()]
             num_bad += part.num_bad
-        if self._objectives is None:
+            if objective is not None:
+                inputs += [batch.inputs[name] for batch in part.batches]
+                num_items += sum(objective.num_items(batch) for batch in part.batches)
+        if objective is None:
             return {}
-        objective, stored = self._objectives[name], torch.cat(labels)
-        figures = objective.measure_held_out(torch.cat(pooled), stored, samples.sample_counts)
+        figures = objective.measure_held_out(torch.cat(pooled), inputs, samples.sample_counts)
         if self._topology.tensor_rank > 0:  # they hold the same
             return {}
-        return {**figures, "samples": ((stored >= 0).any(dim=1).sum(), 1.0), "bad_samples": (float(num_bad), 1.0)}
+        return {**figures, "samples": (float(num_items), 1.0), "bad_samples": (float(num_bad), 1.0)}
 
     def _embed(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Returns the pooled embeddings [b, h] of each microbatch on the last stage, [] elsewhere."""
+        """Returns the embeddings [b, h] of the samples of each microbatch on the last stage, [] elsewhere."""
 
         def forward_step(iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Any, Any]:
             return model(next(iterator), None), _keep
@@ -130,7 +133,7 @@ class HeldOutEvaluation:
             data_iterator=[iter(batches) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(batches),
-            seq_length=batches[0].num_patches,
+            seq_length=batches[0].main.num_patches,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,

@@ -1,7 +1,7 @@
 """`PretrainModel`: what megatron-core's schedules drive. The encoder, and on the last stage the objectives.
 
-Class tables are not parameters of it: `ObjectiveSet` is a plain object, so neither DistributedDataParallel nor
-Float16Module sees them, and their rows are updated by their own optimizer.
+The dense weights of objectives are children of it. Tables of rows are not: `ObjectiveSet` is a plain object, so neither
+DistributedDataParallel nor Float16Module sees them, and their rows are updated by their own optimizer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn import ModuleDict
 
 from megatron_ove.batch import Batch
 from megatron_ove.model.encoder import VisionEncoder
@@ -37,7 +38,8 @@ class PretrainModel(MegatronModule):
         self.vp_stage = encoder.vp_stage
         self.pre_process, self.post_process = encoder.pre_process, encoder.post_process
         self.encoder = encoder
-        self.objectives = objectives
+        self.objective_set = objectives
+        self.objectives = objectives.modules if objectives else ModuleDict()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Takes what the stage before sent; called by the schedule."""
@@ -53,16 +55,16 @@ class PretrainModel(MegatronModule):
 
         Returns:
             [P, 1, h] hidden states ([P / tp, 1, h] under sequence parallelism) for the next chunk; a `StepOutput`
-            from the last one, or without scales the pooled embeddings [b, h].
+            from the last one, or without scales the samples' embeddings [b, h].
         """
-        output = self.encoder(batch)
-        if self.objectives is None:
+        output = self.encoder(batch.main)
+        if self.objective_set is None:
             return output
         if not isinstance(output, VisionFeatures):
             raise TypeError(f"the last chunk of the encoder returned {type(output).__name__}, not VisionFeatures")
         if scales is None:
-            return output.pooled
+            return output.sample_embeddings(batch.num_samples)
         timers: StepTimers | None = self.config.timers  # type: ignore[assignment]  # megatron-core says "a callable"
         if timers is None:
-            return self.objectives.forward(output, batch, scales)
-        return timed_head(timers, self.objectives, output, batch, scales)
+            return self.objective_set.forward(output, batch, scales)
+        return timed_head(timers, self.objective_set, output, batch, scales)

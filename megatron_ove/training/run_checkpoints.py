@@ -1,8 +1,8 @@
 """What a checkpoint of a run holds, and how a run is put back from one.
 
-Key prefixes in the files: `model.` encoder, `optimizer.` its moments and master weights, `objectives.<name>.` class
-centers with theirs, `rng` generators per rank. Plain values: step, config, train_state, sampler, schedule, layout.
-Beside them, as plain files: the words that OCR objectives' classes stand for.
+Key prefixes in the files: `model.` encoder, `modules.<objective>.` its dense weights, `optimizer.` moments and master
+weights of both, `objectives.<name>.` class centers with theirs, `rng` generators per rank. Plain values: step, config,
+train_state, sampler, schedule, layout. Beside them, as plain files: the words that OCR objectives' classes stand for.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from megatron_ove.checkpoint.compatibility import (
     shifted_moments_clause,
     size_warnings,
 )
-from megatron_ove.checkpoint.initialize import find_start, load_encoder_weights
 from megatron_ove.checkpoint.manager import CheckpointManager, read_common_state
 from megatron_ove.checkpoint.rng_state import restore_rng_state, sharded_rng_state
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import CheckpointError
 from megatron_ove.objectives.objective_set import ObjectiveSet
-from megatron_ove.optim.optimizer import EncoderOptimizer, sharding_metadata
+from megatron_ove.optim.optimizer import DenseOptimizer
 from megatron_ove.parallel.topology import ParallelTopology
-from megatron_ove.training.build_model import encoder_of
+from megatron_ove.training.model_state import load_model_state, sharded_model_state, without_scaling_history
 from megatron_ove.training.run_vocabularies import RunVocabularies
 from megatron_ove.training.train_state import TrainState, fingerprint, sampler_state
 
@@ -44,7 +43,7 @@ class RunCheckpoints:
         topology: ParallelTopology,
         chunks: Sequence[DistributedDataParallel],
         objectives: ObjectiveSet | None,
-        optimizer: EncoderOptimizer,
+        optimizer: DenseOptimizer,
     ) -> None:
         self._config = config
         self._topology = topology
@@ -122,21 +121,21 @@ class RunCheckpoints:
         template = self._sharded_state(has_moments=common["train_state"]["samples_seen"] > 0, is_loading=True)
         if common["config"]["encoder"]["fp8"] != "delayed":
             # A run that begins to compute with `fp8: delayed` finds no history, and starts one.
-            template["model"] = _without_scaling_history(template["model"])
+            template["model"] = without_scaling_history(template["model"])
         same_layout = common["layout"] == self._layout()
         if same_layout:
             template["rng"] = sharded_rng_state(rank=self._topology.global_rank, world_size=self._topology.world_size)
         elif self._topology.global_rank == 0:
             logger.info("The layout was %s and is %s now; generators start anew.", common["layout"], self._layout())
         loaded = self._manager.load(path, template)
-        self._load_weights(loaded["model"])
+        load_model_state(self._chunks, loaded["model"], strict=True)
         if "optimizer" in loaded:
             self._refuse_shifted_moments(path, loaded["optimizer"])
             self._optimizer.load_state_dict(loaded["optimizer"])
         else:
             self._optimizer.reload_model_params()
         if self._objectives is not None:
-            self._objectives.load_state(loaded["objectives"])
+            self._objectives.load_state(loaded.get("objectives", {}))
         if same_layout:
             restore_rng_state(loaded["rng"])
         state.load_state_dict(common["train_state"])
@@ -157,38 +156,15 @@ class RunCheckpoints:
         """Returns one sentence for every source that has another number of samples than in what was restored."""
         return size_warnings(self._restored_sizes, source_sizes)
 
-    def initialize(self, init_from: str) -> None:
-        """Gives the encoder the weights of another checkpoint; step, moments and class centers stay at their start.
-
-        Args:
-            init_from: a checkpoint, or a run folder, of which the newest usable one is taken.
-
-        Raises:
-            CheckpointError: there is no usable checkpoint, or it holds another encoder.
-        """
-        path = find_start(init_from, verify=self._config.checkpoint.verify)
-        # FP8 scaling history belongs to the run that made it, and an imported model has none.
-        template = _without_scaling_history(self._model_state())
-        loaded = load_encoder_weights(path, template, encoder=self._plain_config["encoder"])
-        self._load_weights(loaded)
+    def started_from(self, paths: Sequence[str]) -> None:
+        """Notes what the run's first weights were taken from; takes the model's weights as master weights."""
         self._optimizer.reload_model_params()
-        self._initialized_from = str(path)
-
-    def _load_weights(self, model: Mapping[str, Any]) -> None:
-        for index, chunk in enumerate(self._chunks):
-            weights = {name.removeprefix("model."): value for name, value in model[f"chunk{index}"].items()}
-            encoder_of(chunk).load_state_dict(weights)
-
-    def _model_state(self) -> dict[str, Any]:
-        return {
-            f"chunk{index}": encoder_of(chunk).sharded_state_dict(prefix="model.", metadata=sharding_metadata())
-            for index, chunk in enumerate(self._chunks)
-        }
+        self._initialized_from = ", ".join(paths)
 
     def _sharded_state(self, *, has_moments: bool, is_loading: bool) -> dict[str, Any]:
         """`has_moments`: whether a step was ever accepted. Before that AdamW has none, and its master weights are the
         model's weights."""
-        model = self._model_state()
+        model = sharded_model_state(self._chunks, self._topology)
         state: dict[str, Any] = {"model": model}
         if has_moments:
             state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading=is_loading)
@@ -199,11 +175,3 @@ class RunCheckpoints:
     def _layout(self) -> dict[str, int]:
         topology = self._topology
         return {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size}
-
-
-def _without_scaling_history(model: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the model's state without Transformer Engine's extra state."""
-    return {
-        chunk: {name: item for name, item in state.items() if not name.endswith("_extra_state")}
-        for chunk, state in model.items()
-    }

@@ -28,8 +28,10 @@ def timed_head(
 ) -> StepOutput:
     """Returns what `objectives.forward` returns; the values and gradients are the same."""
     with timers.phase("head"):
-        tokens, pooled = _Identity.apply(lambda: timers.leave("head"), features.tokens, features.pooled)
-        output = objectives.forward(replace(features, tokens=tokens, pooled=pooled), batch, scales)
+        given = {"tokens": features.tokens, "pooled": features.pooled}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        marked = _Identity.apply(lambda: timers.leave("head"), *given.values())
+        output = objectives.forward(replace(features, **dict(zip(given, marked, strict=True))), batch, scales)
         (loss,) = _Identity.apply(lambda: timers.enter("head"), output.loss)
         return replace(output, loss=loss)
 

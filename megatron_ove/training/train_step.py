@@ -5,7 +5,7 @@
 2. the objectives begin the step on the device;
 3. megatron-core's schedule runs forward and backward over microbatches and pipeline stages, and reduces gradients;
 4. norms are computed, and all ranks agree whether everything is finite;
-5. only then the encoder and the class centers are updated. A refused step changes nothing that lasts.
+5. only then dense weights and tables are updated. A refused step changes nothing that lasts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor
 from megatron_ove.batch import Batch
 from megatron_ove.data.delivery import LoadedStep
 from megatron_ove.objectives.objective_set import ObjectiveSet, StepPreparation
-from megatron_ove.optim.optimizer import EncoderOptimizer
+from megatron_ove.optim.optimizer import DenseOptimizer
+from megatron_ove.optim.updates import Update
 from megatron_ove.outputs import StepOutput
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.metrics import MetricAccumulator
@@ -79,7 +80,7 @@ class TrainStep:
         topology: ParallelTopology,
         chunks: Sequence[DistributedDataParallel],
         objectives: ObjectiveSet | None,
-        optimizer: EncoderOptimizer,
+        optimizer: DenseOptimizer,
         timers: StepTimers,
     ) -> None:
         """
@@ -87,13 +88,14 @@ class TrainStep:
             topology: this rank's place.
             chunks: wrapped model chunks of this rank.
             objectives: on the last pipeline stage; None elsewhere.
-            optimizer: of the encoder.
+            optimizer: of dense weights.
             timers: told what is being done; megatron-core's schedules and the chunks get them too.
         """
         self._topology = topology
         self._chunks: list[torch.nn.Module] = list(chunks)
         self._objectives = objectives
         self._optimizer = optimizer
+        self._updates: list[Update] = [optimizer, *([objectives] if objectives else [])]
         self._timers = timers
         for chunk in chunks:
             chunk.config.timers = timers
@@ -101,14 +103,13 @@ class TrainStep:
         self._reports = topology.is_last_stage and topology.tensor_rank == 0
         self._counts_bad = topology.is_first_stage and topology.tensor_rank == 0
 
-    def __call__(self, loaded: LoadedStep, *, encoder_lr: float, class_lr: float, wants_stop: bool) -> StepResult:
+    def __call__(self, loaded: LoadedStep, *, lr: float, wants_stop: bool) -> StepResult:
         """Runs a step on this replica's microbatches.
 
         Args:
             loaded: this replica's microbatches, on the last pipeline stage with what `ObjectiveSet.prepare_step` made
                 of them.
-            encoder_lr: rate of the encoder.
-            class_lr: rate of the class centers.
+            lr: the schedule's rate.
             wants_stop: whether this rank wants the run to stop.
 
         Returns:
@@ -121,19 +122,17 @@ class TrainStep:
             self._optimizer.zero_grad()
         outputs = self._forward_backward(batches, scales)
         with self._timers.phase("optimizer"):
-            encoder_norm = self._optimizer.gradient_norm()
-            head_norms = self._objectives.row_gradient_norms() if self._objectives else {}
-        problem = _describe_non_finite(outputs, batches, self._objectives, encoder_norm, head_norms)
+            norms = {name: (norm, update) for update in self._updates for name, norm in update.gradient_norms().items()}
+        problem = _describe_non_finite(outputs, batches, self._objectives, norms)
         refused, stop_requested, num_bad = self._agree(bool(problem), wants_stop, loaded.num_bad)
         if refused:
-            if self._objectives:
-                self._objectives.discard_update()
+            for update in self._updates:
+                update.discard()
             return StepResult(False, stop_requested, num_bad, refusal=self._collect_problems(problem))
         with self._timers.phase("optimizer"):
-            self._optimizer.step(gradient_norm=encoder_norm, lr=encoder_lr)
-            if self._objectives:
-                self._objectives.apply_update(class_lr)
-        metrics = self._measure(outputs, batches, encoder_norm, head_norms)
+            for update in self._updates:
+                update.step(lr)
+        metrics = self._measure(outputs, batches, {name: norm for name, (norm, _) in norms.items()})
         return StepResult(True, stop_requested, num_bad, metrics=metrics)
 
     def _begin(self, batches: Sequence[Batch], prepared: StepPreparation | None) -> dict[str, float]:
@@ -158,7 +157,7 @@ class TrainStep:
             data_iterator=[iter(batches) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(batches),
-            seq_length=batches[0].num_patches,  # equal in a step, not in all steps
+            seq_length=batches[0].main.num_patches,  # equal in a step, not in all steps
             micro_batch_size=1,
             forward_only=False,
         )
@@ -179,8 +178,7 @@ class TrainStep:
         self,
         outputs: Sequence[StepOutput],
         batches: Sequence[Batch],
-        encoder_norm: float,
-        head_norms: Mapping[str, Tensor],
+        norms: Mapping[str, float | Tensor],
     ) -> MetricAccumulator:
         metrics = MetricAccumulator()
         if not self._reports:
@@ -193,15 +191,15 @@ class TrainStep:
             # Summed over all microbatches and replicas this is the step's loss; counted once, below.
             metrics.add("loss", output.loss / replicas, 0.0)
         for batch in batches:
-            lengths = batch.cu_seqlens.diff().double()
-            metrics.add("tokens", batch.cu_seqlens[-1], batch.num_patches)
+            pack = batch.main
+            lengths = pack.cu_seqlens.diff().double()
+            metrics.add("tokens", pack.cu_seqlens[-1], pack.num_patches)
             metrics.add("encoded_samples", batch.num_samples, 0.0)
             metrics.add("token_squares", lengths.square().sum(), 0.0)
         if self._topology.data_rank == 0:
             metrics.add("loss", 0.0, 1.0)
-            metrics.add("grad_norm", encoder_norm)
-            for name, norm in head_norms.items():
-                metrics.add(f"grad_norm/{name}", norm)
+            for name, norm in norms.items():
+                metrics.add(f"grad_norm/{name}" if name else "grad_norm", norm)
         return metrics
 
 
@@ -214,30 +212,40 @@ def _describe_non_finite(
     outputs: Sequence[StepOutput],
     batches: Sequence[Batch],
     objectives: ObjectiveSet | None,
-    encoder_norm: float,
-    head_norms: Mapping[str, Tensor],
+    norms: Mapping[str, tuple[float | Tensor, Update]],
 ) -> str:
-    """Says what on this rank is not finite, with source and sample keys; "" when all is well."""
-    figures = [output.loss.float() for output in outputs] + [norm.float().reshape(()) for norm in head_norms.values()]
+    """Says what on this rank is not finite, with source and sample keys; "" when all is well.
+
+    Args:
+        outputs: of this rank's microbatches, on the last stage.
+        batches: this rank's microbatches.
+        objectives: on the last stage.
+        norms: name -> norm, and whose it is.
+    """
+    known = [norm for norm, _ in norms.values() if not isinstance(norm, Tensor)]
+    figures = [output.loss.float() for output in outputs]
+    figures += [norm.float().reshape(()) for norm, _ in norms.values() if isinstance(norm, Tensor)]
     # Looked at together: an accepted step reads back from the device once.
-    if math.isfinite(encoder_norm) and (not figures or bool(torch.isfinite(torch.stack(figures)).all())):
+    if all(map(math.isfinite, known)) and (not figures or bool(torch.isfinite(torch.stack(figures)).all())):
         return ""
     problems = []
     for output, batch in zip(outputs, batches, strict=True):
         for name, (total, _) in output.metrics.items():
             if name.endswith("/loss") and objectives is not None and not torch.isfinite(total):
                 problems.append(_name_samples(name.removesuffix("/loss"), float(total), objectives, batch))
-    for name, norm in head_norms.items():
-        if not torch.isfinite(norm):
-            problems.append(f"the gradient norm of the class centers of '{name}' is {float(norm)}")
+    for name, (norm, update) in norms.items():
+        if name and not math.isfinite(norm):
+            problems.append(f"the gradient norm of {update.describe(name)} is {float(norm)}")
     if not problems:
-        problems.append(f"the gradient norm of the encoder is {encoder_norm}")
+        norm, update = norms[""]
+        problems.append(f"the gradient norm of {update.describe('')} is {float(norm)}")
     return "; ".join(problems)
 
 
 def _name_samples(name: str, loss: float, objectives: ObjectiveSet, batch: Batch) -> str:
-    source = objectives.source_of(name)
-    rows: list[int] = batch.rows_of(source).tolist()
-    keys = [batch.sample_keys[row] for row in rows[:_MAX_KEYS_IN_MESSAGE]]
+    sources = objectives.sources_of(name)
+    rows: list[int] = batch.samples.of(*sources).tolist()
+    keys = [batch.samples.keys[row] for row in rows[:_MAX_KEYS_IN_MESSAGE]]
     shown = ", ".join(keys) + (" ..." if len(rows) > _MAX_KEYS_IN_MESSAGE else "")
-    return f"the loss of objective '{name}' is {loss} in a microbatch with these samples of source '{source}': {shown}"
+    named = " and ".join(f"'{source}'" for source in sources)
+    return f"the loss of objective '{name}' is {loss} in a microbatch with these samples of source {named}: {shown}"

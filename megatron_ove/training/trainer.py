@@ -21,16 +21,18 @@ from megatron_ove.data.build import build_loader
 from megatron_ove.data.delivery import StepLoader
 from megatron_ove.errors import DataError, TrainingError
 from megatron_ove.objectives.build import build_objectives
-from megatron_ove.optim.optimizer import build_encoder_optimizer
+from megatron_ove.optim.optimizer import build_dense_optimizer
 from megatron_ove.optim.schedule import learning_rate
 from megatron_ove.parallel.topology import ParallelTopology
-from megatron_ove.training.build_model import build_model_chunks, weight_dtype
+from megatron_ove.training.build_model import build_model_chunks, parameter_names, weight_dtype
 from megatron_ove.training.garbage_collection import StepwiseCollection
 from megatron_ove.training.held_out import HeldOutEvaluation
+from megatron_ove.training.part_check import check_parts
 from megatron_ove.training.profiling import StepProfiler
 from megatron_ove.training.reporting import RunReporter
 from megatron_ove.training.run_checkpoints import RunCheckpoints
 from megatron_ove.training.run_lock import RunLock
+from megatron_ove.training.start_weights import StartWeights
 from megatron_ove.training.step_timeout import StepTimeout
 from megatron_ove.training.step_timers import StepTimers
 from megatron_ove.training.stop_signal import StopSignal
@@ -63,7 +65,8 @@ class Trainer:
             lock: of the run folder, on the rank that holds it.
 
         Raises:
-            ConfigError: a rank is to be profiled that does not exist; a shard set does not fit.
+            ConfigError: a rank is to be profiled that does not exist; a shard set does not fit; a part of the model is
+                named that does not exist, or nothing is left to train.
             CheckpointError: the run folder holds a checkpoint that does not fit or cannot be read.
             DataError: a source or a held-out set cannot be used.
         """
@@ -83,20 +86,26 @@ class Trainer:
                 topology=topology,
                 embedding_size=config.encoder.hidden_size,
                 seed=config.seed,
+                initializer_range=config.encoder.initializer_range,
+                frozen_parts=config.freeze,
                 optim=config.optim.class_centers,
                 dtype=weight_dtype(config),
             )
         self.chunks = build_model_chunks(config, topology, self.objectives)
-        self.optimizer = build_encoder_optimizer(
+        self.names = parameter_names(self.chunks)
+        check_parts(config, topology, self.names)
+        self.optimizer = build_dense_optimizer(
             self.chunks,
             config.optim,
+            names=self.names,
+            num_layers=config.encoder.num_layers,
             dtype=weight_dtype(config),
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             process_groups=topology.process_groups,
         )
         self.train_step = TrainStep(topology, self.chunks, self.objectives, self.optimizer, self.timers)
         self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer)
-        self._restore()
+        self._restore(topology)
         self.held_out = HeldOutEvaluation(config, topology, self.chunks, self.objectives, self.optimizer)
         self.loader = self._start_loading(topology)
         if self._is_main:
@@ -161,8 +170,7 @@ class Trainer:
             loaded = self.loader.load_step(state.step)
         result = self.train_step(
             loaded,
-            encoder_lr=lr,
-            class_lr=lr * self.config.optim.class_centers.lr_multiplier,
+            lr=lr,
             wants_stop=wants_stop,
         )
         if result.accepted:
@@ -214,15 +222,15 @@ class Trainer:
                 on_every_rank=True,
             )
 
-    def _restore(self) -> None:
+    def _restore(self, topology: ParallelTopology) -> None:
         path = self.checkpoints.restore(self.state)
         self._was_restored = path is not None
-        init_from = self.config.init_from
-        if path is None and init_from is not None:
-            self.checkpoints.initialize(init_from)
+        if path is None and self.config.starts:
+            start = StartWeights(self.config, topology, self.chunks, self.objectives, self.names)
+            self.checkpoints.started_from(start.take())
         if self._is_main:
             if path is None:
-                weights = "random weights" if init_from is None else f"the encoder of {init_from}"
+                weights = "other weights than random ones" if self.config.starts else "random weights"
                 logger.info("No checkpoint in %s: starting at step 0 with %s.", self._run_dir, weights)
             else:
                 logger.info("Resumed from %s at step %d.", path, self.state.step)
@@ -233,7 +241,9 @@ class Trainer:
             topology,
             start_step=self.state.step,
             known_bad=self._known_bad(),
+            collate=self.objectives.collate if self.objectives else None,
             prepare=self.objectives.prepare_step if self.objectives else None,
+            last_stage_has_pixels=self.objectives is not None and self.objectives.wants_pixels,
         )
 
     def _known_bad(self) -> KnownBad:

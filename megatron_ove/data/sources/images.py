@@ -2,64 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from megatron_ove.config.data import ImageSourceConfig
 from megatron_ove.data.native_size import native_grids
-from megatron_ove.data.patchify import grid_positions, write_patches
-from megatron_ove.data.picture_decoder import PictureDecoder, Windows
-from megatron_ove.data.read_ahead import MemberReader
 from megatron_ove.data.sampler import draw_choice, draw_uniform
-from megatron_ove.data.shard_format import PICTURE_MEMBER
-from megatron_ove.data.source import DataSource
+from megatron_ove.data.sources.pictures import PictureSource
+from megatron_ove.data.windows import Windows
 
 _DRAW_AREA, _DRAW_ASPECT, _DRAW_Y, _DRAW_X, _DRAW_MIRROR, _DRAW_SIZE = range(6)
 
 
-class ImageSource(DataSource):
+class ImageSource(PictureSource):
     """Cluster-labelled images of at most (image_size / p) ** 2 patches each."""
+
+    noun = "picture"
 
     def __init__(self, name: str, config: ImageSourceConfig, **common: Any) -> None:
         """Prepares a source; `common` are the arguments of `DataSource` other than name and weight."""
         super().__init__(name, config.weight, **common)
         self._config = config
-        self._decoder = PictureDecoder(device=self.device, num_threads=self.num_threads, resizes=True)
 
-    def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        if self._config.aspect == "square":
-            return (draw_sides(seeds, self._config, self.patch_size) // self.patch_size) ** 2
-        return (self._windows(rows, seeds).size // self.patch_size).prod(axis=1)
+    def grid_sizes(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        if self._config.aspect == "keep":
+            return super().grid_sizes(rows, seeds)
+        sides = draw_sides(seeds, self._config, self.patch_size) // self.patch_size
+        return np.stack([sides, sides], axis=1)
 
-    def picture_members(self, rows: np.ndarray, seeds: np.ndarray) -> list[tuple[int, str]]:
-        return [(row, PICTURE_MEMBER) for row in rows.tolist()]
-
-    def positions(self, row: int, seed: int, read: MemberReader | None = None) -> np.ndarray:
-        if self._config.aspect == "square":
-            (side,) = draw_sides(np.array([seed]), self._config, self.patch_size) // self.patch_size
-            return grid_positions(int(side), int(side))
-        ((height, width),) = self._windows(np.array([row]), np.array([seed])).size // self.patch_size
-        return grid_positions(int(height), int(width))
-
-    def decode_into(
-        self, rows: np.ndarray, seeds: np.ndarray, targets: Sequence[Tensor], read: MemberReader | None = None
-    ) -> dict[int, str]:
-        shards, problems, read = self.shards, {}, read or self.shards.read
-        pictures = self._decoder.decode(
-            shards.height[rows].astype(np.int64) * shards.width[rows],
-            lambda i: read(int(rows[i]), PICTURE_MEMBER),
-            lambda i: f"the picture of {shards.describe(int(rows[i]))}",
-            problems.__setitem__,
-            self._windows(rows, seeds),
-        )
-        for i, picture in pictures:
-            write_patches(picture, targets[i], self.patch_size)
-        return problems
-
-    def _windows(self, rows: np.ndarray, seeds: np.ndarray) -> Windows:
+    def windows(self, rows: np.ndarray, seeds: np.ndarray) -> Windows:
         heights, widths = (side[rows].astype(np.int64) for side in (self.shards.height, self.shards.width))
         return draw_windows(heights, widths, seeds, self._config, self.patch_size)
 

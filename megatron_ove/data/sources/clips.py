@@ -20,7 +20,7 @@ from megatron_ove.data.read_ahead import MemberReader
 from megatron_ove.data.sampler import draw_choice, draw_uniform
 from megatron_ove.data.shard_format import MOSAIC_MEMBER, POSITIONS_MEMBER, frame_member, mosaic_size
 from megatron_ove.data.shard_writer import read_positions
-from megatron_ove.data.source import DataSource
+from megatron_ove.data.sources.base import DataSource, Segments
 from megatron_ove.errors import DataError
 
 CODEC, FRAME_SAMPLING, COLLAGE = range(3)
@@ -41,11 +41,18 @@ class VideoSource(DataSource):
         self._frames, self._grid_height, self._grid_width = self.shards.info.clip_grid
         self._decoder = PictureDecoder(device=self.device, num_threads=self.num_threads, resizes=False)
 
-    def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    def segments(self, rows: np.ndarray, seeds: np.ndarray) -> Segments:
+        strategies, num_frames = self.strategies(seeds), self._num_frames(seeds)
         budgets = draw_choice(list_choices(self._config.max_patches), seeds, _DRAW_BUDGET)
-        selected = np.minimum(self.shards.num_patches[rows], budgets)
-        whole_frames = self._num_frames(seeds) * (self._grid_height * self._grid_width)
-        return np.where(self.strategies(seeds) == CODEC, selected, whole_frames)
+        selected = np.minimum(self.shards.num_patches[rows], budgets).astype(np.int64)
+        grids = np.empty((len(rows), 3), dtype=np.int32)
+        grids[:, 0], grids[:, 1], grids[:, 2] = num_frames, self._grid_height, self._grid_width
+        is_collage = strategies == COLLAGE
+        grids[is_collage, 1] *= grids[is_collage, 0]
+        grids[is_collage, 0] = 1
+        grids[strategies == CODEC] = 0
+        lengths = np.where(strategies == CODEC, selected, grids.astype(np.int64).prod(axis=1))
+        return Segments(np.ones(len(rows), dtype=np.int64), lengths, grids)
 
     def strategies(self, seeds: np.ndarray) -> np.ndarray:
         """Returns the strategy, [n] int64 (CODEC, FRAME_SAMPLING or COLLAGE), of samples with `seeds`, [n] int64."""

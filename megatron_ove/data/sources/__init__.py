@@ -1,0 +1,1 @@
+"""What becomes of a shard set: one file a kind of source."""

@@ -1,0 +1,79 @@
+"""The weights of a run's model chunks as sharded tensors: what checkpoints keep of them, and how they come back.
+
+Keys: `model.` the encoder, `modules.<objective>.<module>.` dense weights of objectives. All are in one dictionary per
+chunk, because megatron-core's optimizer looks its parameters up there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.utils import sharded_state_dict_default
+
+from megatron_ove.model.parameter_names import global_name
+from megatron_ove.optim.optimizer import sharding_metadata
+from megatron_ove.parallel.topology import ParallelTopology
+from megatron_ove.training.build_model import model_of
+
+_ENCODER, _MODULES = "model.", "modules."
+
+
+def sharded_model_state(chunks: Sequence[DistributedDataParallel], topology: ParallelTopology) -> dict[str, Any]:
+    """Returns chunk -> key -> sharded tensor, of all weights of this rank."""
+    state = {}
+    for index, chunk in enumerate(chunks):
+        model, metadata = model_of(chunk), sharding_metadata()
+        content = model.encoder.sharded_state_dict(prefix=_ENCODER, metadata=metadata)
+        for objective, modules in model.objectives.items():
+            for name, module in modules.items():
+                content |= sharded_state_dict_default(
+                    module, f"{_MODULES}{objective}.{name}.", metadata=metadata, tp_group=topology.tensor_group
+                )
+        state[f"chunk{index}"] = content
+    return state
+
+
+def load_model_state(chunks: Sequence[DistributedDataParallel], state: Mapping[str, Any], *, strict: bool) -> None:
+    """Gives the model what was read for `sharded_model_state`, or for a part of it.
+
+    Args:
+        chunks: of this rank.
+        state: chunk -> key -> tensor.
+        strict: whether every weight must be there.
+    """
+    for index, chunk in enumerate(chunks):
+        model, content = model_of(chunk), state.get(f"chunk{index}", {})
+        model.encoder.load_state_dict(_below(content, _ENCODER), strict=strict)
+        model.objectives.load_state_dict(_below(content, _MODULES), strict=strict)
+
+
+def keep_parts(
+    state: Mapping[str, Any], chunks: Sequence[DistributedDataParallel], is_wanted: Callable[[str], bool]
+) -> dict[str, Any]:
+    """Returns the tensors of `sharded_model_state` whose weights have a wanted name (see `optim/parts.py`)."""
+    kept = {}
+    for index, chunk in enumerate(chunks):
+        offset, content = model_of(chunk).encoder.layer_offset, state[f"chunk{index}"]
+        kept[f"chunk{index}"] = {key: item for key, item in content.items() if is_wanted(_part_name(key, offset))}
+    return kept
+
+
+def without_scaling_history(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns a model's state without Transformer Engine's extra state."""
+    return {
+        chunk: {key: item for key, item in content.items() if not key.endswith("_extra_state")}
+        for chunk, content in state.items()
+    }
+
+
+def _part_name(key: str, layer_offset: int) -> str:
+    if key.startswith(_ENCODER):
+        name = global_name("encoder." + key.removeprefix(_ENCODER), layer_offset)
+        return name.replace("encoder.decoder.", "encoder.", 1)
+    return "objectives." + key.removeprefix(_MODULES)
+
+
+def _below(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}

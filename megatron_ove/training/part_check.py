@@ -1,0 +1,49 @@
+"""Do the parts that a configuration names exist, and has every rank something left to train?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.errors import ConfigError
+from megatron_ove.optim.parts import missing_part_sentence, parts_without_weights
+from megatron_ove.parallel.topology import ParallelTopology
+
+
+def check_parts(config: TrainConfig, topology: ParallelTopology, names: Mapping[Tensor, str]) -> None:
+    """Compares `freeze` and `optim.parts` with the weights of all ranks; collective over them.
+
+    Args:
+        config: the run.
+        topology: this rank's place.
+        names: parameter -> its name in the whole model, of this rank.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    if not config.freeze and not config.optim.parts:
+        return
+    mine = [*names.values()]
+    if topology.is_last_stage:
+        mine += [f"objectives.{name}.class_centers" for name in config.objectives]
+    trains = any(parameter.requires_grad for parameter in names)
+    gathered: list[tuple[list[str], bool]] = [([], False)] * topology.world_size
+    # One replica's ranks have every weight; the others repeat them.
+    dist.all_gather_object(gathered, (mine if topology.data_rank == 0 else [], trains))
+    everything = list(dict.fromkeys(name for part, _ in gathered for name in part))
+    problems = [
+        missing_part_sentence(setting, missing, everything)
+        for setting, parts in (("freeze", config.freeze), ("optim.parts", config.optim.parts))
+        if (missing := parts_without_weights(parts, everything))
+    ]
+    if config.parallel.use_distributed_optimizer and not all(trains for _, trains in gathered):
+        problems.append(
+            "freeze leaves a rank of the pipeline without any dense weight to train, which "
+            "parallel.use_distributed_optimizer cannot store; set it to false, use fewer pipeline stages, or freeze "
+            "less"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems), on_every_rank=True)

@@ -1,0 +1,205 @@
+"""Weights of other runs and of published models, as the start of a new run: what `init_from` asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_ove.checkpoint.compatibility import architecture_differences
+from megatron_ove.checkpoint.initialize import find_start, load_start
+from megatron_ove.checkpoint.manager import read_common_state
+from megatron_ove.config.train import InitFrom, TrainConfig
+from megatron_ove.convert.hf_config import from_hf_config
+from megatron_ove.convert.hf_export import class_centers_path
+from megatron_ove.convert.hf_folder import read_hf_folder
+from megatron_ove.convert.mapping import to_mcore
+from megatron_ove.errors import CheckpointError, MegatronOveError
+from megatron_ove.model.initialization import fill_parameters
+from megatron_ove.objectives.objective_set import ObjectiveSet
+from megatron_ove.optim.parts import is_in_any, parts_without_weights, top_parts
+from megatron_ove.parallel.topology import ParallelTopology
+from megatron_ove.training.build_model import model_of
+from megatron_ove.training.model_state import (
+    keep_parts,
+    load_model_state,
+    sharded_model_state,
+    without_scaling_history,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class StartWeights:
+    """Gives a new run the weights that `init_from` names; every method is collective over all ranks."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        topology: ParallelTopology,
+        chunks: Sequence[DistributedDataParallel],
+        objectives: ObjectiveSet | None,
+        names: Mapping[Tensor, str],
+    ) -> None:
+        """
+        Args:
+            config: the run.
+            topology: this rank's place.
+            chunks: wrapped model chunks of this rank.
+            objectives: on the last pipeline stage; None elsewhere.
+            names: parameter -> its name in the whole model, of this rank.
+        """
+        self._config, self._topology = config, topology
+        self._chunks, self._objectives = chunks, objectives
+        tables = [f"objectives.{name}.class_centers" for name in objectives or ()]
+        self._names = self._of_all_ranks([*names.values(), *tables])
+
+    def take(self) -> list[str]:
+        """Takes all weights; returns what they were taken from. Says in one sentence each what came from where, what
+        stayed there, and what starts fresh.
+
+        Raises:
+            CheckpointError: on all ranks, something cannot be read or does not fit.
+        """
+        taken, paths = [], []
+        for start in self._config.starts:
+            unknown = parts_without_weights(start.parts, self._names)
+            if unknown:
+                raise CheckpointError(
+                    f"init_from = {start.path}: this run has no part {' and '.join(unknown)}; its parts are for "
+                    f"instance {', '.join(top_parts(self._names))}",
+                    on_every_rank=True,
+                )
+            if self._on_main(lambda path=start.path: (Path(path) / "config.json").is_file()):
+                paths.append(start.path)
+                left = self._from_hf_folder(start)
+            else:
+                path = find_start(start.path, verify=self._config.checkpoint.verify)
+                paths.append(str(path))
+                left = self._from_checkpoint(start, path)
+            taken += start.parts
+            if self._topology.global_rank == 0:
+                rest = f"; left there: {', '.join(left)}" if left else ""
+                logger.info("init_from = %s: taken from %s: %s%s.", start.path, paths[-1], ", ".join(start.parts), rest)
+        fresh = top_parts(name for name in self._names if not is_in_any(name, taken))
+        if fresh and self._topology.global_rank == 0:
+            logger.info("Starting with random weights: %s.", ", ".join(fresh))
+        return paths
+
+    def _from_checkpoint(self, start: InitFrom, path: Path) -> list[str]:
+        """Takes parts of a checkpoint; returns those that stayed there."""
+        stored = read_common_state(path)["config"]
+        plain = self._config.model_dump(mode="json")
+        if any(part.split(".")[0] == "encoder" for part in start.parts):
+            self._compare_encoders(start, stored["encoder"], plain["encoder"])
+        # FP8 scaling history belongs to the run that made it, and an imported model has none.
+        state = without_scaling_history(sharded_model_state(self._chunks, self._topology))
+        template: dict[str, Any] = {"model": keep_parts(state, self._chunks, lambda name: is_in_any(name, start.parts))}
+        tables = self._tables_in(start.parts)
+        for name in self._of_all_ranks(tables):
+            if name not in stored.get("objectives", {}):
+                known = ", ".join(stored.get("objectives", {})) or "none"
+                raise CheckpointError(
+                    f"init_from = {start.path} has no objective '{name}' (it has {known}); name parts that it has",
+                    on_every_rank=True,
+                )
+            before, now = (one["objectives"][name].get("num_classes") for one in (stored, plain))
+            if before != now:
+                raise CheckpointError(
+                    f"init_from = {start.path} has {before} classes in objectives.{name} and this run {now}, so its "
+                    f"class centers do not fit; leave objectives.{name} out of parts, or use its classes",
+                    on_every_rank=True,
+                )
+        if tables and self._objectives is not None:
+            template["objectives"] = {
+                name: self._objectives[name].start_state_dict(f"objectives.{name}.") for name in tables
+            }
+        loaded = load_start(path, template, given=start.path)
+        load_model_state(self._chunks, loaded["model"], strict=False)
+        for name in tables:
+            assert self._objectives is not None
+            self._objectives[name].load_start(loaded["objectives"].get(name, {}))
+        there = ["encoder", *(f"objectives.{name}" for name in stored.get("objectives", {}))]
+        return [part for part in there if not any(given.startswith(part) for given in start.parts)]
+
+    def _from_hf_folder(self, start: InitFrom) -> list[str]:
+        """Takes parts of a HuggingFace folder; returns those that stayed there."""
+        folder = Path(start.path)
+        state: dict[str, Tensor] = {}
+
+        def read() -> None:
+            weights, values = read_hf_folder(folder)
+            config = from_hf_config(values, origin=f"{folder}/config.json")
+            self._compare_encoders(start, config.model_dump(mode="json"), self._config.encoder.model_dump(mode="json"))
+            state.update(to_mcore(weights, config))
+
+        if any(part.split(".")[0] == "encoder" for part in start.parts):
+            self._together(read)
+            for chunk in self._chunks:
+                encoder = model_of(chunk).encoder
+                fill_parameters(
+                    encoder.named_parameters(),
+                    lambda name, shape: state[name].reshape(shape),
+                    layer_offset=encoder.layer_offset,
+                    tensor_rank=self._topology.tensor_rank,
+                    tensor_size=self._topology.tensor_size,
+                    is_wanted=lambda name: is_in_any(
+                        f"encoder.{name}".replace("encoder.decoder.", "encoder.", 1), start.parts
+                    ),
+                )
+        self._together(lambda: [self._take_exported_table(folder, name) for name in self._tables_in(start.parts)])
+        there = ["encoder", *(f"objectives.{file.stem}" for file in sorted((folder / "class_centers").glob("*")))]
+        return [part for part in there if not any(given.startswith(part) for given in start.parts)]
+
+    def _take_exported_table(self, folder: Path, name: str) -> None:
+        file = folder / class_centers_path(name)
+        if not file.is_file():
+            raise CheckpointError(
+                f"init_from = {folder} has no {class_centers_path(name)}; export it with --class-centers, or leave "
+                f"objectives.{name} out of parts"
+            )
+        assert self._objectives is not None
+        self._objectives[name].load_exported(load_file(file), origin=str(file))
+
+    def _tables_in(self, parts: Iterable[str]) -> list[str]:
+        """Returns the objectives on this rank whose tables are wanted."""
+        parts = list(parts)
+        return [name for name in self._objectives or () if is_in_any(f"objectives.{name}.class_centers", parts)]
+
+    def _compare_encoders(self, start: InitFrom, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        differences = list(architecture_differences(there, here))
+        if differences:
+            raise CheckpointError(
+                f"init_from = {start.path} holds another encoder: {'; '.join(differences)}; set the fields as they are "
+                "there",
+                on_every_rank=True,
+            )
+
+    def _of_all_ranks(self, names: Sequence[str]) -> list[str]:
+        """Returns what any rank of the first replica names, without repetition."""
+        gathered: list[Sequence[str]] = [()] * self._topology.world_size
+        dist.all_gather_object(gathered, names if self._topology.data_rank == 0 else ())
+        return list(dict.fromkeys(name for part in gathered for name in part))
+
+    def _on_main(self, action: Callable[[], Any]) -> Any:
+        shared = [action() if self._topology.global_rank == 0 else None]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def _together(self, action: Callable[[], Any]) -> None:
+        """Does something on every rank; an error of any becomes one of all."""
+        problem = ""
+        try:
+            action()
+        except MegatronOveError as error:
+            problem = str(error)
+        problems = [""] * self._topology.world_size
+        dist.all_gather_object(problems, problem)
+        if any(problems):
+            raise CheckpointError(next(filter(None, problems)), on_every_rank=True)
