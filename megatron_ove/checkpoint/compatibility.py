@@ -11,24 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ove.errors import CheckpointError
-
-# Fields of `encoder` that decide names, shapes or meaning of the weights.
-_ARCHITECTURE_FIELDS = (
-    "hidden_size",
-    "num_layers",
-    "num_attention_heads",
-    "ffn_hidden_size",
-    "patch_size",
-    "layer_norm_epsilon",
-    "rope_theta",
-    "rope_temporal_size",
-    "use_head",
-)
+from megatron_ove.kinds import Kinds, kinds_of
 
 # Paths whose value decides which samples a step sees or what is drawn for them.
 _EXACTNESS_PATHS = ("seed", "train.global_batch_size", "data.tokens_per_microbatch", "data.sources")
-# Fields of an objective that do the same. Margins, scales and weights may be tuned in the course of a run.
-_OBJECTIVE_FIELDS = ("source", "labels_per_step", "sample_rate", "num_sampled", "negatives", "negative_groups")
+# Kinds of objectives say which of their fields do the same. Margins, scales and weights may be tuned in a run.
 # Settings whose value decides how something is stored.
 _STORAGE_PATHS = {
     "parallel.use_distributed_optimizer": "the optimizer's state is",
@@ -52,8 +39,9 @@ def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any])
     Raises:
         CheckpointError: naming every differing field with both values.
     """
-    encoder_differences = list(architecture_differences(saved["encoder"], current["encoder"]))
-    differences = encoder_differences + list(_objective_differences(saved["objectives"], current["objectives"]))
+    kinds = kinds_of(current)
+    encoder_differences = list(architecture_differences(saved["encoder"], current["encoder"], kinds))
+    differences = encoder_differences + list(_objective_differences(saved["objectives"], current["objectives"], kinds))
     if differences:
         advice = "set the fields as they are in the checkpoint, or use another run_dir to train a new model"
         if not encoder_differences:
@@ -67,7 +55,6 @@ def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any])
                 f"{what} stored differently for the two; set {setting}: {str(before).lower()}; or, "
                 f"{_keep_the_encoder(path)}"
             )
-
 
     for setting, default in _GROUPING_PATHS.items():
         before, now = (_lookup(config, setting) for config in (saved, current))
@@ -88,35 +75,44 @@ def _keep_the_encoder(path: Path) -> str:
     )
 
 
-def architecture_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a clause for every field of two encoder configurations that gives the weights other shapes or meaning."""
-    for field in _ARCHITECTURE_FIELDS:
+def architecture_differences(saved: Mapping[str, Any], current: Mapping[str, Any], kinds: Kinds) -> Iterator[str]:
+    """Yields a clause for every field of two encoder configurations that gives the weights other shapes or meaning.
+
+    Args:
+        saved, current: sections, plain values.
+        kinds: of the run.
+    """
+    if saved["kind"] != current["kind"]:
+        yield f"encoder.kind is {saved['kind']} there and {current['kind']} here"
+        return
+    for field in kinds.encoders[current["kind"]].identity:
         if saved.get(field) != current.get(field):
             yield f"encoder.{field} is {saved.get(field)} there and {current.get(field)} here"
 
 
-def _objective_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+def _objective_differences(saved: Mapping[str, Any], current: Mapping[str, Any], kinds: Kinds) -> Iterator[str]:
     for name in sorted(saved.keys() | current.keys()):
         if name not in saved:
             yield f"objectives.{name} is not in the checkpoint"
         elif name not in current:
             yield f"objectives.{name} is in the checkpoint but not here"
-        elif saved[name].get("num_classes") != current[name].get("num_classes"):
-            yield (
-                f"objectives.{name}.num_classes is {saved[name].get('num_classes')} there and "
-                f"{current[name].get('num_classes')} here"
-            )
+        elif saved[name]["kind"] != current[name]["kind"]:
+            yield f"objectives.{name}.kind is {saved[name]['kind']} there and {current[name]['kind']} here"
         else:
-            before, now = (config[name].get("centering", "none") for config in (saved, current))
-            if before != now and "embeddings" in (before, now):  # such class centers lie around another point
-                yield f"objectives.{name}.centering is {before} there and {now} here"
+            yield from kinds.objectives[current[name]["kind"]].differences(name, saved[name], current[name])
 
 
 def exactness_warnings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Returns one sentence for every setting that makes the resumed run differ from an uninterrupted one."""
     warnings = []
     names = sorted(saved["objectives"].keys() & current["objectives"].keys())
-    for path in (*_EXACTNESS_PATHS, *(f"objectives.{name}.{field}" for name in names for field in _OBJECTIVE_FIELDS)):
+    kinds = kinds_of(current)
+    of_objectives = [
+        f"objectives.{name}.{field}"
+        for name in names
+        for field in ("source", *kinds.objectives[current["objectives"][name]["kind"]].exact_fields)
+    ]
+    for path in (*_EXACTNESS_PATHS, *of_objectives):
         before, now = _lookup(saved, path), _lookup(current, path)
         for field, old, new in _leaf_differences(path, before, now):
             warnings.append(

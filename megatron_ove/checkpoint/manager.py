@@ -47,6 +47,7 @@ from megatron_ove.checkpoint.manifest import (
     sync_folder,
     write_manifest,
 )
+from megatron_ove.config.upgrade import CONFIG_VERSION, upgrade_config, version_of
 from megatron_ove.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -329,12 +330,21 @@ def _discard_old(old: Path) -> None:
 
 
 def read_common_state(path: str | Path) -> dict[str, Any]:
-    """Returns the plain values of a checkpoint (step, config, ...) without loading a tensor; not collective."""
+    """Returns the plain values of a checkpoint (step, config, ...) without loading a tensor; not collective. The
+    configuration is upgraded to the present form."""
     file = Path(path) / "common.pt"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        version = version_of(state["config"])
+        state["config"] = upgrade_config(state["config"], version)
     except Exception as error:  # unpickling changed bytes can raise anything
         raise CheckpointError(
             f"cannot read {file} ({_clause(error)}), so {path} is not a checkpoint of this program or is damaged; "
             "name a folder like runs/NAME/checkpoints/step_00000100"
         ) from error
+    if version > CONFIG_VERSION:
+        raise CheckpointError(
+            f"{path} was written by a later version of this program (its configuration has version {version}, and "
+            f"{CONFIG_VERSION} is the latest known here); use that version"
+        )
+    return state

@@ -31,10 +31,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Exports and says how to load the result; returns the exit status."""
-    from megatron_ove.convert.hf_export import export_checkpoint
+    from megatron_ove.convert.exchange import OneVisionExchange, exchange_of
 
-    path = export_checkpoint(arguments.checkpoint, arguments.output, with_class_centers=arguments.class_centers)
-    sys.stdout.write(f'{path}\nload it with AutoModel.from_pretrained("{path}", trust_remote_code=True)\n')
+    exchange = exchange_of(arguments.checkpoint)
+    path = exchange.export(arguments.checkpoint, arguments.output, with_class_centers=arguments.class_centers)
+    sys.stdout.write(f"{path}\n")
+    if isinstance(exchange, OneVisionExchange):
+        sys.stdout.write(f'load it with AutoModel.from_pretrained("{path}", trust_remote_code=True)\n')
     return 0
 
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ove.vocabulary import VOCABULARY_FILE, vocabulary_path
 
+_SIZES = {"num_attention_heads": "heads", "ffn_hidden_size": "mlp"}
+"""Fields of encoders that are worth a word, where they have them."""
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -90,11 +93,12 @@ def _describe_checkpoint(path: Path, *, verify: bool) -> tuple[dict[str, Any], l
         "written by": f"{manifest.get('world_size', '?')} processes: tensor {parallel['tensor_model_parallel_size']}, "
         f"pipeline {parallel['pipeline_model_parallel_size']}",
         "precision": config["train"]["precision"],
-        "encoder": f"{encoder['num_layers']} layers, hidden {encoder['hidden_size']}, "
-        f"{encoder['num_attention_heads']} heads, mlp {encoder['ffn_hidden_size']}, patch {encoder['patch_size']}",
+        "encoder": f"{encoder['kind']}, {encoder['num_layers']} layers, hidden {encoder['hidden_size']}, "
+        + "".join(f"{text} {encoder[field]}, " for field, text in _SIZES.items() if field in encoder)
+        + f"patch {encoder['patch_size']}",
     }
     if common.get("initialized_from"):
-        rows["started with"] = f"the encoder of {common['initialized_from']}"
+        rows["started with"] = f"weights of {common['initialized_from']}"
     return rows | _count_parameters(path, config), []
 
 
@@ -116,6 +120,7 @@ def _moment_problems(path: Path) -> list[str]:
 
 
 def _count_parameters(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    from megatron_ove.config.objectives import source_names
     from megatron_ove.convert.class_centers import load_words
 
     sizes = _stored_sizes(path)
@@ -125,9 +130,14 @@ def _count_parameters(path: Path, config: dict[str, Any]) -> dict[str, str]:
         words = load_words(path, name)
         if words is not None:
             rows[f"words of {name}"] = f"{len(words):,} ({vocabulary_path(name)})"
-        table = sizes.get(f"objectives.{name}.weight")
-        shape = f"{table[0]:,} classes x {table[1]} = {table.numel():,}" if table else "absent"
-        rows[f"class centers of {name}"] = f"{shape} (source {objective['source']})"
+        table, sources = sizes.get(f"objectives.{name}.weight"), ", ".join(source_names(objective))
+        if table:
+            rows[f"class centers of {name}"] = (
+                f"{table[0]:,} classes x {table[1]} = {table.numel():,} (source {sources})"
+            )
+        modules = sum(size.numel() for key, size in sizes.items() if key.startswith(f"modules.{name}."))
+        if modules or not table:
+            rows[f"parameters of {name}"] = f"{modules:,} ({objective['kind']}, source {sources})"
     return rows
 
 
@@ -185,7 +195,15 @@ def _describe_packing(arguments: argparse.Namespace) -> int:
 
     shard_sets, patch = open_shard_sets(config), config.encoder.patch_size
     sources = [
-        build_source(name, source, shard_sets[name], patch_size=patch, device=torch.device("cpu"), num_threads=1)
+        build_source(
+            name,
+            source,
+            shard_sets[name],
+            kinds=config.kinds,
+            patch_size=patch,
+            device=torch.device("cpu"),
+            num_threads=1,
+        )
         for name, source in config.data.sources.items()
     ]
     replicas, steps, own = sorted(set(arguments.replicas)), arguments.steps, config.data.tokens_per_microbatch

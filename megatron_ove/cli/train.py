@@ -116,7 +116,7 @@ def _check(config: TrainConfig, name: str) -> int:
         ConfigError: something is wrong; all of it, one sentence a line.
     """
     from megatron_ove.data.class_counts import fill_in_class_counts
-    from megatron_ove.data.shard_fit import class_warnings, open_held_out_sets, open_shard_sets
+    from megatron_ove.data.shard_fit import find_doubts, open_held_out_sets, open_shard_sets
     from megatron_ove.errors import ConfigError, MegatronOveError
     from megatron_ove.training.run_lock import require_unlocked
 
@@ -124,7 +124,7 @@ def _check(config: TrainConfig, name: str) -> int:
     try:
         shard_sets = open_shard_sets(config)
         config = fill_in_class_counts(config, name)
-        for sentence in class_warnings(config, shard_sets, counts_samples=True):
+        for sentence in find_doubts(config, shard_sets, counts_samples=True):
             logger.warning("%s", sentence)
     except MegatronOveError as error:
         problems.append(str(error))
@@ -185,7 +185,7 @@ def _peak_rate(config: TrainConfig, device: torch.device) -> float | None:
     from megatron_ove.planning.devices import device_of_torch
 
     known = device_of_torch(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return known.rate("fp8" if config.encoder.fp8 != "off" else config.train.precision) if known else None
+    return known.rate("fp8" if config.encoder.is_fp8 else config.train.precision) if known else None
 
 
 def _open_run_dir(run_dir: Path) -> RunLock:

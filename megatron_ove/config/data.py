@@ -1,4 +1,4 @@
-"""Data sources: a tagged union by kind (image, ocr, video) and the microbatch token budget.
+"""Data sources, one class a kind, and the microbatch token budget.
 
 Where a field takes a number or a list, each sample draws one of the list from its seed; a number that is listed twice
 is drawn twice as often.
@@ -7,7 +7,7 @@ is drawn twice as often.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag
 
@@ -60,19 +60,33 @@ def list_choices(value: Choice) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-class _SourceConfig(StrictModel):
+class SourceConfig(StrictModel):
     """What every kind of source has."""
 
+    kind: str
     path: str
     """Folder of a shard set (holds dataset.json); relative paths are relative to the working folder."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of a step's samples that come from this source, relative to the other sources' weights."""
 
+    def list_budgets(self, patch_size: int) -> tuple[int, ...]:
+        """Returns the most patches of a sample, for each draw."""
+        raise NotImplementedError
 
-class ImageSourceConfig(_SourceConfig):
+    def without_chance(self) -> Self:
+        """Returns the section whose draws have one outcome, the largest where several sizes are listed; for looking at
+        what an encoder has learned."""
+        return self
+
+    def check_patches(self, patch_size: int) -> Iterator[tuple[str, str]]:
+        """Yields (place in the section, sentence) of what does not fit the encoder's patches."""
+        return iter(())
+
+
+class ImageSourceConfig(SourceConfig):
     """Cluster-labelled images: random crop, resize to a square or at its own aspect, random flip."""
 
-    kind: Literal["image"]
+    kind: Literal["image"]  # pyright: ignore[reportIncompatibleVariableOverride]
     image_size: ImageSize = 224
     """Side of the square in pixels, a multiple of the patch size; a list or a range {min, max} of sides is drawn from
     per sample. No sample has more than (image_size / patch_size)^2 patches, whatever its aspect."""
@@ -118,6 +132,26 @@ class ImageSourceConfig(_SourceConfig):
         else:
             yield from (("image_size", one) for one in list_choices(size))
 
+    def check_patches(self, patch_size: int) -> Iterator[tuple[str, str]]:
+        for place, size in self.named_sizes():
+            if size % patch_size:
+                yield (
+                    f"{place} = {size}",
+                    f"is not a multiple of encoder.patch_size = {patch_size}, so pixels at the edge would be lost; use "
+                    f"{size // patch_size * patch_size or patch_size}",
+                )
+
+    def without_chance(self) -> Self:
+        """Returns the section that shows whole pictures, not mirrored."""
+        return self.model_copy(
+            update={
+                "image_size": max(size for _, size in self.named_sizes()),
+                "crop_area": (1.0, 1.0),
+                "crop_aspect": (1.0, 1.0),
+                "flip_probability": 0.0,
+            }
+        )
+
     def list_sizes(self, patch_size: int) -> tuple[int, ...]:
         """Returns the sizes in pixels of which a sample draws one."""
         size = self.image_size
@@ -128,16 +162,20 @@ class ImageSourceConfig(_SourceConfig):
         return tuple((size // patch_size) ** 2 for size in self.list_sizes(patch_size))
 
 
-class OcrSourceConfig(_SourceConfig):
+class OcrSourceConfig(SourceConfig):
     """Pages with word tags: resized whole with their aspect kept; nothing is cut off and nothing is mirrored."""
 
-    kind: Literal["ocr"]
+    kind: Literal["ocr"]  # pyright: ignore[reportIncompatibleVariableOverride]
     max_patches: Choice = 1024
     """Most patches of a page; a larger page is scaled down to fit. A list is drawn from per sample."""
 
     def list_budgets(self, patch_size: int) -> tuple[int, ...]:
         """Returns the most patches of a sample, for each draw."""
         return list_choices(self.max_patches)
+
+    def without_chance(self) -> Self:
+        """Returns the section with the largest budget."""
+        return self.model_copy(update={"max_patches": max(list_choices(self.max_patches))})
 
 
 class VideoStrategies(StrictModel):
@@ -159,10 +197,10 @@ class VideoStrategies(StrictModel):
             )
 
 
-class VideoSourceConfig(_SourceConfig):
+class VideoSourceConfig(SourceConfig):
     """Clips stored as selected patches (mosaics) and frames of the 64-frame grid."""
 
-    kind: Literal["video"]
+    kind: Literal["video"]  # pyright: ignore[reportIncompatibleVariableOverride]
     strategies: VideoStrategies = VideoStrategies()
     """Shares of clips that are seen as selected patches, sampled frames or a collage."""
     num_frames: Choice = 8
@@ -176,8 +214,10 @@ class VideoSourceConfig(_SourceConfig):
         """Returns the most selected patches of a sample, for each draw."""
         return list_choices(self.max_patches)
 
-
-SourceConfig = Annotated[ImageSourceConfig | OcrSourceConfig | VideoSourceConfig, Field(discriminator="kind")]
+    def without_chance(self) -> Self:
+        """Returns the section that shows the selected patches of every clip."""
+        selected_only = VideoStrategies(codec=1.0, frame_sampling=0.0, collage=0.0)
+        return self.model_copy(update={"strategies": selected_only, "max_patches": max(list_choices(self.max_patches))})
 
 
 class DataConfig(StrictModel):

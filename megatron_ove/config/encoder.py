@@ -6,16 +6,54 @@ The defaults are the OneVision-Encoder's constants; the three published sizes ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from megatron_ove.config.base import StrictModel
+from megatron_ove.config.fp8 import FP8_RECIPES
+
+if TYPE_CHECKING:
+    from megatron_ove.config.train import TrainConfig
 
 
-class EncoderConfig(StrictModel):
+class EncoderSection(StrictModel):
+    """What every kind of encoder has."""
+
+    kind: str
+    hidden_size: Annotated[int, Field(gt=0)]
+    """Width of the features that objectives see."""
+    num_layers: Annotated[int, Field(gt=0)]
+    """Number of transformer layers, which pipeline stages share."""
+    patch_size: Annotated[int, Field(gt=0)] = 14
+    """Side of a square patch in pixels."""
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of weights at the start, also of objectives' modules."""
+
+    @property
+    def has_pooling(self) -> bool:
+        """Whether features have an embedding of every segment."""
+        return True
+
+    @property
+    def token_multiple(self) -> int:
+        """What the patches that a rank works on must be a multiple of."""
+        return 1
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether matrix products are computed in FP8."""
+        return False
+
+    def check_run(self, run: TrainConfig) -> Iterator[str]:
+        """Yields a sentence for everything in which the encoder does not fit the rest of a run."""
+        return iter(())
+
+
+class EncoderConfig(EncoderSection):
     """A ViT over bags of patches, pre-norm, 3-D rotary positions, attention pooling."""
 
+    kind: Literal["onevision"] = "onevision"  # pyright: ignore[reportIncompatibleVariableOverride]
     hidden_size: Annotated[int, Field(gt=0)]
     """Width of the token stream."""
     num_layers: Annotated[int, Field(gt=0)]
@@ -35,7 +73,9 @@ class EncoderConfig(StrictModel):
     rope_temporal_size: Annotated[int, Field(gt=0)] = 64
     """Frames of the virtual temporal grid that video positions live on."""
     use_head: bool = True
-    """Whether the encoder has its final norm and attention-pooling head."""
+    """Whether the encoder has its attention-pooling head."""
+    final_norm: bool | None = None
+    """Whether tokens pass a norm behind the last layer; null = where there is a pooling head, as published."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto = Transformer Engine when it is installed and a GPU is there, else local."""
     attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine"] = "auto"
@@ -62,6 +102,21 @@ class EncoderConfig(StrictModel):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_final_norm(self) -> bool:
+        return self.use_head if self.final_norm is None else self.final_norm
+
+    @property
+    def has_pooling(self) -> bool:
+        return self.use_head
+
+    def _check_head_has_norm(self) -> Iterator[str]:
+        if self.use_head and self.final_norm is False:
+            yield (
+                "final_norm = false with use_head = true: the pooling head was made for normed tokens; leave "
+                "final_norm out, or set use_head: false"
+            )
 
     def _check_heads_divide_hidden(self) -> Iterator[str]:
         if self.hidden_size % self.num_attention_heads:
@@ -104,4 +159,83 @@ class EncoderConfig(StrictModel):
             yield (
                 f"fp8_skip_first_layers + fp8_skip_last_layers = {first} + {last} leaves none of the num_layers = "
                 f"{self.num_layers} to FP8; skip fewer layers, or set fp8: off"
+            )
+
+    @property
+    def token_multiple(self) -> int:
+        return 1 if self.fp8 == "off" else FP8_RECIPES[self.fp8].multiple
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.fp8 != "off"
+
+    def check_run(self, run: TrainConfig) -> Iterator[str]:
+        yield from self._divides_over_ranks(run)
+        yield from self._fits_fp8_tokens(run)
+        yield from self._fits_fp8_precision(run)
+        yield from self._fits_fp8_widths(run)
+        yield from self._fits_fp8_layers(run)
+        yield from self._fits_evaluation(run)
+
+    def _divides_over_ranks(self, run: TrainConfig) -> Iterator[str]:
+        size = run.parallel.tensor_model_parallel_size
+        for field in ("hidden_size", "num_attention_heads", "ffn_hidden_size"):
+            value = getattr(self, field)
+            if value % size:
+                yield (
+                    f"encoder.{field} = {value} is not divisible by parallel.tensor_model_parallel_size = {size}, "
+                    f"so ranks would get unequal shares; change one of the two"
+                )
+
+    def _fits_fp8_tokens(self, run: TrainConfig) -> Iterator[str]:
+        parallel, budget, fp8 = run.parallel, run.data.tokens_per_microbatch, self.fp8
+        if fp8 == "off":
+            return
+        share = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        multiple = FP8_RECIPES[fp8].multiple * share
+        if budget % multiple:
+            ranks = f" on each of {share} sequence-parallel ranks" if share > 1 else ""
+            yield (
+                f"data.tokens_per_microbatch = {budget} is not a multiple of {multiple}, which FP8 matrix products of "
+                f"encoder.fp8 = {fp8} need{ranks}; use {-(-budget // multiple) * multiple}"
+            )
+
+    def _fits_fp8_precision(self, run: TrainConfig) -> Iterator[str]:
+        if self.fp8 != "off" and run.train.precision != "bf16":
+            yield (
+                f"encoder.fp8 = {self.fp8} with train.precision = {run.train.precision}: FP8 layers take and "
+                "give bf16; set train.precision: bf16, or encoder.fp8: off"
+            )
+
+    def _fits_fp8_widths(self, run: TrainConfig) -> Iterator[str]:
+        size, fp8 = run.parallel.tensor_model_parallel_size, self.fp8
+        if fp8 == "off":
+            return
+        multiple = FP8_RECIPES[fp8].multiple * size
+        for field in ("hidden_size", "ffn_hidden_size"):
+            value = getattr(self, field)
+            if value % multiple:
+                ranks = f" on each of {size} tensor-parallel ranks" if size > 1 else ""
+                yield (
+                    f"encoder.{field} = {value} is not a multiple of {multiple}, which FP8 matrix products of "
+                    f"encoder.fp8 = {fp8} need{ranks}; use another fp8 recipe, a multiple of {multiple}, or fp8: off"
+                )
+
+    def _fits_fp8_layers(self, run: TrainConfig) -> Iterator[str]:
+        stages = run.parallel.pipeline_model_parallel_size
+        most = self.num_layers // stages
+        for field in ("fp8_skip_first_layers", "fp8_skip_last_layers"):
+            value = getattr(self, field)
+            if self.fp8 != "off" and most < value < self.num_layers:
+                yield (
+                    f"encoder.{field} = {value} is more than the {most} layers of one of {stages} equal pipeline "
+                    f"stages, which is megatron-core's limit; use at most {most}"
+                )
+
+    def _fits_evaluation(self, run: TrainConfig) -> Iterator[str]:
+        if run.evaluation.sets and self.fp8 == "delayed":
+            yield (
+                "evaluation.sets with encoder.fp8 = delayed: the scaling history would take in the held-out samples, "
+                "and measuring would change the run; use another fp8 recipe, or measure checkpoints with megatron-ove "
+                "evaluate"
             )

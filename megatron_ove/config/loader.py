@@ -17,6 +17,7 @@ from megatron_ove.config.error_report import describe_errors
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.config.yaml_file import parse_yaml, read_yaml_mapping
 from megatron_ove.errors import ConfigError
+from megatron_ove.kinds import load_kinds
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -41,12 +42,20 @@ def config_from_dict(data: dict[str, Any], name: str) -> TrainConfig:
     Raises:
         ConfigError: with every mistake found, one sentence a line.
     """
+    model = load_kinds(_plugins_in(data)).train_config
     try:
-        return TrainConfig.model_validate(_lists_to_tuples(data))
+        return model.model_validate(_lists_to_tuples(data))
     except ValidationError as error:
-        lines = describe_errors(error, data, TrainConfig)
+        lines = describe_errors(error, data, model)
         count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
         raise ConfigError(f"{name} has {count}:\n" + "\n".join(f"  - {line}" for line in lines)) from error
+
+
+def _plugins_in(data: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the plugins that a configuration names; of anything but a list of texts none, and the check says so."""
+    plugins = data.get("plugins") or ()
+    is_list = isinstance(plugins, list | tuple) and all(isinstance(name, str) for name in plugins)
+    return tuple(plugins) if is_list else ()
 
 
 def dump_config(config: TrainConfig) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -31,6 +31,12 @@ class ObjectiveConfig(StrictModel):
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of this objective in the total loss."""
 
+    reads_pooled: ClassVar[bool] = False
+    """Whether it needs an embedding of every sample from the encoder."""
+
+    from_shards: ClassVar[tuple[str, ...]] = ()
+    """Fields that are taken from the shard sets of its sources where they are null."""
+
     @property
     def sources(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else self.source
@@ -41,9 +47,17 @@ class ObjectiveConfig(StrictModel):
             yield f"source names '{twice[0]}' twice, but its samples are seen once a step; name it once"
 
 
+def source_names(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the sources of a stored section, plain values."""
+    source = section["source"]
+    return (source,) if isinstance(source, str) else tuple(source)
+
+
 class PartialFCConfig(ObjectiveConfig):
     """Cluster discrimination against class centers sharded over ranks: a margin softmax per drawn label."""
 
+    reads_pooled: ClassVar[bool] = True
+    from_shards: ClassVar[tuple[str, ...]] = ("num_classes",)
     kind: Literal["partial_fc"]  # pyright: ignore[reportIncompatibleVariableOverride]
     num_classes: Annotated[int, Field(gt=1, le=2**31)] | None = None
     """Rows of the class-center table; label ids are 0 .. num_classes - 1. null = as many as the source's shard set has;

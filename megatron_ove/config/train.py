@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, create_model
 
 from megatron_ove.config.base import StrictModel
-from megatron_ove.config.data import DataConfig, ImageSourceConfig
-from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.config.data import DataConfig, SourceConfig
+from megatron_ove.config.encoder import EncoderSection
 from megatron_ove.config.evaluation import EvaluationConfig
-from megatron_ove.config.fp8 import FP8_RECIPES
 from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.optim import OptimConfig
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.config.profile import ProfileConfig
+from megatron_ove.config.upgrade import CONFIG_VERSION
+
+if TYPE_CHECKING:
+    from megatron_ove.kinds import Kinds
 
 
 class CheckpointConfig(StrictModel):
@@ -78,7 +81,13 @@ def _form_of_start(value: Any) -> str:
 
 
 class TrainConfig(StrictModel):
-    """A training run."""
+    """A training run. Objects are of a class made by `train_config_of`, which knows the kinds of sections.
+
+    Attributes:
+        kinds: the kinds that its sections may be of.
+    """
+
+    kinds: ClassVar[Kinds]
 
     name: str
     """Name of the run."""
@@ -97,7 +106,11 @@ class TrainConfig(StrictModel):
     freeze: tuple[str, ...] = ()
     """Parts of the model that keep the weights they start with: the beginnings of weights' names up to a dot, like
     encoder.patch_embed, encoder.layers.0-5 or objectives.<name>."""
-    encoder: EncoderConfig
+    config_version: Literal[2] = CONFIG_VERSION
+    """Version of the form that this configuration has; written by the program when it stores one."""
+    plugins: tuple[str, ...] = ()
+    """Python modules that describe further kinds of encoders, objectives and sources; imported on every rank."""
+    encoder: EncoderSection
     parallel: ParallelConfig = ParallelConfig()
     objectives: Annotated[dict[str, ObjectiveConfig], Field(min_length=1)]
     """Objective name -> objective."""
@@ -120,17 +133,18 @@ class TrainConfig(StrictModel):
     def token_multiple(self) -> int:
         """What a microbatch's patches must be a multiple of: ranks share them, and FP8 products want whole tiles."""
         share = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
-        return share if self.encoder.fp8 == "off" else share * FP8_RECIPES[self.encoder.fp8].multiple
+        return share * self.encoder.token_multiple
 
-    def _check_tensor_parallel_divides(self) -> Iterator[str]:
-        size = self.parallel.tensor_model_parallel_size
-        for field in ("hidden_size", "num_attention_heads", "ffn_hidden_size"):
-            value = getattr(self.encoder, field)
-            if value % size:
-                yield (
-                    f"encoder.{field} = {value} is not divisible by parallel.tensor_model_parallel_size = {size}, "
-                    f"so ranks would get unequal shares; change one of the two"
-                )
+    def _check_encoder(self) -> Iterator[str]:
+        yield from self.encoder.check_run(self)
+
+    def _check_pooling(self) -> Iterator[str]:
+        readers = [name for name, objective in self.objectives.items() if objective.reads_pooled]
+        if readers and not self.encoder.has_pooling:
+            yield (
+                f"encoder.use_head = false leaves no pooled embedding for the objectives ({', '.join(readers)}); set "
+                "it to true for training"
+            )
 
     def _check_layers_divide_stages(self) -> Iterator[str]:
         parallel, layers = self.parallel, self.encoder.num_layers
@@ -166,51 +180,6 @@ class TrainConfig(StrictModel):
                 f"{size}, which sequence_parallel needs; use a multiple of {size}"
             )
 
-    def _check_fp8_token_count(self) -> Iterator[str]:
-        parallel, budget, fp8 = self.parallel, self.data.tokens_per_microbatch, self.encoder.fp8
-        if fp8 == "off":
-            return
-        share = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        multiple = FP8_RECIPES[fp8].multiple * share
-        if budget % multiple:
-            ranks = f" on each of {share} sequence-parallel ranks" if share > 1 else ""
-            yield (
-                f"data.tokens_per_microbatch = {budget} is not a multiple of {multiple}, which FP8 matrix products of "
-                f"encoder.fp8 = {fp8} need{ranks}; use {-(-budget // multiple) * multiple}"
-            )
-
-    def _check_fp8_precision(self) -> Iterator[str]:
-        if self.encoder.fp8 != "off" and self.train.precision != "bf16":
-            yield (
-                f"encoder.fp8 = {self.encoder.fp8} with train.precision = {self.train.precision}: FP8 layers take and "
-                "give bf16; set train.precision: bf16, or encoder.fp8: off"
-            )
-
-    def _check_fp8_widths(self) -> Iterator[str]:
-        size, fp8 = self.parallel.tensor_model_parallel_size, self.encoder.fp8
-        if fp8 == "off":
-            return
-        multiple = FP8_RECIPES[fp8].multiple * size
-        for field in ("hidden_size", "ffn_hidden_size"):
-            value = getattr(self.encoder, field)
-            if value % multiple:
-                ranks = f" on each of {size} tensor-parallel ranks" if size > 1 else ""
-                yield (
-                    f"encoder.{field} = {value} is not a multiple of {multiple}, which FP8 matrix products of "
-                    f"encoder.fp8 = {fp8} need{ranks}; use another fp8 recipe, a multiple of {multiple}, or fp8: off"
-                )
-
-    def _check_fp8_skipped_layers(self) -> Iterator[str]:
-        stages = self.parallel.pipeline_model_parallel_size
-        most = self.encoder.num_layers // stages
-        for field in ("fp8_skip_first_layers", "fp8_skip_last_layers"):
-            value = getattr(self.encoder, field)
-            if self.encoder.fp8 != "off" and most < value < self.encoder.num_layers:
-                yield (
-                    f"encoder.{field} = {value} is more than the {most} layers of one of {stages} equal pipeline "
-                    f"stages, which is megatron-core's limit; use at most {most}"
-                )
-
     def _check_objective_sources(self) -> Iterator[str]:
         for name, objective in self.objectives.items():
             for source in objective.sources:
@@ -228,14 +197,6 @@ class TrainConfig(StrictModel):
                     "there are no class centers to measure it with; write the name of an objective"
                 )
 
-    def _check_evaluation_fp8(self) -> Iterator[str]:
-        if self.evaluation.sets and self.encoder.fp8 == "delayed":
-            yield (
-                "evaluation.sets with encoder.fp8 = delayed: the scaling history would take in the held-out samples, "
-                "and measuring would change the run; use another fp8 recipe, or measure checkpoints with megatron-ove "
-                "evaluate"
-            )
-
     def _check_every_source_is_used(self) -> Iterator[str]:
         used = {source for objective in self.objectives.values() for source in objective.sources}
         unused = [name for name in self.data.sources if name not in used]
@@ -245,17 +206,10 @@ class TrainConfig(StrictModel):
                 "add an objective with this source or remove the source"
             )
 
-    def _check_image_size(self) -> Iterator[str]:
-        patch = self.encoder.patch_size
+    def _check_patches(self) -> Iterator[str]:
         for name, source in self.data.sources.items():
-            if not isinstance(source, ImageSourceConfig):
-                continue
-            for place, size in source.named_sizes():
-                if size % patch:
-                    yield (
-                        f"data.sources.{name}.{place} = {size} is not a multiple of encoder.patch_size = {patch}, so "
-                        f"pixels at the edge would be lost; use {size // patch * patch or patch}"
-                    )
+            for place, sentence in source.check_patches(self.encoder.patch_size):
+                yield f"data.sources.{name}.{place} {sentence}"
 
     def _check_sample_fits_budget(self) -> Iterator[str]:
         budget = self.data.tokens_per_microbatch
@@ -285,9 +239,56 @@ class TrainConfig(StrictModel):
                 "earlier or profile fewer steps"
             )
 
-    def _check_head(self) -> Iterator[str]:
-        if not self.encoder.use_head:
-            yield (
-                "encoder.use_head = false leaves no pooled embedding for the objectives "
-                f"({', '.join(self.objectives)}); set it to true for training"
-            )
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class that knows the kinds is made while the program runs, and pickle finds classes by their name.
+        return _restore, (self.plugins, self.model_dump(mode="python"))
+
+
+def train_config_of(
+    *,
+    encoders: Mapping[str, type[EncoderSection]],
+    objectives: Mapping[str, type[ObjectiveConfig]],
+    sources: Mapping[str, type[SourceConfig]],
+) -> type[TrainConfig]:
+    """Returns the configuration class whose sections may be of these kinds.
+
+    Args:
+        encoders, objectives, sources: kind -> class of a section; the first encoder needs not be named.
+    """
+    first = next(iter(encoders))
+
+    def encoder_kind(section: Any) -> Any:
+        return section.get("kind", first) if isinstance(section, dict) else getattr(section, "kind", first)
+
+    encoder: Any = next(iter(encoders.values()))
+    if len(encoders) > 1:
+        encoder = Annotated[
+            _union(Annotated[one, Tag(kind)] for kind, one in encoders.items()), Discriminator(encoder_kind)
+        ]
+    data = create_model(
+        "DataConfig", __base__=DataConfig, sources=(_map_of(sources, DataConfig.model_fields["sources"]))
+    )
+    return create_model(
+        "TrainConfig",
+        __base__=TrainConfig,
+        encoder=(encoder, TrainConfig.model_fields["encoder"]),
+        objectives=_map_of(objectives, TrainConfig.model_fields["objectives"]),
+        data=(data, TrainConfig.model_fields["data"]),
+    )
+
+
+def _map_of(kinds: Mapping[str, Any], field: Any) -> tuple[Any, Any]:
+    section = _union(kinds.values())
+    if len(kinds) > 1:
+        section = Annotated[section, Field(discriminator="kind")]
+    return dict[str, section], Field(min_length=1, description=field.description)
+
+
+def _union(classes: Iterable[Any]) -> Any:
+    return Union[tuple(classes)]  # noqa: UP007 - of as many as there are
+
+
+def _restore(plugins: tuple[str, ...], values: dict[str, Any]) -> TrainConfig:
+    from megatron_ove.kinds import load_kinds
+
+    return load_kinds(plugins).train_config.model_validate(values)

@@ -30,9 +30,11 @@ from megatron_ove.checkpoint.manifest import (
     structural_problem,
     write_manifest,
 )
-from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.config.encoder import EncoderConfig, EncoderSection
+from megatron_ove.config.upgrade import CONFIG_VERSION
 from megatron_ove.convert.mapping import check_state, mcore_shapes
-from megatron_ove.errors import CheckpointError
+from megatron_ove.errors import CheckpointError, ConfigError
+from megatron_ove.kinds import kinds_of
 from megatron_ove.model.parameter_names import transformer_engine_name
 from megatron_ove.new_folder import new_folder
 
@@ -63,15 +65,16 @@ def read_checkpoint_facts(checkpoint_dir: str | Path, *, verify: bool = True) ->
     return read_common_state(path)
 
 
-def encoder_config_of(facts: Mapping[str, Any], checkpoint_dir: str | Path) -> EncoderConfig:
+def encoder_config_of(facts: Mapping[str, Any], checkpoint_dir: str | Path) -> EncoderSection:
     """Returns the encoder of a checkpoint's plain values.
 
     Raises:
         CheckpointError: there is none, or another version of this program wrote it.
     """
     try:
-        return EncoderConfig.model_validate(facts["config"]["encoder"])
-    except (KeyError, TypeError, ValidationError) as error:
+        section = facts["config"]["encoder"]
+        return kinds_of(facts["config"]).encoders[section["kind"]].config.model_validate(section)
+    except (ConfigError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(
             f"the checkpoint {checkpoint_dir} has no encoder configuration that this version understands "
             f"({_first_line(error)}); convert it with the version that wrote it"
@@ -95,6 +98,11 @@ def encoder_state_from_checkpoint(
         CheckpointError: the folder is not a whole checkpoint, or its tensors are not those of its configuration.
     """
     config = encoder_config_of(read_checkpoint_facts(checkpoint_dir, verify=verify), checkpoint_dir)
+    if not isinstance(config, EncoderConfig):
+        raise CheckpointError(
+            f"the checkpoint {checkpoint_dir} holds an encoder of kind {config.kind}, and only those of kind onevision "
+            "have names and a model that are published"
+        )
     stored = read_tensors(checkpoint_dir, _MODEL_PREFIX)
     places = {name: _stored_place(name) for name in mcore_shapes(config)}
     state = {
@@ -164,7 +172,8 @@ def write_encoder_checkpoint(
         else:
             stacks.setdefault(key, []).append(state[name])
     tensors |= {key: torch.stack(layers) for key, layers in stacks.items()}
-    common = {"step": 0, "config": {"encoder": config.model_dump(mode="json")}, **facts}
+    stored = {"config_version": CONFIG_VERSION, "encoder": config.model_dump(mode="json")}
+    common = {"step": 0, "config": stored, **facts}
     with new_folder(checkpoint_dir, error=CheckpointError) as partial:
         writer = torch_checkpoint.FileSystemWriter(partial, sync_files=True)
         with _one_process():

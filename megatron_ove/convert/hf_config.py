@@ -58,6 +58,11 @@ def to_hf_config(config: EncoderConfig, *, image_size: int, dtype: torch.dtype) 
         image_size: side of the pictures trained on; for information.
         dtype: of the stored weights.
     """
+    if config.has_final_norm != config.use_head:
+        raise CheckpointError(
+            f"an encoder with final_norm = {config.final_norm} and use_head = {config.use_head} has no published form, "
+            "which has both or neither; use its checkpoint"
+        )
     return {
         "architectures": [ARCHITECTURE],
         "auto_map": {

@@ -48,7 +48,8 @@ def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path, *, wit
     num_parameters = sum(tensor.numel() for tensor in published.values())
     num_words = _count_words(checkpoint_dir, facts)
     files = {name: (Path(checkpoint_dir) / name).read_bytes() for name in num_words}
-    heads = list(facts["config"].get("objectives", {})) if with_class_centers else []
+    objectives = facts["config"].get("objectives", {}) if with_class_centers else {}
+    heads = [name for name, section in objectives.items() if "num_classes" in section]
     files |= {class_centers_path(name): _class_centers(checkpoint_dir, name) for name in heads}
     card = describe_model(
         values, facts, num_parameters=num_parameters, num_words=num_words, has_class_centers=bool(heads)

@@ -95,8 +95,9 @@ def hf_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     shapes |= {f"layernorm_pre.{kind}": shape for kind, shape in norm.items()}
     for index in range(config.num_layers):
         shapes |= {f"encoder.layers.{index}.{name}": shape for name, shape in layer.items()}
-    if config.use_head:
+    if config.has_final_norm:
         shapes |= {f"layernorm_post.{kind}": shape for kind, shape in norm.items()}
+    if config.use_head:
         shapes |= {"head.probe": (1, 1, hidden), "head.norm.weight": (hidden,)}
         shapes |= {"head.attention.in_proj_weight": (3 * hidden, hidden), "head.attention.in_proj_bias": (3 * hidden,)}
         shapes |= {f"head.attention.out_proj.{kind}": shape for kind, shape in square.items()}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ove.config.objectives import source_names
+from megatron_ove.kinds import kinds_of
+
 _HEADER = """---
 library_name: transformers
 pipeline_tag: image-feature-extraction
@@ -133,16 +136,16 @@ def _training(facts: Mapping[str, Any], num_words: Mapping[str, int], has_class_
     config = facts["config"]
     if "objectives" not in config:
         return f"## Training\n\nImported from {facts.get('imported_from', 'elsewhere')} and not trained further.\n"
-    state = facts.get("train_state", {})
+    state, kinds = facts.get("train_state", {}), kinds_of(config).objectives
     lines = [
         "## Training\n",
         f"{facts['step']:,} of {config['train']['num_steps']:,} steps, {state.get('samples_seen', 0):,} samples "
         f"({config['train']['global_batch_size']} a step), {config['train']['precision']}, seed {config['seed']}.\n",
         "| source | kind | weight |\n|---|---|---|",
         *(f"| {name} | {item['kind']} | {item['weight']:g} |" for name, item in config["data"]["sources"].items()),
-        "\n| head | source | classes | margin | loss weight |\n|---|---|---|---|---|",
+        "\n| objective | kind | source | learns | loss weight |\n|---|---|---|---|---|",
         *(
-            f"| {name} | {item['source']} | {item['num_classes']:,} | {item['margin_type']} {item['margin']:g} | "
+            f"| {name} | {item['kind']} | {', '.join(source_names(item))} | {kinds[item['kind']].describe(item)} | "
             f"{item['loss_weight']:g} |"
             for name, item in config["objectives"].items()
         ),

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING
 
-from megatron_ove.config.data import ImageSourceConfig, OcrSourceConfig, SourceConfig, VideoSourceConfig
+from megatron_ove.config.data import SourceConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.assembly import Collate
 from megatron_ove.data.bad_samples import KnownBad
 from megatron_ove.data.delivery import PrepareStep, StepLoader
 from megatron_ove.data.mixture import planner_of
 from megatron_ove.data.shard_files import raise_file_limit
-from megatron_ove.data.shard_fit import class_warnings, open_shard_sets
+from megatron_ove.data.shard_fit import find_doubts, open_shard_sets
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.base import DataSource
-from megatron_ove.data.sources.clips import VideoSource
-from megatron_ove.data.sources.images import ImageSource
-from megatron_ove.data.sources.pages import OcrSource
+from megatron_ove.kinds import Kinds
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +53,14 @@ def build_loader(
     raise_file_limit()
     shard_sets = open_shard_sets(config)
     if topology.is_first_stage and topology.tensor_rank == topology.data_rank == 0:  # rank 0
-        for sentence in class_warnings(config, shard_sets, counts_samples=False):
+        for sentence in find_doubts(config, shard_sets, counts_samples=False):
             logger.warning("%s", sentence)
     sources = [
         build_source(
             name,
             source,
             shard_sets[name],
+            kinds=config.kinds,
             patch_size=config.encoder.patch_size,
             device=topology.device,
             num_threads=config.data.num_threads,
@@ -91,6 +90,7 @@ def build_source(
     config: SourceConfig,
     shards: ShardSet,
     *,
+    kinds: Kinds,
     patch_size: int,
     device: torch.device,
     num_threads: int,
@@ -100,18 +100,12 @@ def build_source(
     Args:
         name: name in the configuration.
         config: its section.
-        shards: opened shard set of the same kind.
+        shards: opened shard set of the kind that it reads.
+        kinds: of the run.
         patch_size: p.
         device: where pictures are decoded.
         num_threads: decoding threads.
     """
-    common = {"shards": shards, "patch_size": patch_size, "device": device, "num_threads": num_threads}
-    match config:
-        case ImageSourceConfig():
-            return ImageSource(name, config, **common)
-        case OcrSourceConfig():
-            return OcrSource(name, config, **common)
-        case VideoSourceConfig():
-            return VideoSource(name, config, **common)
-        case _:
-            assert_never(config)
+    return kinds.sources[config.kind].build(
+        name, config, shards=shards, patch_size=patch_size, device=device, num_threads=num_threads
+    )

@@ -1,11 +1,13 @@
-"""`num_classes` of objectives that leave it to the shard set of their source."""
+"""What objectives leave to the shard sets of their sources, like `num_classes`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_ove.config.loader import config_from_dict
+from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.config.yaml_file import read_yaml_mapping
 from megatron_ove.data.shard_format import DatasetInfo
@@ -13,7 +15,7 @@ from megatron_ove.errors import ConfigError, DataError
 
 
 def fill_in_class_counts(config: TrainConfig, name: str) -> TrainConfig:
-    """Returns the configuration with every `num_classes` known; reads one small file of each shard set that decides.
+    """Returns the configuration with all of it known; reads one small file of each shard set that decides.
 
     Args:
         config: the run.
@@ -23,39 +25,46 @@ def fill_in_class_counts(config: TrainConfig, name: str) -> TrainConfig:
         DataError: a shard set that decides cannot be opened; one sentence a line.
         ConfigError: what the numbers make of the configuration is a mistake, e.g. more negatives than classes.
     """
-    open_objectives = [key for key, objective in config.objectives.items() if objective.num_classes is None]
-    if not open_objectives:
-        return config
-    counts: dict[str, int] = {}
+    found: dict[str, Mapping[str, Any]] = {}
     problems = []
-    for key in open_objectives:
-        for source in config.objectives[key].sources:
+    for key, objective in config.objectives.items():
+        kind = config.kinds.objectives[objective.kind]
+        infos = []
+        for source in objective.sources if needs_shard_sets(objective) else ():
             try:
-                info = DatasetInfo.read(Path(config.data.sources[source].path))
+                infos.append(DatasetInfo.read(Path(config.data.sources[source].path)))
             except DataError as error:
                 problems.append(
                     f"data.sources.{source}: {error}; objectives.{key}.num_classes is taken from this set, so write "
                     "the number where there is no set"
                 )
-            else:
-                counts[key] = max(info.num_classes, counts.get(key, 0))
+        if infos:
+            found[key] = kind.fill_in(objective, infos)
     if problems:
         raise DataError("\n".join(problems))
-    return _with_counts(config, counts, name)
+    return _filled_in(config, found, name) if any(found.values()) else config
 
 
 def fill_in_from_run(config: TrainConfig, name: str) -> TrainConfig | None:
     """As `fill_in_class_counts`, with the numbers that the run in `run_dir` has; None if there is no such run."""
-    open_objectives = [key for key, objective in config.objectives.items() if objective.num_classes is None]
+    open_objectives = [key for key, objective in config.objectives.items() if needs_shard_sets(objective)]
     try:
-        objectives = read_yaml_mapping(Path(config.run_dir) / "config.resolved.yaml")["objectives"]
-        return _with_counts(config, {key: objectives[key]["num_classes"] for key in open_objectives}, name)
+        stored = read_yaml_mapping(Path(config.run_dir) / "config.resolved.yaml")["objectives"]
+        found = {
+            key: {field: stored[key][field] for field in config.objectives[key].from_shards} for key in open_objectives
+        }
+        return _filled_in(config, found, name)
     except (ConfigError, KeyError, TypeError):
         return None
 
 
-def _with_counts(config: TrainConfig, counts: Mapping[str, int], name: str) -> TrainConfig:
+def needs_shard_sets(objective: ObjectiveConfig) -> bool:
+    """Whether fields of a section are left to the shard sets of its sources."""
+    return any(getattr(objective, field) is None for field in objective.from_shards)
+
+
+def _filled_in(config: TrainConfig, found: Mapping[str, Mapping[str, Any]], name: str) -> TrainConfig:
     data = config.model_dump(mode="python")
-    for key, count in counts.items():
-        data["objectives"][key]["num_classes"] = count
+    for key, fields in found.items():
+        data["objectives"][key] |= fields
     return config_from_dict(data, name)

@@ -29,7 +29,6 @@ from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_decoder import DecodedShare, StepDecoder, places_of
 from megatron_ove.data.step_share import StepShare, share_of
-from megatron_ove.data.whole_samples import without_chance
 from megatron_ove.errors import DataError
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class HeldOutSamples:
         self._config, self._topology, self._shards = config, topology, shards
         # What an objective collates belongs to one of its sources, so that is what the held-out samples come as.
         self._source_name = config.objectives[objective].sources[0]
-        self._section = without_chance(config.data.sources[self._source_name])
+        self._section = config.data.sources[self._source_name].without_chance()
         count = min(len(shards), config.evaluation.max_samples)
         self._rows = np.arange(count) * len(shards) // count
         self._sizes = self._new_source().count_tokens(self._rows, np.zeros(count, dtype=np.int64))
@@ -234,6 +233,7 @@ class HeldOutSamples:
             self._source_name,
             self._section,
             self._shards,
+            kinds=self._config.kinds,
             patch_size=self._config.encoder.patch_size,
             device=self._topology.device,
             num_threads=self._config.data.num_threads,

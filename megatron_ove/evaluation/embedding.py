@@ -12,19 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
-from megatron_ove.config.data import ImageSourceConfig, OcrSourceConfig, SourceConfig, VideoSourceConfig
-from megatron_ove.data.build import build_source
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.base import DataSource
-from megatron_ove.data.whole_samples import without_chance
 from megatron_ove.errors import ConfigError, DataError
+from megatron_ove.kinds import load_kinds
 
 EncoderCallable = Callable[[Batch], Tensor]
 """Batch -> [b, e] pooled embeddings, replicated."""
@@ -108,30 +105,21 @@ def evaluation_source(shards: ShardSet, settings: SampleSettings, device: torch.
     """
     info, patch = shards.info, settings.patch_size
     path = str(shards.directory)
-    section: SourceConfig
-    match info.kind:
-        case "image":
-            if settings.image_size % patch:
-                raise ConfigError(
-                    f"image_size = {settings.image_size} is not a multiple of the encoder's patch size {patch}, so "
-                    f"pixels at the edge would be lost; use {settings.image_size // patch * patch or patch}"
-                )
-            section = ImageSourceConfig(kind="image", path=path, image_size=settings.image_size)
-        case "ocr":
-            section = OcrSourceConfig(kind="ocr", path=path, max_patches=settings.max_patches)
-        case "video":
-            if info.patch_size != patch:
-                raise ConfigError(
-                    f"{path} stores patches of {info.patch_size} px, but the encoder wants {patch} px, and stored "
-                    "patches cannot be cut anew; select the patches again with the encoder's patch size"
-                )
-            section = VideoSourceConfig(kind="video", path=path, max_patches=settings.max_patches)
-        case _:
-            assert_never(info.kind)
-    return build_source(
+    if info.frames and info.patch_size != patch:
+        raise ConfigError(
+            f"{path} stores patches of {info.patch_size} px, but the encoder wants {patch} px, and stored patches "
+            "cannot be cut anew; select the patches again with the encoder's patch size"
+        )
+    kinds = load_kinds()
+    kind = kinds.source_of_shards(info.kind)
+    assert kind.whole_samples is not None
+    section = kind.whole_samples(path, settings.image_size, settings.max_patches)
+    for place, sentence in section.check_patches(patch):
+        raise ConfigError(f"{place} {sentence}")
+    return kind.build(
         "evaluation",
-        without_chance(section),
-        shards,
+        section.without_chance(),
+        shards=shards,
         patch_size=patch,
         device=device,
         num_threads=settings.num_threads,

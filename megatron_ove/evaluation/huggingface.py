@@ -51,13 +51,14 @@ def huggingface_encoder(model: Any, patch_size: int) -> EncoderCallable:
 
     @torch.inference_mode()
     def encode(batch: Batch) -> Tensor:
-        assert batch.patches is not None
-        bounds = batch.cu_seqlens.tolist()
+        pack = batch.main
+        assert pack.patches is not None
+        bounds = pack.cu_seqlens.tolist()
         pooled = []
         for start, stop in pairwise(bounds):
-            patches = normalize_pixels(batch.patches[start:stop].view(-1, 3, patch_size, patch_size))  # [n, 3, p, p]
+            patches = normalize_pixels(pack.patches[start:stop].view(-1, 3, patch_size, patch_size))  # [n, 3, p, p]
             strip = patches.permute(1, 2, 0, 3).reshape(1, 3, patch_size, -1)  # [1, 3, p, n * p]
-            output = model(pixel_values=strip, patch_positions=batch.positions[None, start:stop].long())
+            output = model(pixel_values=strip, patch_positions=pack.positions[None, start:stop].long())
             pooled.append(output.pooler_output)
         return torch.cat(pooled)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_ove.batch import Batch
 from megatron_ove.checkpoint.manifest import checkpoints_at, structural_problem
+from megatron_ove.config.objectives import source_names
 from megatron_ove.convert.checkpoint_files import read_checkpoint_facts
 from megatron_ove.convert.class_centers import load_class_centers, load_embedding_mean, load_words
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
@@ -168,7 +169,7 @@ def load_word_reader(
 
     @torch.inference_mode()
     def encode(batch: Batch) -> Tensor:
-        return encoder(batch).pooled - mean
+        return encoder(batch.main).sample_embeddings(batch.num_samples) - mean
 
     return WordReader(checkpoint, encode, F.normalize(centers[: len(words)], dim=-1), words, settings, device)
 
@@ -242,7 +243,8 @@ def word_class(reader: WordReader, text: str) -> int:
 def _choose_objective(config: Mapping[str, Any], checkpoint: Path, given: str | None) -> str:
     """Returns the name of an objective whose source is of kind ocr."""
     objectives = config.get("objectives", {})
-    kinds = {name: config["data"]["sources"][item["source"]]["kind"] for name, item in objectives.items()}
+    sources = config.get("data", {}).get("sources", {})
+    kinds = {name: sources[source_names(item)[0]]["kind"] for name, item in objectives.items() if "num_classes" in item}
     candidates = [name for name, kind in kinds.items() if kind == "ocr"]
     known = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none: it holds an encoder only"
     if not candidates:

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -22,6 +20,7 @@ from torch import Tensor
 from megatron_ove.batch import PatchPack
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.model.attention import PatchSegments, build_segments
+from megatron_ove.model.encoder_chunk import EncoderChunk
 from megatron_ove.model.initialization import initialize_parameters
 from megatron_ove.model.kernels import EncoderKernels, resolve_kernels
 from megatron_ove.model.layer_specs import SequenceParallelLayerNorm, build_block_submodules
@@ -33,19 +32,8 @@ from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology
 
 
-class VisionEncoder(MegatronModule):
-    """One model chunk of the encoder.
-
-    Attributes:
-        pre_process: whether this chunk embeds patches.
-        post_process: whether this chunk ends in features.
-        vp_stage: index of this chunk among the chunks of its rank; None without a virtual pipeline.
-        layer_offset: layers of the whole model that come before this chunk.
-    """
-
-    # Read by megatron-core's pipeline schedules and gradient finalisation.
-    model_type = ModelType.encoder_or_decoder
-    share_embeddings_and_output_weights = False
+class VisionEncoder(EncoderChunk):
+    """One model chunk of the OneVision-Encoder."""
 
     def __init__(
         self,
@@ -75,7 +63,7 @@ class VisionEncoder(MegatronModule):
         self.decoder = TransformerBlock(  # "decoder" is where megatron-core's schedules look for layers
             config=transformer_config,
             spec=build_block_submodules(kernels, num_layers),
-            post_layer_norm=config.use_head,
+            post_layer_norm=config.has_final_norm,
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=topology.process_groups,

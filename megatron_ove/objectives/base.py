@@ -8,19 +8,42 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_ove.batch import Batch, Samples
+from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.errors import CheckpointError
 from megatron_ove.optim.updates import RowTable
 from megatron_ove.outputs import LossTerms, VisionFeatures
+from megatron_ove.parallel.topology import ParallelTopology
 
 if TYPE_CHECKING:
     from megatron_ove.data.sample_reader import SampleReader
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """What a run tells an objective when it is built.
+
+    Attributes:
+        topology: this rank's place.
+        embedding_size: width of the encoder's features.
+        seed: of the run.
+        class_centers: optimizer of tables.
+        dtype: of the run's weights and activations.
+    """
+
+    topology: ParallelTopology
+    embedding_size: int
+    seed: int
+    class_centers: ClassCenterOptimConfig
+    dtype: torch.dtype
 
 
 class Objective(ABC):

@@ -1,19 +1,18 @@
-"""From the configuration's union of objectives to objects: one `case` per kind."""
+"""From sections of the configuration to objectives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import assert_never
 
 import torch
 from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
 
-from megatron_ove.config.objectives import ObjectiveConfig, PartialFCConfig
+from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
+from megatron_ove.kinds import Kinds
 from megatron_ove.model.initialization import initialize_parameters
-from megatron_ove.objectives.base import Objective
+from megatron_ove.objectives.base import ObjectiveContext
 from megatron_ove.objectives.objective_set import ObjectiveSet
-from megatron_ove.objectives.partial_fc import PartialFC
 from megatron_ove.optim.parts import is_in_any
 from megatron_ove.parallel.topology import ParallelTopology
 
@@ -21,6 +20,7 @@ from megatron_ove.parallel.topology import ParallelTopology
 def build_objectives(
     configs: Mapping[str, ObjectiveConfig],
     *,
+    kinds: Kinds,
     topology: ParallelTopology,
     embedding_size: int,
     seed: int,
@@ -33,6 +33,7 @@ def build_objectives(
 
     Args:
         configs: objective name -> its configuration.
+        kinds: of the run.
         topology: this rank's place.
         embedding_size: width of the pooled embedding.
         seed: of initial centers and negatives.
@@ -41,22 +42,8 @@ def build_objectives(
         initializer_range: standard deviation of the initial weights of modules.
         frozen_parts: parts of the model that stay as they are.
     """
-    objectives: list[Objective] = []
-    for name, config in configs.items():
-        match config:
-            case PartialFCConfig():
-                objective = PartialFC(
-                    name,
-                    config,
-                    topology=topology,
-                    embedding_size=embedding_size,
-                    seed=seed,
-                    optim=optim,
-                    dtype=dtype,
-                )
-            case _:
-                assert_never(config)
-        objectives.append(objective)
+    context = ObjectiveContext(topology, embedding_size, seed, optim, dtype)
+    objectives = [kinds.objectives[config.kind].build(name, config, context) for name, config in configs.items()]
     weights = {name: config.loss_weight for name, config in configs.items()}
     frozen = [name for name in configs if is_in_any(f"objectives.{name}.class_centers", frozen_parts)]
     built = ObjectiveSet(objectives, weights, topology, frozen=frozen)

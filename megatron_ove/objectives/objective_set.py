@@ -112,7 +112,7 @@ class ObjectiveSet:
         if not self._objectives:
             return StepPreparation({}, {})
         counts = {
-            name: sum(sample_counts[source] for source in objective.sources)
+            name: np.sum([sample_counts[source] for source in objective.sources], axis=0)
             for name, objective in self._objectives.items()
         }
         messages = self._exchange(batches, counts)

@@ -35,7 +35,7 @@ from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, FusedSoftma
 from megatron_ove.heads.label_ranks import each_label_once, label_ranks, retrieval_sums
 from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE
 from megatron_ove.heads.sampled_softmax import HeadShare, SampledSoftmax, exchange_statistics
-from megatron_ove.objectives.base import Objective
+from megatron_ove.objectives.base import Objective, ObjectiveContext
 from megatron_ove.objectives.chance import margin_softmax_of
 from megatron_ove.objectives.label_check import find_bad_label
 from megatron_ove.objectives.label_slots import draw_label_slots
@@ -396,3 +396,16 @@ class _SumOwn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.expand(ctx.num_samples), None
+
+
+def build_partial_fc(name: str, config: PartialFCConfig, context: ObjectiveContext) -> PartialFC:
+    """Builds the objective of a section, with a fresh table."""
+    return PartialFC(
+        name,
+        config,
+        topology=context.topology,
+        embedding_size=context.embedding_size,
+        seed=context.seed,
+        optim=context.class_centers,
+        dtype=context.dtype,
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from megatron_ove.config.objectives import PartialFCConfig
@@ -13,69 +11,35 @@ from megatron_ove.heads.fused_softmax import MOST_LABELS, MOST_SETS, SAMPLE_PADD
 from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE
 from megatron_ove.parallel.shard_range import shard_range
 from megatron_ove.planning.devices import Device
+from megatron_ove.planning.footprint import ObjectiveFootprint
 from megatron_ove.planning.layout import Layout, Place
-from megatron_ove.planning.workload import Workload
+from megatron_ove.planning.table_plan import TablePlan
 
 _STORAGE_BYTES = {"float32": 4, "bfloat16": 2, "none": 0}
 
 
-@dataclass(frozen=True)
-class TablePlan:
-    """One table on one rank of the last stage.
+class PartialFCFootprint(ObjectiveFootprint):
+    """A Partial-FC head."""
 
-    Attributes:
-        name: of the objective.
-        num_rows: c_local.
-        num_active: rows of a step, expected.
-        num_sets: class sets.
-        num_slots: label slots k.
-        embedding_size: e.
-        stored_bytes: weights, moments, step counts, norms.
-        step_bytes: what a step keeps from its begin to its update.
-        work_bytes: the largest tensors inside one microbatch's forward or backward.
-        samples: [n] int64, samples that meet this table in each microbatch.
-        is_stage_wide: whether all ranks of the stage share the table.
-        is_dense: whether the rows' gradient is kept as [a, e] instead of two factors.
-        statistics_bytes: of one number of the softmax statistics.
-        compute_bytes: of one operand of the matrix products.
-        moved_bytes: read and written by the update of a step.
-    """
+    def table(
+        self, config: TrainConfig, name: str, layout: Layout, place: Place, counts: np.ndarray, device: Device
+    ) -> TablePlan | None:
+        return plan_table(name, _section(config, name), config, layout, place, counts, device)
 
-    name: str
-    num_rows: int
-    num_active: int
-    num_sets: int
-    num_slots: int
-    embedding_size: int
-    stored_bytes: int
-    step_bytes: int
-    work_bytes: int
-    samples: np.ndarray
-    is_stage_wide: bool
-    is_dense: bool
-    statistics_bytes: int
-    compute_bytes: int
-    moved_bytes: int
+    def message_width(self, section: PartialFCConfig) -> int:
+        return section.labels_per_step
 
-    @property
-    def operations(self) -> float:
-        """Of a step: cosines, gradient of the embeddings, gradient of the rows."""
-        return 3 * 2.0 * self.num_active * self.embedding_size * float(self.samples.sum())
+    def num_table_elements(self, config: TrainConfig, name: str) -> int:
+        return _section(config, name).table_size * config.encoder.hidden_size
 
 
-def plan_tables(
-    config: TrainConfig, layout: Layout, place: Place, workload: Workload, device: Device
-) -> list[TablePlan]:
-    """Returns the tables of a rank; none off the last stage."""
-    if place.stage != layout.pipeline - 1:
-        return []
-    return [
-        _plan_table(name, objective, config, layout, place, workload.samples_of(objective), device)
-        for name, objective in config.objectives.items()
-    ]
+def _section(config: TrainConfig, name: str) -> PartialFCConfig:
+    section = config.objectives[name]
+    assert isinstance(section, PartialFCConfig)
+    return section
 
 
-def _plan_table(
+def plan_table(
     name: str,
     objective: PartialFCConfig,
     config: TrainConfig,
@@ -84,6 +48,7 @@ def _plan_table(
     counts: np.ndarray,
     device: Device,
 ) -> TablePlan:
+    """Returns the table of a head on one rank of the last stage."""
     optim, size = config.optim.class_centers, config.encoder.hidden_size
     is_wide, is_fused = objective.class_group == "stage", _is_fused(config, objective, device)
     sharers = layout.tensor * layout.data if is_wide else layout.tensor

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.planning.activations import activation_bytes
-from megatron_ove.planning.class_tables import TablePlan
+from megatron_ove.planning.footprint import activation_bytes
 from megatron_ove.planning.layout import Layout, Place
-from megatron_ove.planning.parameters import chunk_parameters, gradient_buffer
+from megatron_ove.planning.needs import chunk_parameters, encoder_footprint, objective_footprint
+from megatron_ove.planning.parameters import gradient_buffer
+from megatron_ove.planning.table_plan import TablePlan
 from megatron_ove.planning.workload import Workload
 
 
@@ -66,9 +67,10 @@ def plan_communication(
     """Returns what a rank takes part in during one step, loading included."""
     ledger = _Ledger(layout)
     _add_loading(ledger, config, layout, place, workload)
-    _add_blocks(ledger, config, layout, place, workload)
+    for message in encoder_footprint(config).messages(config, layout, place, workload):
+        ledger.add(message.group, message.operation, message.num_bytes, message.count)
     _add_pipeline(ledger, config, layout, place, workload)
-    if tables:
+    if place.stage == layout.pipeline - 1:
         _add_step_labels(ledger, config, layout, workload)
         _add_heads(ledger, config, layout, place, workload, tables)
     _add_gradients(ledger, config, layout, place)
@@ -86,21 +88,6 @@ def _add_loading(ledger: _Ledger, config: TrainConfig, layout: Layout, place: Pl
     ledger.add("model", "all_reduce", own)  # which of the replica's samples could not be read
 
 
-def _add_blocks(ledger: _Ledger, config: TrainConfig, layout: Layout, place: Place, workload: Workload) -> None:
-    """Attention and MLP of every layer; in the backward pass full recompute sends what the forward pass sent."""
-    hidden = config.data.tokens_per_microbatch * config.encoder.hidden_size * activation_bytes(config)
-    layers = sum(len(layout.layers_of(place.stage, chunk)) for chunk in range(layout.chunks))
-    blocks = 2 * layers * workload.num_microbatches
-    forwards = 2 if config.encoder.recompute == "full" else 1
-    if layout.sequence_parallel:
-        ledger.add("tensor", "all_gather", hidden, (forwards + 2) * blocks)
-        ledger.add("tensor", "reduce_scatter", hidden, (forwards + 1) * blocks)
-        if place.stage == layout.pipeline - 1:
-            ledger.add("tensor", "all_gather", hidden, workload.num_microbatches)  # tokens for the pooling head
-    else:
-        ledger.add("tensor", "all_reduce", hidden, (forwards + 1) * blocks)
-
-
 def _add_pipeline(ledger: _Ledger, config: TrainConfig, layout: Layout, place: Place, workload: Workload) -> None:
     hidden = workload.tokens_per_microbatch // layout.token_share * config.encoder.hidden_size
     ends = [end(place.stage, chunk) for chunk in range(layout.chunks) for end in (layout.is_first, layout.is_last)]
@@ -111,8 +98,9 @@ def _add_pipeline(ledger: _Ledger, config: TrainConfig, layout: Layout, place: P
 def _add_step_labels(ledger: _Ledger, config: TrainConfig, layout: Layout, workload: Workload) -> None:
     """The one message of all objectives; see `objectives/step_exchange.py`."""
     numbers = np.full(layout.data, 1 + len(config.objectives))
-    for objective in config.objectives.values():
-        numbers += workload.samples_of(objective).sum(axis=0) * objective.labels_per_step
+    for name, objective in config.objectives.items():
+        width = objective_footprint(config, name).message_width(objective)
+        numbers += workload.samples_of(objective).sum(axis=0) * width
     ledger.add("data", "all_gather", layout.data * int(numbers.max()) * 4)
 
 
@@ -152,7 +140,7 @@ def _add_heads(
 def _add_gradients(ledger: _Ledger, config: TrainConfig, layout: Layout, place: Place) -> None:
     summed = averaged = 0
     for chunk in range(layout.chunks):
-        parameters = chunk_parameters(config.encoder, layout, stage=place.stage, chunk=chunk)
+        parameters = chunk_parameters(config, layout, stage=place.stage, chunk=chunk)
         for size in gradient_buffer(parameters, layout, stage=place.stage, chunk=chunk).buckets:
             if layout.distributed_optimizer:
                 ledger.add("data", "reduce_scatter", 4 * size)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.planning.activations import activation_bytes, chunk_activations, peak_activations
-from megatron_ove.planning.class_tables import TablePlan
+from megatron_ove.planning.activations import peak_activations
+from megatron_ove.planning.footprint import activation_bytes
 from megatron_ove.planning.layout import Layout, Place
-from megatron_ove.planning.parameters import chunk_parameters, gradient_buffer
+from megatron_ove.planning.needs import chunk_parameters, encoder_footprint
+from megatron_ove.planning.parameters import gradient_buffer
+from megatron_ove.planning.table_plan import TablePlan
 from megatron_ove.planning.workload import Workload
 
 COMPONENTS = (
@@ -71,7 +73,7 @@ def plan_memory(
     parameters = gradients = optimizer = 0
     buckets, all_owned = [0], [0]
     for chunk in range(layout.chunks):
-        sizes = chunk_parameters(config.encoder, layout, stage=place.stage, chunk=chunk)
+        sizes = chunk_parameters(config, layout, stage=place.stage, chunk=chunk)
         buffer = gradient_buffer(sizes, layout, stage=place.stage, chunk=chunk)
         owned = buffer.owned(place.data, layout.data) if layout.distributed_optimizer else [p.size for p in sizes]
         parameters += item * (buffer.size if layout.distributed_optimizer else sum(p.size for p in sizes))
@@ -81,7 +83,7 @@ def plan_memory(
         all_owned += owned
     samples = int(workload.num_samples[:, place.data].max())
     chunks = [
-        chunk_activations(config, layout, stage=place.stage, chunk=chunk, num_samples=samples)
+        encoder_footprint(config).activations(config, layout, stage=place.stage, chunk=chunk, num_samples=samples)
         for chunk in range(layout.chunks)
     ]
     activations, in_flight = peak_activations(layout, place.stage, workload.num_microbatches, chunks)

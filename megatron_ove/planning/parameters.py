@@ -1,11 +1,10 @@
-"""The encoder's parameters on a rank, and the buffers that megatron-core lays out for them: counted, not built."""
+"""Parameters on a rank, and the buffers that megatron-core lays out for them: counted, not built."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.parallel import gradient_buckets
 from megatron_ove.planning.layout import Layout
 
@@ -19,7 +18,7 @@ class Parameter:
     """A parameter of one rank.
 
     Attributes:
-        name: as in `named_parameters()` of the chunk's encoder.
+        name: as in `named_parameters()` of the chunk's encoder, or of an objective's modules.
         shape: this rank's share.
         is_sharded: whether each tensor-parallel rank holds its own part.
         sees_sequence: whether its gradient is a sum over the sequence that the tensor group shares under sequence
@@ -34,56 +33,6 @@ class Parameter:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
-
-
-def chunk_parameters(encoder: EncoderConfig, layout: Layout, *, stage: int, chunk: int) -> list[Parameter]:
-    """Returns the parameters of a model chunk, in the order of the modules of local layers."""
-    hidden, parameters = encoder.hidden_size, []
-    if layout.is_first(stage, chunk):
-        parameters.append(Parameter("patch_embed.weight", (hidden, 3 * encoder.patch_size**2), sees_sequence=True))
-        parameters += _norm("layernorm_pre", hidden)
-    for index in range(len(layout.layers_of(stage, chunk))):
-        parameters += _layer(f"decoder.layers.{index}", encoder, layout.tensor)
-    if layout.is_last(stage, chunk) and encoder.use_head:
-        parameters += _norm("decoder.final_layernorm", hidden) + _pooling_head(encoder)
-    return parameters
-
-
-def _norm(name: str, size: int) -> list[Parameter]:
-    return [Parameter(f"{name}.{kind}", (size,), sees_sequence=True) for kind in ("weight", "bias")]
-
-
-def _layer(name: str, encoder: EncoderConfig, tensor: int) -> list[Parameter]:
-    hidden, ffn = encoder.hidden_size, encoder.ffn_hidden_size
-    attention, mlp = f"{name}.self_attention", f"{name}.mlp"
-    return [
-        *_norm(f"{name}.input_layernorm", hidden),
-        Parameter(f"{attention}.linear_proj.weight", (hidden, hidden // tensor), is_sharded=True),
-        Parameter(f"{attention}.linear_proj.bias", (hidden,), sees_sequence=True),
-        Parameter(f"{attention}.linear_qkv.weight", (3 * hidden // tensor, hidden), is_sharded=True),
-        Parameter(f"{attention}.linear_qkv.bias", (3 * hidden // tensor,), is_sharded=True),
-        *_norm(f"{name}.pre_mlp_layernorm", hidden),
-        Parameter(f"{mlp}.linear_fc1.weight", (ffn // tensor, hidden), is_sharded=True),
-        Parameter(f"{mlp}.linear_fc1.bias", (ffn // tensor,), is_sharded=True),
-        Parameter(f"{mlp}.linear_fc2.weight", (hidden, ffn // tensor), is_sharded=True),
-        Parameter(f"{mlp}.linear_fc2.bias", (hidden,), sees_sequence=True),
-    ]
-
-
-def _pooling_head(encoder: EncoderConfig) -> list[Parameter]:
-    hidden, ffn = encoder.hidden_size, encoder.ffn_hidden_size
-    return [
-        Parameter("head.probe", (1, 1, hidden)),
-        Parameter("head.attention.in_proj_weight", (3 * hidden, hidden)),
-        Parameter("head.attention.in_proj_bias", (3 * hidden,)),
-        Parameter("head.attention.out_proj.weight", (hidden, hidden)),
-        Parameter("head.attention.out_proj.bias", (hidden,)),
-        Parameter("head.norm.weight", (hidden,)),
-        Parameter("head.mlp.fc1.weight", (ffn, hidden)),
-        Parameter("head.mlp.fc1.bias", (ffn,)),
-        Parameter("head.mlp.fc2.weight", (hidden, ffn)),
-        Parameter("head.mlp.fc2.bias", (hidden,)),
-    ]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from typing import Any
 from megatron_ove.config.fp8 import FP8_RECIPES
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
-from megatron_ove.planning.class_tables import TablePlan, plan_tables
 from megatron_ove.planning.communication import Traffic, plan_communication
-from megatron_ove.planning.compute import model_operations
 from megatron_ove.planning.devices import Device
 from megatron_ove.planning.layout import Layout, Place, layout_of
 from megatron_ove.planning.memory import RankMemory, plan_memory
-from megatron_ove.planning.parameters import chunk_parameters
+from megatron_ove.planning.needs import chunk_parameters, objective_footprint, plan_tables
 from megatron_ove.planning.stored_samples import StoredSamples
+from megatron_ove.planning.table_plan import TablePlan
 from megatron_ove.planning.timing import StepTime, estimate_step
 from megatron_ove.planning.workload import Workload, assumed_workload, usual_workload
 
@@ -51,7 +50,7 @@ class Plan:
         workload: of the step whose time, messages and operations are planned.
         samples: that this step holds; None = every one at its largest size.
         ranks: one for each pipeline stage; memory is that of a step of the largest samples.
-        num_parameters: of the encoder, and of all class centers.
+        num_parameters: of the encoder and objectives' modules, and of all class centers.
         operations: of a step over all replicas, by part.
         time: of a step.
     """
@@ -188,7 +187,7 @@ def make_plan(
 
 
 def _check_fp8(config: TrainConfig, device: Device) -> None:
-    recipe = FP8_RECIPES.get(config.encoder.fp8)
+    recipe = FP8_RECIPES.get(getattr(config.encoder, "fp8", "off"))
     if recipe and not (device.capability and recipe.oldest <= device.capability < recipe.below):
         raise ConfigError(
             f"encoder.fp8 = {config.encoder.fp8} runs on {recipe.devices}, which --gpu {device.name} is not, so a run "
@@ -220,6 +219,19 @@ def _at_length(config: TrainConfig, workload: Workload) -> TrainConfig:
 
 def _count_parameters(config: TrainConfig) -> tuple[int, int]:
     whole = Layout(1, 1, 1, 1, (config.encoder.num_layers,), False, False)
-    encoder = sum(one.size for one in chunk_parameters(config.encoder, whole, stage=0, chunk=0))
-    centers = sum(objective.table_size for objective in config.objectives.values()) * config.encoder.hidden_size
-    return encoder, centers
+    dense = sum(one.size for one in chunk_parameters(config, whole, stage=0, chunk=0))
+    tables = sum(objective_footprint(config, name).num_table_elements(config, name) for name in config.objectives)
+    return dense, tables
+
+
+def model_operations(config: TrainConfig, workload: Workload) -> dict[str, float]:
+    """Returns the operations of a whole step that the encoder asks for, by part, over all replicas.
+
+    Only real tokens count, nothing is counted twice for recomputation or tensor parallelism: what MFU is measured by.
+    """
+    return config.kinds.encoders[config.encoder.kind].operations(
+        config.encoder,
+        tokens=float(workload.real_tokens.sum()),
+        samples=float(workload.num_samples.sum()),
+        squares=float(workload.sample_squares.sum()),
+    )

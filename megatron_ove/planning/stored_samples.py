@@ -16,6 +16,7 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.mixture import MicrobatchPlan, PlannedSource, planner_of
 from megatron_ove.data.sampler import draw_choice
 from megatron_ove.errors import DataError
+from megatron_ove.kinds import Kinds
 
 _ANY_SIZE = 2**20
 """Samples of an assumed source; only their number of patches matters."""
@@ -88,7 +89,7 @@ def look_at_samples(config: TrainConfig) -> StoredSamples:
     for one in largest_samples(config):
         source = config.data.sources[one.name]
         try:
-            sources.append(_Remembering(_open(one.name, source, config.encoder.patch_size)))
+            sources.append(_Remembering(_open(one.name, source, config.encoder.patch_size, config.kinds)))
         except DataError as error:
             sources.append(_Remembering(one))
             missing[one.name] = str(error).split("\n")[0]
@@ -99,16 +100,19 @@ def look_at_samples(config: TrainConfig) -> StoredSamples:
     return StoredSamples(sources, int(order[len(order) // 2]), _mean_patches(config, plans), missing)
 
 
-def _open(name: str, source: SourceConfig, patch_size: int) -> PlannedSource:
+def _open(name: str, source: SourceConfig, patch_size: int, kinds: Kinds) -> PlannedSource:
     import torch
 
     from megatron_ove.data.build import build_source
     from megatron_ove.data.shard_index import ShardSet
 
     shards = ShardSet.open(source.path)
-    if shards.info.kind != source.kind:
-        raise DataError(f"{source.path} holds samples of kind {shards.info.kind}, not {source.kind}")
-    return build_source(name, source, shards, patch_size=patch_size, device=torch.device("cpu"), num_threads=1)
+    wanted = kinds.sources[source.kind].shard_kind
+    if shards.info.kind != wanted:
+        raise DataError(f"{source.path} holds samples of kind {shards.info.kind}, not {wanted}")
+    return build_source(
+        name, source, shards, kinds=kinds, patch_size=patch_size, device=torch.device("cpu"), num_threads=1
+    )
 
 
 def _mean_patches(config: TrainConfig, plans: Sequence[MicrobatchPlan]) -> dict[str, float]:

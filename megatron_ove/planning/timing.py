@@ -10,10 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.planning.activations import activation_bytes
-from megatron_ove.planning.class_tables import TablePlan
 from megatron_ove.planning.communication import Traffic
-from megatron_ove.planning.compute import Work, stage_work
 from megatron_ove.planning.devices import (
     ATTENTION_SHARE,
     COLLECTIVE_LATENCY_S,
@@ -22,9 +19,12 @@ from megatron_ove.planning.devices import (
     MEMORY_SHARE,
     Device,
 )
+from megatron_ove.planning.footprint import Work, activation_bytes
 from megatron_ove.planning.layout import Layout
 from megatron_ove.planning.memory import RankMemory
-from megatron_ove.planning.parameters import chunk_parameters, gradient_buffer
+from megatron_ove.planning.needs import chunk_parameters, encoder_footprint
+from megatron_ove.planning.parameters import gradient_buffer
+from megatron_ove.planning.table_plan import TablePlan
 from megatron_ove.planning.workload import Workload
 
 
@@ -79,7 +79,11 @@ def estimate_step(
     squares = float(workload.squared_lengths.mean(axis=0).max())
     samples = float(workload.num_samples.mean(axis=0).max())
     passes = [
-        _seconds(stage_work(config, layout, stage, squared_lengths=squares, num_samples=samples), config, device)
+        _seconds(
+            encoder_footprint(config).work(config, layout, stage, squared_lengths=squares, num_samples=samples),
+            config,
+            device,
+        )
         for stage in range(layout.pipeline)
     ]
     heads = _head_seconds(tables, config, device)
@@ -138,7 +142,7 @@ def _hidden_seconds(config: TrainConfig, layout: Layout, device: Device, stage: 
         return 0.0
     buckets: list[int] = []
     for chunk in range(layout.chunks):
-        parameters = chunk_parameters(config.encoder, layout, stage=stage, chunk=chunk)
+        parameters = chunk_parameters(config, layout, stage=stage, chunk=chunk)
         buckets += gradient_buffer(parameters, layout, stage=stage, chunk=chunk).buckets
     elements = sum(buckets) - (buckets[-1] if stage == 0 else 0)
     link = device.network_link if layout.spans_nodes("data") else device.node_link

@@ -11,7 +11,6 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.model.encoder import build_encoder_chunks
 from megatron_ove.model.parameter_names import global_name
 from megatron_ove.model.pooling import AttentionPoolingHead
 from megatron_ove.objectives.objective_set import ObjectiveSet
@@ -41,7 +40,7 @@ def build_model_chunks(
     """
     if config.train.deterministic and topology.device.type == "cuda":
         use_deterministic_kernels()
-    encoders = build_encoder_chunks(
+    encoders = config.kinds.encoders[config.encoder.kind].build(
         config.encoder, topology, dtype=weight_dtype(config), seed=config.seed, has_gradient_buffers=True
     )
     parallel = config.parallel
@@ -67,8 +66,9 @@ def build_model_chunks(
         chunk = DistributedDataParallel(
             encoder.config, ddp_config, module, disable_bucketing=index > 0, pg_collection=topology.process_groups
         )
-        if parallel.overlap_param_gather and encoder.head is not None:
-            _gather_before_pooling(chunk, encoder.head)
+        head = getattr(encoder, "head", None)
+        if parallel.overlap_param_gather and isinstance(head, AttentionPoolingHead):
+            _gather_before_pooling(chunk, head)
         chunks.append(chunk)
     if parallel.overlap_grad_reduce:
         # Only the step's last microbatch starts the reduction; all chunks share one configuration.

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Mapping
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.objectives.chance import chance_loss
 
 _HALF = 100
 """Reports of each half of what is looked at."""
@@ -30,7 +29,9 @@ class ChanceWatch:
         self.losses: dict[str, float] = {}
         for name, objective in config.objectives.items():
             share = sum(config.data.sources[source].weight for source in objective.sources) / total
-            self.losses[name] = chance_loss(objective, config.train.global_batch_size * share)
+            chance_loss = config.kinds.objectives[objective.kind].chance_loss
+            if chance_loss is not None:
+                self.losses[name] = chance_loss(objective, config.train.global_batch_size * share)
         self._rate = config.optim.class_centers.lr_multiplier
         self._warmup = config.optim.schedule.warmup_steps
         self._reports: dict[str, deque[tuple[float, float]]] = {name: deque(maxlen=2 * _HALF) for name in self.losses}

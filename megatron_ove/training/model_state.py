@@ -25,9 +25,9 @@ def sharded_model_state(chunks: Sequence[DistributedDataParallel], topology: Par
     state = {}
     for index, chunk in enumerate(chunks):
         model, metadata = model_of(chunk), sharding_metadata()
-        content = model.encoder.sharded_state_dict(prefix=_ENCODER, metadata=metadata)
-        for objective, modules in model.objectives.items():
-            for name, module in modules.items():
+        content: dict[str, Any] = model.encoder.sharded_state_dict(prefix=_ENCODER, metadata=metadata)
+        for objective, modules in model.objectives.named_children():
+            for name, module in modules.named_children():
                 content |= sharded_state_dict_default(
                     module, f"{_MODULES}{objective}.{name}.", metadata=metadata, tp_group=topology.tensor_group
                 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import ModuleDict
 
 from megatron_ove.batch import Batch
-from megatron_ove.model.encoder import VisionEncoder
+from megatron_ove.model.encoder_chunk import EncoderChunk
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.outputs import StepOutput, VisionFeatures
 from megatron_ove.training.step_timers import StepTimers
@@ -28,7 +28,7 @@ class PretrainModel(MegatronModule):
     model_type = ModelType.encoder_or_decoder
     share_embeddings_and_output_weights = False
 
-    def __init__(self, encoder: VisionEncoder, objectives: ObjectiveSet | None) -> None:
+    def __init__(self, encoder: EncoderChunk, objectives: ObjectiveSet | None) -> None:
         """
         Args:
             encoder: this chunk of the encoder.

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.model.operations import encoder_operations
 from megatron_ove.training.chance_watch import ChanceWatch
 from megatron_ove.training.loggers import MetricLogger, build_loggers
 from megatron_ove.training.metrics import MetricAccumulator, Total, averages
@@ -34,6 +33,7 @@ class RunReporter:
             peak_rate: operations per second that a device can do at best; None = not known, so no MFU.
         """
         self._config = config
+        self._operations = config.kinds.encoders[config.encoder.kind].operations
         self._timers = timers
         self._is_main = is_main
         self._peak_rate = peak_rate
@@ -98,7 +98,7 @@ class RunReporter:
         nothing = Total(0.0, 0.0, 0.0)
         tokens, capacity, _ = totals.pop("tokens", nothing)
         samples, squares = totals.pop("encoded_samples", nothing).sum, totals.pop("token_squares", nothing).sum
-        operations = encoder_operations(self._config.encoder, tokens=tokens, samples=samples, squares=squares)
+        operations = self._operations(self._config.encoder, tokens=tokens, samples=samples, squares=squares)
         rate = sum(operations.values()) / num_steps / step_time / num_ranks
         values, chance = averages(totals), self._chance.losses if self._chance else {}
         row = {

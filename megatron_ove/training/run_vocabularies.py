@@ -44,9 +44,9 @@ class RunVocabularies:
         """
         self._is_main = is_main
         self._sources = {
-            name: (objective.source, Path(source.path))
+            name: (objective.sources[0], Path(source.path))  # all of them have the same words
             for name, objective in config.objectives.items()
-            if (source := config.data.sources[objective.source]).kind == "ocr"
+            if (source := config.data.sources[objective.sources[0]]).kind == "ocr"
         }
         self._stored: dict[str, _StoredWords] = {}
         self._on_main(self._read_sources)

@@ -16,10 +16,8 @@ from megatron_ove.checkpoint.compatibility import architecture_differences
 from megatron_ove.checkpoint.initialize import find_start, load_start
 from megatron_ove.checkpoint.manager import read_common_state
 from megatron_ove.config.train import InitFrom, TrainConfig
-from megatron_ove.convert.hf_config import from_hf_config
+from megatron_ove.convert.exchange import PlainExchange
 from megatron_ove.convert.hf_export import class_centers_path
-from megatron_ove.convert.hf_folder import read_hf_folder
-from megatron_ove.convert.mapping import to_mcore
 from megatron_ove.errors import CheckpointError, MegatronOveError
 from megatron_ove.model.initialization import fill_parameters
 from megatron_ove.objectives.objective_set import ObjectiveSet
@@ -109,11 +107,14 @@ class StartWeights:
                     f"init_from = {start.path} has no objective '{name}' (it has {known}); name parts that it has",
                     on_every_rank=True,
                 )
-            before, now = (one["objectives"][name].get("num_classes") for one in (stored, plain))
-            if before != now:
+            there, here = (one["objectives"][name] for one in (stored, plain))
+            kind = self._config.kinds.objectives[here["kind"]]
+            differences = list(kind.differences(name, there, here))
+            if differences or there["kind"] != here["kind"]:
                 raise CheckpointError(
-                    f"init_from = {start.path} has {before} classes in objectives.{name} and this run {now}, so its "
-                    f"class centers do not fit; leave objectives.{name} out of parts, or use its classes",
+                    f"init_from = {start.path} holds another head: "
+                    f"{'; '.join(differences) or 'objectives.' + name + '.kind is ' + there['kind'] + ' there'}; leave "
+                    f"objectives.{name} out of parts, or set the fields as they are there",
                     on_every_rank=True,
                 )
         if tables and self._objectives is not None:
@@ -134,10 +135,10 @@ class StartWeights:
         state: dict[str, Tensor] = {}
 
         def read() -> None:
-            weights, values = read_hf_folder(folder)
-            config = from_hf_config(values, origin=f"{folder}/config.json")
-            self._compare_encoders(start, config.model_dump(mode="json"), self._config.encoder.model_dump(mode="json"))
-            state.update(to_mcore(weights, config))
+            exchange = self._config.kinds.encoders[self._config.encoder.kind].exchange
+            weights, section = (PlainExchange() if exchange is None else exchange()).read(folder)
+            self._compare_encoders(start, section.model_dump(mode="json"), self._config.encoder.model_dump(mode="json"))
+            state.update(weights)
 
         if any(part.split(".")[0] == "encoder" for part in start.parts):
             self._together(read)
@@ -173,7 +174,7 @@ class StartWeights:
         return [name for name in self._objectives or () if is_in_any(f"objectives.{name}.class_centers", parts)]
 
     def _compare_encoders(self, start: InitFrom, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-        differences = list(architecture_differences(there, here))
+        differences = list(architecture_differences(there, here, self._config.kinds))
         if differences:
             raise CheckpointError(
                 f"init_from = {start.path} holds another encoder: {'; '.join(differences)}; set the fields as they are "

@@ -83,6 +83,7 @@ class Trainer:
         if topology.is_last_stage:
             self.objectives = build_objectives(
                 config.objectives,
+                kinds=config.kinds,
                 topology=topology,
                 embedding_size=config.encoder.hidden_size,
                 seed=config.seed,

@@ -14,11 +14,13 @@ import numpy as np
 from torch import Tensor
 
 from megatron_ove.config.data import VideoSourceConfig, list_choices
+from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.patchify import grid_positions, write_patches
 from megatron_ove.data.picture_decoder import PictureDecoder
 from megatron_ove.data.read_ahead import MemberReader
 from megatron_ove.data.sampler import draw_choice, draw_uniform
 from megatron_ove.data.shard_format import MOSAIC_MEMBER, POSITIONS_MEMBER, frame_member, mosaic_size
+from megatron_ove.data.shard_index import DatasetInfo
 from megatron_ove.data.shard_writer import read_positions
 from megatron_ove.data.sources.base import DataSource, Segments
 from megatron_ove.errors import DataError
@@ -153,3 +155,45 @@ class VideoSource(DataSource):
                 f"{self.shards.num_patches[row]}; index and shards are from different runs: copy both again"
             )
         return positions
+
+
+def find_mismatches(config: TrainConfig, name: str, info: DatasetInfo) -> list[str]:
+    """Returns a sentence for everything in which stored clips do not fit a run.
+
+    Args:
+        config: the run.
+        name: of the source.
+        info: description of its shard set.
+    """
+    source, place = config.data.sources[name], f"data.sources.{name}"
+    assert isinstance(source, VideoSourceConfig)
+    problems = []
+    if info.patch_size != config.encoder.patch_size:
+        problems.append(
+            f"encoder.patch_size = {config.encoder.patch_size}, but the clips of {source.path} are stored as patches "
+            f"of {info.patch_size} pixels and are not resized; use patch_size: {info.patch_size} or write the shard "
+            "set again"
+        )
+    frames = getattr(config.encoder, "rope_temporal_size", info.frames)  # of encoders that have a grid of time
+    if info.frames != frames:
+        problems.append(
+            f"encoder.rope_temporal_size = {frames}, but the clips of {source.path} lie on "
+            f"a time grid of {info.frames} frames, so an exported model would place frames elsewhere than training "
+            f"did; set it to {info.frames} or write the shard set again"
+        )
+    _, rows, columns = info.clip_grid
+    budget, strategies = config.data.tokens_per_microbatch, source.strategies
+    shows_frames = strategies.frame_sampling + strategies.collage > 0
+    for count in dict.fromkeys(list_choices(source.num_frames)):
+        if info.frames % count:
+            problems.append(
+                f"{place}.num_frames = {count} does not divide the {info.frames} stored frames of {source.path}, so "
+                f"the bins that frames are drawn from would be unequal; use a divisor of {info.frames}"
+            )
+        tokens = count * rows * columns
+        if tokens > budget and shows_frames:
+            problems.append(
+                f"{place}.num_frames = {count} frames of {rows} x {columns} patches make {tokens} patches, more than "
+                f"data.tokens_per_microbatch = {budget}; raise the budget or use fewer frames"
+            )
+    return problems

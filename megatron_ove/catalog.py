@@ -1,0 +1,74 @@
+"""The kinds of this package: one line each is all that a new kind changes here. See `kinds.py` for what a line says."""
+
+from __future__ import annotations
+
+from megatron_ove.config.data import ImageSourceConfig, OcrSourceConfig, VideoSourceConfig
+from megatron_ove.config.encoder import EncoderConfig
+from megatron_ove.config.objectives import PartialFCConfig
+from megatron_ove.kinds import EncoderKind, ObjectiveKind, SourceKind, lazily
+
+ENCODERS = {
+    "onevision": EncoderKind(
+        config=EncoderConfig,
+        build=lazily("megatron_ove.model.encoder:build_encoder_chunks"),
+        footprint=lazily("megatron_ove.planning.vit_footprint:VitFootprint"),
+        operations=lazily("megatron_ove.model.operations:encoder_operations"),
+        identity=(
+            "hidden_size",
+            "num_layers",
+            "num_attention_heads",
+            "ffn_hidden_size",
+            "patch_size",
+            "layer_norm_epsilon",
+            "rope_theta",
+            "rope_temporal_size",
+            "use_head",
+            "final_norm",
+        ),
+        exchange=lazily("megatron_ove.convert.exchange:OneVisionExchange"),
+    ),
+}
+
+OBJECTIVES = {
+    "partial_fc": ObjectiveKind(
+        config=PartialFCConfig,
+        build=lazily("megatron_ove.objectives.partial_fc:build_partial_fc"),
+        footprint=lazily("megatron_ove.planning.class_tables:PartialFCFootprint"),
+        fill_in=lazily("megatron_ove.objectives.label_fit:class_count_of"),
+        find_mismatches=lazily("megatron_ove.objectives.label_fit:find_mismatches"),
+        find_doubts=lazily("megatron_ove.objectives.label_fit:find_doubts"),
+        find_held_out_mismatches=lazily("megatron_ove.objectives.label_fit:find_held_out_mismatches"),
+        differences=lazily("megatron_ove.objectives.label_fit:stored_differences"),
+        exact_fields=("labels_per_step", "sample_rate", "num_sampled", "negatives", "negative_groups"),
+        chance_loss=lazily("megatron_ove.objectives.chance:chance_loss"),
+        describe=lazily("megatron_ove.objectives.label_fit:describe"),
+    ),
+}
+
+SOURCES = {
+    "image": SourceKind(
+        config=ImageSourceConfig,
+        build=lazily("megatron_ove.data.sources.images:ImageSource"),
+        shard_kind="image",
+        whole_samples=lambda path, image_size, max_patches: ImageSourceConfig(
+            kind="image", path=path, image_size=image_size
+        ),
+    ),
+    "ocr": SourceKind(
+        config=OcrSourceConfig,
+        build=lazily("megatron_ove.data.sources.pages:OcrSource"),
+        shard_kind="ocr",
+        whole_samples=lambda path, image_size, max_patches: OcrSourceConfig(
+            kind="ocr", path=path, max_patches=max_patches
+        ),
+    ),
+    "video": SourceKind(
+        config=VideoSourceConfig,
+        build=lazily("megatron_ove.data.sources.clips:VideoSource"),
+        shard_kind="video",
+        find_mismatches=lazily("megatron_ove.data.sources.clips:find_mismatches"),
+        whole_samples=lambda path, image_size, max_patches: VideoSourceConfig(
+            kind="video", path=path, max_patches=max_patches
+        ),
+    ),
+}

@@ -1,0 +1,196 @@
+"""Kinds of encoder, objective and source: what each is, in one place, and how a run finds them.
+
+A configuration section says its `kind`; everything that depends on the kind is in a description here: the class of the
+section, how to build it, what it needs, what a checkpoint must share with it. `catalog.py` describes the kinds of this
+package, one line each. Modules that a configuration names under `plugins` add theirs: each has any of the mappings
+`ENCODERS`, `OBJECTIVES` and `SOURCES`, name -> description, as `catalog.py` has. They are imported on every rank, and
+the list is stored with the run, so what a run is made of does not change with what happens to be installed.
+
+Catalog and plugins are imported by name, and what stands above this page has no type here, because they stand above
+everything that looks a kind up.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+from megatron_ove.config.data import SourceConfig
+from megatron_ove.config.encoder import EncoderSection
+from megatron_ove.config.objectives import ObjectiveConfig
+from megatron_ove.config.train import TrainConfig, train_config_of
+from megatron_ove.errors import ConfigError
+
+CATALOG = "megatron_ove.catalog"
+
+
+def lazily(place: str) -> Callable[..., Any]:
+    """Returns what calls "module:function" and imports the module only then: configurations are read without torch."""
+    module, _, name = place.partition(":")
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments, **options)
+
+    return call
+
+
+@dataclass(frozen=True)
+class EncoderKind:
+    """A kind of encoder.
+
+    Attributes:
+        config: class of the section `encoder`.
+        build: (section, topology, *, dtype, seed, has_gradient_buffers) -> the model chunks of this rank, each a
+            `MegatronModule` as `model/encoder_chunk.py` describes it, initialised alike under every layout.
+        footprint: () -> an `EncoderFootprint`, what planning asks.
+        operations: (section, *, tokens, samples, squares) -> part -> operations of forward and backward, what MFU is
+            measured by; see `model/operations.py`.
+        identity: fields of the section that decide names, shapes or meaning of the weights.
+        exchange: () -> an `EncoderExchange` (`convert/exchange.py`), the published form of the weights; None = there is
+            none, and exports hold the weights as they are stored.
+    """
+
+    config: type[EncoderSection]
+    build: Callable[..., Any]
+    footprint: Callable[[], Any]
+    operations: Callable[..., dict[str, float]]
+    identity: tuple[str, ...]
+    exchange: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A kind of source.
+
+    Attributes:
+        config: class of a section in `data.sources`.
+        build: (name, section, *, shards, patch_size, device, num_threads) -> a `DataSource`.
+        shard_kind: kind of the shard sets that it reads.
+        find_mismatches: (run, name of the source, description of its shard set) -> a sentence for everything in which
+            they do not fit.
+        whole_samples: (path, image_size, max_patches) -> a section that shows the samples of a shard set with no
+            chance in it, for evaluation; None = shard sets of this kind are evaluated as another kind says.
+    """
+
+    config: type[SourceConfig]
+    build: Callable[..., Any]
+    shard_kind: str
+    find_mismatches: Callable[[TrainConfig, str, Any], list[str]] = lambda run, name, info: []
+    whole_samples: Callable[[str, int, int], SourceConfig] | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """A kind of objective.
+
+    Attributes:
+        config: class of a section in `objectives`.
+        build: (name, section, `ObjectiveContext`) -> an `Objective`.
+        footprint: () -> an `ObjectiveFootprint`, what planning asks.
+        fill_in: (section, descriptions of its sources' shard sets) -> fields that these decide, if they are not given.
+        find_mismatches: (run, name, source -> opened shard set) -> a sentence for everything that could not be learned.
+        find_doubts: (run, name, source -> opened shard set, whether to look at all samples) -> a sentence for
+            everything that may be meant otherwise.
+        find_held_out_mismatches: (run, name, held-out shard set) -> a sentence for everything in which the set differs
+            from what the objective trains on.
+        differences: (name, stored section, present section) -> a clause for everything that stored weights cannot be
+            used with.
+        exact_fields: fields that decide which samples or draws a step sees.
+        chance_loss: (section, samples of its sources in a step) -> loss of a head that knows nothing; None = unknown.
+        describe: stored section -> what it learns, in a few words, for model cards.
+    """
+
+    config: type[ObjectiveConfig]
+    build: Callable[..., Any]
+    footprint: Callable[[], Any]
+    fill_in: Callable[[ObjectiveConfig, Sequence[Any]], Mapping[str, Any]] = lambda section, infos: {}
+    find_mismatches: Callable[[TrainConfig, str, Mapping[str, Any]], list[str]] = lambda run, name, sets: []
+    find_doubts: Callable[..., list[str]] = lambda run, name, sets, *, counts_samples: []
+    find_held_out_mismatches: Callable[[TrainConfig, str, Any], list[str]] | None = None
+    differences: Callable[[str, Mapping[str, Any], Mapping[str, Any]], Iterator[str]] = lambda name, there, here: iter(
+        ()
+    )
+    exact_fields: tuple[str, ...] = ()
+    chance_loss: Callable[[ObjectiveConfig, float], float] | None = None
+    describe: Callable[[Mapping[str, Any]], str] = lambda section: section["kind"]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """All kinds that a run may name.
+
+    Attributes:
+        plugins: modules that they come from, besides this package's own.
+    """
+
+    plugins: tuple[str, ...]
+    encoders: Mapping[str, EncoderKind] = field(hash=False)
+    objectives: Mapping[str, ObjectiveKind] = field(hash=False)
+    sources: Mapping[str, SourceKind] = field(hash=False)
+
+    @cached_property
+    def train_config(self) -> type[TrainConfig]:
+        """The configuration class that knows these kinds; `TrainConfig.kinds` of its objects is this object."""
+        model = train_config_of(
+            encoders={name: kind.config for name, kind in self.encoders.items()},
+            objectives={name: kind.config for name, kind in self.objectives.items()},
+            sources={name: kind.config for name, kind in self.sources.items()},
+        )
+        model.kinds = self
+        return model
+
+    def source_of_shards(self, shard_kind: str) -> SourceKind:
+        """Returns the kind of source that shows shard sets of this kind to an evaluation."""
+        return next(
+            kind for kind in self.sources.values() if kind.shard_kind == shard_kind and kind.whole_samples is not None
+        )
+
+
+@cache
+def load_kinds(plugins: tuple[str, ...] = ()) -> Kinds:
+    """Returns this package's kinds and those of plugins.
+
+    Raises:
+        ConfigError: a plugin cannot be imported, describes nothing, or a kind that exists already.
+    """
+    found: dict[str, dict[str, Any]] = {"ENCODERS": {}, "OBJECTIVES": {}, "SOURCES": {}}
+    for name in (CATALOG, *plugins):
+        described = 0
+        module = _import(name)
+        for dictionary, kinds in found.items():
+            for kind, description in getattr(module, dictionary, {}).items():
+                if kind in kinds:
+                    raise ConfigError(
+                        f"plugins: {name} describes the kind '{kind}' in {dictionary}, which exists already; give it "
+                        "another name"
+                    )
+                kinds[kind] = description
+                described += 1
+        if not described:
+            raise ConfigError(
+                f"plugins: {name} has none of ENCODERS, OBJECTIVES and SOURCES, so it adds nothing; name the module "
+                "that describes the kinds"
+            )
+    return Kinds(tuple(plugins), found["ENCODERS"], found["OBJECTIVES"], found["SOURCES"])
+
+
+def kinds_of(stored: Mapping[str, Any]) -> Kinds:
+    """Returns the kinds of a stored configuration, plain values.
+
+    Raises:
+        ConfigError: a plugin that it was made with cannot be imported here.
+    """
+    return load_kinds(tuple(stored.get("plugins", ())))
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"plugins: {name} cannot be imported ({error}); install it where this program runs, or start from the "
+            "folder that holds it"
+        ) from error
