@@ -35,6 +35,7 @@ class PatchPack:
             three of others, like selected patches of a clip.
         sample: [n] int32 on the CPU, ascending: the sample that each segment belongs to.
         patches: [P, 3 * p * p] uint8, channel-major inside a patch (c, y, x); None where nobody looks at pixels.
+        seeds: [n] int64 on the CPU, the seed of each segment's sample; None = nothing is drawn for it.
     """
 
     positions: Tensor
@@ -42,6 +43,7 @@ class PatchPack:
     grids: Tensor
     sample: Tensor
     patches: Tensor | None = None
+    seeds: Tensor | None = None
 
     @classmethod
     def of_whole_samples(cls, positions: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None) -> PatchPack:

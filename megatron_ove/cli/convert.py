@@ -21,6 +21,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--class-centers", action="store_true", help="also write every head's class centers, one file a head"
     )
+    export.add_argument(
+        "--average", action="store_true", help="write the moving average of the weights (train.ema_decay)"
+    )
     export.set_defaults(run=run_export)
 
     importing = directions.add_parser("import", help="HuggingFace folder -> checkpoint that initialises runs")
@@ -34,7 +37,12 @@ def run_export(arguments: argparse.Namespace) -> int:
     from megatron_ove.convert.exchange import OneVisionExchange, exchange_of
 
     exchange = exchange_of(arguments.checkpoint)
-    path = exchange.export(arguments.checkpoint, arguments.output, with_class_centers=arguments.class_centers)
+    path = exchange.export(
+        arguments.checkpoint,
+        arguments.output,
+        with_class_centers=arguments.class_centers,
+        averaged=arguments.average,
+    )
     sys.stdout.write(f"{path}\n")
     if isinstance(exchange, OneVisionExchange):
         sys.stdout.write(f'load it with AutoModel.from_pretrained("{path}", trust_remote_code=True)\n')

@@ -79,7 +79,9 @@ def _describe_checkpoint(path: Path, *, verify: bool) -> tuple[dict[str, Any], l
     manifest = read_manifest(path)
     if verify:
         found = [checksum_problem(path, name, entry) for name, entry in manifest["files"].items()]
-        problems = [text for text in found if text] or _moment_problems(path)
+        problems = [text for text in found if text]
+        if not problems and not read_common_state(path)["config"].get("freeze"):  # frozen weights have no moments
+            problems = _moment_problems(path)
         if problems:
             return {}, problems
     common = read_common_state(path)

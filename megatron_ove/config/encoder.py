@@ -76,6 +76,9 @@ class EncoderConfig(EncoderSection):
     """Whether the encoder has its attention-pooling head."""
     final_norm: bool | None = None
     """Whether tokens pass a norm behind the last layer; null = where there is a pooling head, as published."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth: share of samples for which a branch of the last layer is left out in training; linearly less
+    before it, and 0 at the first layer."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto = Transformer Engine when it is installed and a GPU is there, else local."""
     attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine"] = "auto"

@@ -52,6 +52,9 @@ class TrainLoopConfig(StrictModel):
     """Samples of one step over all replicas and sources."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights and gradients."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of dense weights, kept in fp32 beside them: held-out figures are measured
+    with it, and `convert export --average` exports it; null = none."""
     deterministic: bool = False
     """Whether a GPU adds numbers in a fixed order, so that equal runs and resumed runs are bit-equal; slower. A CPU
     always does."""

@@ -38,7 +38,7 @@ from megatron_ove.kinds import kinds_of
 from megatron_ove.model.parameter_names import transformer_engine_name
 from megatron_ove.new_folder import new_folder
 
-_MODEL_PREFIX = "model."
+_MODEL_PREFIX, _AVERAGE_PREFIX = "model.", "average."
 _LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)(\d+)\.")
 
 
@@ -82,13 +82,14 @@ def encoder_config_of(facts: Mapping[str, Any], checkpoint_dir: str | Path) -> E
 
 
 def encoder_state_from_checkpoint(
-    checkpoint_dir: str | Path, *, verify: bool = True
+    checkpoint_dir: str | Path, *, verify: bool = True, averaged: bool = False
 ) -> tuple[dict[str, Tensor], EncoderConfig]:
     """Reads the encoder's weights, whatever parallel layout wrote them.
 
     Args:
         checkpoint_dir: a checkpoint folder.
         verify: whether every file's checksum is compared first.
+        averaged: whether to read the moving average of the weights instead of the weights.
 
     Returns:
         Names of a one-process `VisionEncoder` with local layers to whole tensors on the CPU, in the stored dtype; and
@@ -103,7 +104,7 @@ def encoder_state_from_checkpoint(
             f"the checkpoint {checkpoint_dir} holds an encoder of kind {config.kind}, and only those of kind onevision "
             "have names and a model that are published"
         )
-    stored = read_tensors(checkpoint_dir, _MODEL_PREFIX)
+    stored = read_weights(checkpoint_dir, averaged=averaged)
     places = {name: _stored_place(name) for name in mcore_shapes(config)}
     state = {
         name: stored[key] if layer is None else stored[key][layer]
@@ -119,6 +120,22 @@ def encoder_state_from_checkpoint(
     }
     check_state(state, mcore_shapes(config), what=f"the checkpoint {checkpoint_dir}")
     return state, config
+
+
+def read_weights(checkpoint_dir: str | Path, *, averaged: bool) -> dict[str, Tensor]:
+    """Returns the encoder's weights, or their moving average, by the keys of the weights.
+
+    Raises:
+        CheckpointError: the files cannot be read, or hold no average.
+    """
+    prefix = _AVERAGE_PREFIX if averaged else ""
+    found = read_tensors(checkpoint_dir, prefix + _MODEL_PREFIX)
+    if averaged and not found:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint_dir} holds no averaged weights, because its run had train.ema_decay = null; "
+            "export the weights themselves"
+        )
+    return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
 
 
 def read_tensors(checkpoint_dir: str | Path, prefix: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_ove.config.encoder import EncoderSection
-from megatron_ove.convert.checkpoint_files import encoder_config_of, read_checkpoint_facts, read_tensors
+from megatron_ove.convert.checkpoint_files import encoder_config_of, read_checkpoint_facts, read_weights
 from megatron_ove.convert.hf_config import MODEL_TYPE, from_hf_config
 from megatron_ove.convert.hf_export import export_checkpoint
 from megatron_ove.convert.hf_folder import read_hf_folder
@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 class EncoderExchange(Protocol):
     """The published form of a kind of encoder."""
 
-    def export(self, checkpoint_dir: str | Path, output_dir: str | Path, *, with_class_centers: bool) -> Path:
+    def export(
+        self, checkpoint_dir: str | Path, output_dir: str | Path, *, with_class_centers: bool, averaged: bool = False
+    ) -> Path:
         """Writes the encoder of a checkpoint as a new folder, and returns it; see `hf_export.export_checkpoint`."""
         ...
 
@@ -44,8 +46,10 @@ class OneVisionExchange:
 
     model_type = MODEL_TYPE
 
-    def export(self, checkpoint_dir: str | Path, output_dir: str | Path, *, with_class_centers: bool) -> Path:
-        return export_checkpoint(checkpoint_dir, output_dir, with_class_centers=with_class_centers)
+    def export(
+        self, checkpoint_dir: str | Path, output_dir: str | Path, *, with_class_centers: bool, averaged: bool = False
+    ) -> Path:
+        return export_checkpoint(checkpoint_dir, output_dir, with_class_centers=with_class_centers, averaged=averaged)
 
     def read(self, folder: str | Path) -> tuple[dict[str, Tensor], EncoderSection]:
         weights, values = read_hf_folder(folder)
@@ -56,10 +60,15 @@ class OneVisionExchange:
 class PlainExchange:
     """Weights as they are stored, for kinds that nobody publishes: model.safetensors, encoder.json and a README.md."""
 
-    def export(self, checkpoint_dir: str | Path, output_dir: str | Path, *, with_class_centers: bool) -> Path:
+    def export(
+        self, checkpoint_dir: str | Path, output_dir: str | Path, *, with_class_centers: bool, averaged: bool = False
+    ) -> Path:
         facts = read_checkpoint_facts(checkpoint_dir)
         section = encoder_config_of(facts, checkpoint_dir).model_dump(mode="json")
-        tensors = {key.removeprefix("model."): tensor for key, tensor in read_tensors(checkpoint_dir, "model.").items()}
+        tensors = {
+            key.removeprefix("model."): tensor
+            for key, tensor in read_weights(checkpoint_dir, averaged=averaged).items()
+        }
         objectives = facts["config"].get("objectives", {})
         learned = "".join(
             f"- {name}: {kinds_of(facts['config']).objectives[one['kind']].describe(one)}\n"

@@ -21,7 +21,9 @@ from megatron_ove.vocabulary import vocabulary_path
 logger = logging.getLogger(__name__)
 
 
-def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path, *, with_class_centers: bool = False) -> Path:
+def export_checkpoint(
+    checkpoint_dir: str | Path, output_dir: str | Path, *, with_class_centers: bool = False, averaged: bool = False
+) -> Path:
     """Writes the encoder of a checkpoint as a HuggingFace folder; no other process, GPU or class center is needed.
 
     Weights keep their dtype: a bf16 run is exported in bf16, the precision it was trained to run in.
@@ -33,6 +35,7 @@ def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path, *, wit
         with_class_centers: whether class_centers/<objective>.safetensors are written too: "class_centers" [c, e] fp32
             in the order of class ids and, of a head with `centering: embeddings`, "embedding_mean" [e], which is to be
             taken from an embedding before it is compared with them.
+        averaged: whether the moving average of the weights is written instead of the weights.
 
     Returns:
         The folder.
@@ -40,7 +43,7 @@ def export_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path, *, wit
     Raises:
         CheckpointError: the checkpoint is not whole, or the folder exists or cannot be written.
     """
-    state, config = encoder_state_from_checkpoint(checkpoint_dir)
+    state, config = encoder_state_from_checkpoint(checkpoint_dir, averaged=averaged)
     facts = read_checkpoint_facts(checkpoint_dir, verify=False)  # compared a moment ago
     published = to_hf(state, config)
     dtype = next(iter(published.values())).dtype

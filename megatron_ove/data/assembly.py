@@ -84,6 +84,7 @@ def assemble_batches(
             grids=torch.from_numpy(grids[segments]),
             sample=torch.from_numpy(np.repeat(np.arange(len(mine)), counts[mine])).to(torch.int32),
             patches=patches[i] if patches is not None else None,
+            seeds=samples.seed.repeat_interleave(torch.from_numpy(counts[mine])),
         )
         batches.append(Batch({MAIN_PACK: pack}, samples, collate(samples, reader) if collate else {}))
     return tuple(batches)

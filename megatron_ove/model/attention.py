@@ -47,6 +47,7 @@ class PatchSegments(PackedSeqParams):
         cos, sin: [P, 1, d], of the rotary angles, in the model's dtype.
         sample_runs: runs over the samples, one row of the pooled output per segment, in order.
         padding_runs: runs over the padding tokens.
+        branch_factors: layer, from 0 -> [2, tokens of this rank, 1, 1], what its branches count; see `drop_path`.
     """
 
     angles: Tensor = None  # type: ignore[assignment]  # a dataclass that inherits defaults must go on with defaults
@@ -54,6 +55,7 @@ class PatchSegments(PackedSeqParams):
     sin: Tensor = None  # type: ignore[assignment]
     sample_runs: list[SegmentRun] = field(default_factory=list)
     padding_runs: list[SegmentRun] = field(default_factory=list)
+    branch_factors: dict[int, Tensor] = field(default_factory=dict)
 
 
 def build_segments(cu_seqlens: Tensor, angles: Tensor, dtype: torch.dtype) -> PatchSegments:

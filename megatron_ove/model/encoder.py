@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_ove.batch import PatchPack
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.model.attention import PatchSegments, build_segments
+from megatron_ove.model.drop_path import draw_factors
 from megatron_ove.model.encoder_chunk import EncoderChunk
 from megatron_ove.model.initialization import initialize_parameters
 from megatron_ove.model.kernels import EncoderKernels, resolve_kernels
@@ -62,7 +63,7 @@ class VisionEncoder(EncoderChunk):
         num_layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage, pp_rank=topology.pipeline_rank)
         self.decoder = TransformerBlock(  # "decoder" is where megatron-core's schedules look for layers
             config=transformer_config,
-            spec=build_block_submodules(kernels, num_layers),
+            spec=build_block_submodules(kernels, num_layers, drops_paths=config.drop_path > 0),
             post_layer_norm=config.has_final_norm,
             pre_process=self.pre_process,
             post_process=self.post_process,
@@ -91,9 +92,30 @@ class VisionEncoder(EncoderChunk):
         """
         angles = rotary_angles(pack.positions, self._frequencies)  # [P, d]
         segments = build_segments(pack.cu_seqlens, angles, self.config.params_dtype)
+        if self.training and self.encoder_config.drop_path:
+            segments.branch_factors = self._branch_factors(pack)
         hidden = self._embed(pack) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=segments)  # [P(/tp), 1, h]
         return self._features(hidden, pack, segments) if self.post_process else hidden
+
+    def _branch_factors(self, pack: PatchPack) -> dict[int, Tensor]:
+        """Returns what the branches of this chunk's layers count for this rank's tokens."""
+        if pack.seeds is None:
+            raise ValueError("encoder.drop_path draws from the seeds of samples, and the pack has none")
+        first, config = self.layer_offset, self.encoder_config
+        drawn = draw_factors(
+            pack.seeds,
+            range(first, first + len(self.decoder.layers)),
+            num_layers=config.num_layers,
+            rate=config.drop_path,
+            lengths=pack.cu_seqlens.diff(),
+            num_tokens=pack.num_patches,
+        )
+        if self.config.sequence_parallel:
+            size, rank = self.tp_group.size(), self.tp_group.rank()
+            drawn = {layer: factors.chunk(size, dim=1)[rank] for layer, factors in drawn.items()}
+        dtype = self.config.params_dtype
+        return {layer: x.to(pack.positions.device, dtype, non_blocking=True) for layer, x in drawn.items()}
 
     def _embed(self, pack: PatchPack) -> Tensor:
         """Returns [P, 1, h], or this rank's [P/tp, 1, h] under sequence parallelism."""

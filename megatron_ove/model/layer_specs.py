@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_ove.model.attention import PackedAttention
+from megatron_ove.model.drop_path import DropPathLayer
 from megatron_ove.model.kernels import EncoderKernels
 from megatron_ove.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megatron_ove.model.parameter_names import FUSED_NORMS
@@ -53,13 +54,23 @@ class ApexLayerNorm(FusedLayerNorm):
         self.to(config.params_dtype)
 
 
-def build_block_submodules(kernels: EncoderKernels, num_layers: int) -> TransformerBlockSubmodules:
-    """Returns what megatron-core's TransformerBlock is built of: `num_layers` equal layers and the final norm."""
+def build_block_submodules(
+    kernels: EncoderKernels, num_layers: int, *, drops_paths: bool = False
+) -> TransformerBlockSubmodules:
+    """Returns what megatron-core's TransformerBlock is built of: `num_layers` equal layers and the final norm.
+
+    Args:
+        kernels: implementations.
+        num_layers: of the chunk.
+        drops_paths: whether layers leave out branches in training.
+    """
     norm: Any = ApexLayerNorm if kernels.norm == "apex" else SequenceParallelLayerNorm
     if kernels.layers == "local":
         layer = _local_layer(norm, _core_attention(kernels))
     else:
         layer = _transformer_engine_layer(_core_attention(kernels))
+    if drops_paths:
+        layer.module = DropPathLayer
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_ove.batch import Batch, Samples
@@ -68,7 +67,7 @@ class Objective(ABC):
     message_width: int = 0
     wants_pixels: ClassVar[bool] = False
 
-    def modules(self) -> Mapping[str, MegatronModule]:
+    def modules(self) -> Mapping[str, torch.nn.Module]:
         """Returns name -> dense weights, replicated or sharded over the tensor group by megatron-core's layers.
 
         Each has the same initial weights under every layout. A gradient that arrives at replicated weights must be

@@ -14,6 +14,7 @@ from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.planning.devices import GPUS_PER_NODE, Device
+from megatron_ove.planning.needs import encoder_footprint, objective_footprint
 from megatron_ove.planning.plan import Plan, make_plan
 from megatron_ove.planning.stored_samples import StoredSamples
 
@@ -114,8 +115,7 @@ def _memory_changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"parallel.use_distributed_optimizer": True}
     if tensor > 1 and not parallel.sequence_parallel:
         yield {"parallel.sequence_parallel": True}
-    for mode in {"none": ("selective", "full"), "selective": ("full",), "full": ()}[config.encoder.recompute]:
-        yield {"encoder.recompute": mode}
+    yield from encoder_footprint(config).memory_changes(config)
     largest = max(max(one.list_budgets(config.encoder.patch_size)) for one in config.data.sources.values())
     if config.data.tokens_per_microbatch // 2 >= largest:
         yield {"data.tokens_per_microbatch": config.data.tokens_per_microbatch // 2}
@@ -136,13 +136,9 @@ def _table_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
     for setting, light in (("weight_dtype", "bfloat16"), ("first_moment", "none"), ("second_moment", "row")):
         if getattr(centers, setting) != light:
             yield {f"optim.class_centers.{setting}": light}
-    for name, objective in config.objectives.items():
-        if objective.class_group == "tensor":
-            yield {f"objectives.{name}.class_group": "stage"}
-    largest = max(config.objectives, key=lambda name: config.objectives[name].table_size)
-    objective = config.objectives[largest]
-    if objective.num_sampled is None:
-        yield {f"objectives.{largest}.sample_rate": objective.sample_rate / 2}
+    sizes = {name: objective_footprint(config, name).num_table_elements(config, name) for name in config.objectives}
+    for name in sorted(config.objectives, key=lambda name: -sizes[name]):
+        yield from objective_footprint(config, name).memory_changes(config, name)
 
 
 def _planned(

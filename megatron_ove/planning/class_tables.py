@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
 from megatron_ove.config.objectives import PartialFCConfig
@@ -31,6 +34,13 @@ class PartialFCFootprint(ObjectiveFootprint):
 
     def num_table_elements(self, config: TrainConfig, name: str) -> int:
         return _section(config, name).table_size * config.encoder.hidden_size
+
+    def memory_changes(self, config: TrainConfig, name: str) -> Iterator[dict[str, Any]]:
+        section = _section(config, name)
+        if section.class_group == "tensor":
+            yield {f"objectives.{name}.class_group": "stage"}
+        if section.num_sampled is None:
+            yield {f"objectives.{name}.sample_rate": section.sample_rate / 2}
 
 
 def _section(config: TrainConfig, name: str) -> PartialFCConfig:

@@ -122,6 +122,10 @@ class EncoderFootprint(ABC):
         layers = sum(len(layout.layers_of(place.stage, chunk)) for chunk in range(layout.chunks))
         yield Message("tensor", "all_reduce", num_bytes, 4 * layers * workload.num_microbatches)
 
+    def memory_changes(self, config: TrainConfig) -> Iterator[dict[str, Any]]:
+        """Yields settings that may save memory, each as {path: value}."""
+        return iter(())
+
 
 class ObjectiveFootprint:
     """What a kind of objective needs; by default nothing. `section` is `config.objectives[name]`."""
@@ -152,3 +156,7 @@ class ObjectiveFootprint:
     def num_table_elements(self, config: TrainConfig, name: str) -> int:
         """Returns the elements of its whole table."""
         return 0
+
+    def memory_changes(self, config: TrainConfig, name: str) -> Iterator[dict[str, Any]]:
+        """Yields settings that may save memory, each as {path: value}."""
+        return iter(())

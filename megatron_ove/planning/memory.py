@@ -30,7 +30,7 @@ class RankMemory:
     """Bytes of one rank by component, in the order of `COMPONENTS`.
 
     Attributes:
-        parameters: weights of the encoder; with the distributed optimizer their padded buffer.
+        parameters: dense weights, with the distributed optimizer their padded buffer; and their moving average.
         gradients: fp32 buffer that megatron-core reduces.
         optimizer: two fp32 moments, and fp32 master weights of a bf16 model; a share under the distributed optimizer.
         activations: what backward passes wait for, at the fullest moment of the schedule.
@@ -78,6 +78,8 @@ def plan_memory(
         owned = buffer.owned(place.data, layout.data) if layout.distributed_optimizer else [p.size for p in sizes]
         parameters += item * (buffer.size if layout.distributed_optimizer else sum(p.size for p in sizes))
         gradients += 4 * buffer.size
+        if config.train.ema_decay is not None:
+            parameters += 4 * sum(p.size for p in sizes)
         optimizer += sum(owned) * (8 + (4 if item == 2 else 0)) + 4 * len(owned)
         buckets += [4 * size for size in buffer.buckets]
         all_owned += owned

@@ -56,7 +56,7 @@ def _headline(plan: Plan) -> list[str]:
     return [
         f"{config.name}: {layout.world_size} x {plan.device.name} = tensor {layout.tensor} x pipeline "
         f"{layout.pipeline} x data {layout.data}{chunks}; {config.train.precision}, recompute: "
-        f"{config.encoder.recompute}",
+        f"{getattr(config.encoder, 'recompute', 'none')}",
         f"Encoder {encoder} parameters, class centers {centers}.",
         f"A step: {config.train.global_batch_size:,} samples in {workload.num_microbatches} microbatches of "
         f"{workload.tokens_per_microbatch:,} patches for each of {layout.data} replicas, "

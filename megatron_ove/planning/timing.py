@@ -112,7 +112,7 @@ def estimate_step(
 
 
 def _seconds(work: Work, config: TrainConfig, device: Device) -> float:
-    precision = "fp8" if config.encoder.fp8 != "off" else config.train.precision
+    precision = "fp8" if config.encoder.is_fp8 else config.train.precision
     return (
         work.products / (device.rate(precision) * GEMM_SHARE)
         + work.attention / (device.rate(config.train.precision) * ATTENTION_SHARE)

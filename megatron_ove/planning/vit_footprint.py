@@ -14,6 +14,7 @@ and once for weights; patches need no gradient of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.config.train import TrainConfig
@@ -61,6 +62,10 @@ class VitFootprint(EncoderFootprint):
                 yield Message("tensor", "all_gather", hidden, workload.num_microbatches)  # tokens for the pooling head
         else:
             yield Message("tensor", "all_reduce", hidden, (forwards + 1) * blocks)
+
+    def memory_changes(self, config: TrainConfig) -> Iterator[dict[str, Any]]:
+        modes = {"none": ("selective", "full"), "selective": ("full",), "full": ()}
+        return ({"encoder.recompute": mode} for mode in modes[_section(config).recompute])
 
 
 def _section(config: TrainConfig) -> EncoderConfig:

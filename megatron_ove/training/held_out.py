@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.errors import MegatronOveError
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.optim.optimizer import DenseOptimizer
+from megatron_ove.optim.weight_average import WeightAverage
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.metrics import MetricAccumulator, Total, averages
 
@@ -44,6 +46,7 @@ class HeldOutEvaluation:
         chunks: Sequence[DistributedDataParallel],
         objectives: ObjectiveSet | None,
         optimizer: DenseOptimizer,
+        average: WeightAverage | None = None,
     ) -> None:
         """Opens the sets, if there are any; collective over all ranks.
 
@@ -53,6 +56,7 @@ class HeldOutEvaluation:
             chunks: wrapped model chunks of this rank.
             objectives: on the last pipeline stage; None elsewhere.
             optimizer: of dense weights; asked to complete weights that are still to be gathered.
+            average: of the weights, which is measured instead of them; None = there is none.
 
         Raises:
             ConfigError, DataError: on every rank, a set cannot be used or does not fit its objective.
@@ -60,7 +64,7 @@ class HeldOutEvaluation:
         self._config, self._topology = config.evaluation, topology
         self._num_steps = config.train.num_steps
         self._chunks: list[torch.nn.Module] = list(chunks)
-        self._objectives, self._optimizer = objectives, optimizer
+        self._objectives, self._optimizer, self._average = objectives, optimizer, average
         known = self._check(config) if config.evaluation.sets else []
         self._samples: dict[str, HeldOutSamples] = {}
         for name, path in config.evaluation.sets.items():
@@ -90,9 +94,10 @@ class HeldOutEvaluation:
         try:
             for chunk in self._chunks:
                 chunk.eval()
-            for name, samples in self._samples.items():
-                for figure, (total, count) in self._measure_set(name, samples, step).items():
-                    metrics.add(f"{RECORD_PREFIX}{name}/{figure}", total, count)
+            with self._average.in_place() if self._average else nullcontext():
+                for name, samples in self._samples.items():
+                    for figure, (total, count) in self._measure_set(name, samples, step).items():
+                        metrics.add(f"{RECORD_PREFIX}{name}/{figure}", total, count)
         finally:
             for chunk in self._chunks:
                 chunk.train()

@@ -1,8 +1,9 @@
 """What a checkpoint of a run holds, and how a run is put back from one.
 
 Key prefixes in the files: `model.` encoder, `modules.<objective>.` its dense weights, `optimizer.` moments and master
-weights of both, `objectives.<name>.` class centers with theirs, `rng` generators per rank. Plain values: step, config,
-train_state, sampler, schedule, layout. Beside them, as plain files: the words that OCR objectives' classes stand for.
+weights of both, `average.` their moving average, `objectives.<name>.` class centers with moments, `rng` generators per
+rank. Plain values: step, config, train_state, sampler, schedule, layout. Beside them, as plain files: the words that
+OCR objectives' classes stand for.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import CheckpointError
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.optim.optimizer import DenseOptimizer
+from megatron_ove.optim.weight_average import WeightAverage
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.model_state import load_model_state, sharded_model_state, without_scaling_history
 from megatron_ove.training.run_vocabularies import RunVocabularies
@@ -44,8 +46,10 @@ class RunCheckpoints:
         chunks: Sequence[DistributedDataParallel],
         objectives: ObjectiveSet | None,
         optimizer: DenseOptimizer,
+        average: WeightAverage | None = None,
     ) -> None:
         self._config = config
+        self._average = average
         self._topology = topology
         self._chunks = chunks
         self._objectives = objectives
@@ -59,6 +63,7 @@ class RunCheckpoints:
             keep=config.checkpoint.keep,
             verify=config.checkpoint.verify,
             data_group=topology.data_group,
+            is_whole=not config.freeze,
         )
 
     @property
@@ -119,9 +124,12 @@ class RunCheckpoints:
             for sentence in exactness_warnings(common["config"], self._plain_config):
                 logger.warning("%s", sentence)
         template = self._sharded_state(has_moments=common["train_state"]["samples_seen"] > 0, is_loading=True)
-        if common["config"]["encoder"]["fp8"] != "delayed":
+        if common["config"]["encoder"].get("fp8") != "delayed":
             # A run that begins to compute with `fp8: delayed` finds no history, and starts one.
             template["model"] = without_scaling_history(template["model"])
+        has_average = common["config"]["train"].get("ema_decay") is not None
+        if not has_average:
+            template.pop("average", None)  # begins with the weights of this checkpoint
         same_layout = common["layout"] == self._layout()
         if same_layout:
             template["rng"] = sharded_rng_state(rank=self._topology.global_rank, world_size=self._topology.world_size)
@@ -129,6 +137,11 @@ class RunCheckpoints:
             logger.info("The layout was %s and is %s now; generators start anew.", common["layout"], self._layout())
         loaded = self._manager.load(path, template)
         load_model_state(self._chunks, loaded["model"], strict=True)
+        if self._average is not None:
+            if has_average:
+                self._average.load_state(loaded["average"], sharded_model_state(self._chunks, self._topology))
+            else:
+                self._average.restart()
         if "optimizer" in loaded:
             self._refuse_shifted_moments(path, loaded["optimizer"])
             self._optimizer.load_state_dict(loaded["optimizer"])
@@ -159,6 +172,8 @@ class RunCheckpoints:
     def started_from(self, paths: Sequence[str]) -> None:
         """Notes what the run's first weights were taken from; takes the model's weights as master weights."""
         self._optimizer.reload_model_params()
+        if self._average is not None:
+            self._average.restart()
         self._initialized_from = ", ".join(paths)
 
     def _sharded_state(self, *, has_moments: bool, is_loading: bool) -> dict[str, Any]:
@@ -166,6 +181,8 @@ class RunCheckpoints:
         model's weights."""
         model = sharded_model_state(self._chunks, self._topology)
         state: dict[str, Any] = {"model": model}
+        if self._average is not None:
+            state["average"] = self._average.sharded_state_dict(model)
         if has_moments:
             state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading=is_loading)
         if self._objectives is not None:

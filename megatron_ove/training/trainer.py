@@ -23,6 +23,7 @@ from megatron_ove.errors import DataError, TrainingError
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.optim.optimizer import build_dense_optimizer
 from megatron_ove.optim.schedule import learning_rate
+from megatron_ove.optim.weight_average import WeightAverage
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.build_model import build_model_chunks, parameter_names, weight_dtype
 from megatron_ove.training.garbage_collection import StepwiseCollection
@@ -104,10 +105,12 @@ class Trainer:
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             process_groups=topology.process_groups,
         )
+        decay = config.train.ema_decay
+        self.average = None if decay is None else WeightAverage(self.names, decay)
         self.train_step = TrainStep(topology, self.chunks, self.objectives, self.optimizer, self.timers)
-        self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer)
+        self.checkpoints = RunCheckpoints(config, topology, self.chunks, self.objectives, self.optimizer, self.average)
         self._restore(topology)
-        self.held_out = HeldOutEvaluation(config, topology, self.chunks, self.objectives, self.optimizer)
+        self.held_out = HeldOutEvaluation(config, topology, self.chunks, self.objectives, self.optimizer, self.average)
         self.loader = self._start_loading(topology)
         if self._is_main:
             for sentence in self.checkpoints.size_warnings(self.loader.source_sizes):
@@ -176,6 +179,9 @@ class Trainer:
         )
         if result.accepted:
             state.accept(self.config.train.global_batch_size)
+            if self.average:
+                self.optimizer.finish_param_gather()
+                self.average.update(state.step)
         else:
             state.refuse()
             self._check_refusals(result)
