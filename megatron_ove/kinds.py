@@ -90,6 +90,7 @@ class ObjectiveKind:
         config: class of a section in `objectives`.
         build: (name, section, `ObjectiveContext`) -> an `Objective`.
         footprint: () -> an `ObjectiveFootprint`, what planning asks.
+        budgets: (run, name) -> `PlannedBudget`s that microbatches keep besides `data.tokens_per_microbatch`.
         fill_in: (section, descriptions of its sources' shard sets) -> fields that these decide, if they are not given.
         find_mismatches: (run, name, source -> opened shard set) -> a sentence for everything that could not be learned.
         find_doubts: (run, name, source -> opened shard set, whether to look at all samples) -> a sentence for
@@ -106,6 +107,7 @@ class ObjectiveKind:
     config: type[ObjectiveConfig]
     build: Callable[..., Any]
     footprint: Callable[[], Any]
+    budgets: Callable[[TrainConfig, str], Sequence[Any]] = lambda run, name: ()
     fill_in: Callable[[ObjectiveConfig, Sequence[Any]], Mapping[str, Any]] = lambda section, infos: {}
     find_mismatches: Callable[[TrainConfig, str, Mapping[str, Any]], list[str]] = lambda run, name, sets: []
     find_doubts: Callable[..., list[str]] = lambda run, name, sets, *, counts_samples: []

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import PatchPack
 from megatron_ove.convert.class_centers import load_class_centers
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
 from megatron_ove.data.shard_index import ShardSet
@@ -76,8 +76,8 @@ def export_difference(
     for name, shards in shard_sets.items():
         (batch,) = iterate_batches(shards, settings, np.array([0]), torch.device("cpu"))
         with torch.inference_mode():
-            ours = encoder(batch)
-            theirs = exported(**_published_form(batch, shards.info.kind, settings.patch_size))
+            ours = encoder(batch.main)
+            theirs = exported(**_published_form(batch.main, shards.info.kind, settings.patch_size))
         pooled = (ours.pooled - theirs.pooler_output).abs().max()
         tokens = (ours.tokens[:, 0] - theirs.last_hidden_state[0]).abs().max()
         differences[name] = max(float(pooled), float(tokens))
@@ -85,16 +85,16 @@ def export_difference(
     return differences
 
 
-def _published_form(batch: Batch, kind: str, patch_size: int) -> dict[str, Tensor]:
-    """Pictures go in as pixels; selected patches as a strip of patches with their positions."""
-    assert batch.patches is not None
-    rows, columns = 1, batch.num_patches
+def _published_form(pack: PatchPack, kind: str, patch_size: int) -> dict[str, Tensor]:
+    """A picture goes in as pixels; selected patches as a strip of patches with their positions."""
+    assert pack.patches is not None
+    rows, columns = 1, pack.num_patches
     form = {}
     if kind == "video":
-        form["patch_positions"] = batch.positions[None].long()
+        form["patch_positions"] = pack.positions[None].long()
     else:
-        rows, columns = int(batch.positions[:, 1].max()) + 1, int(batch.positions[:, 2].max()) + 1
-    cells = normalize_pixels(batch.patches.view(rows, columns, 3, patch_size, patch_size))
+        rows, columns = int(pack.positions[:, 1].max()) + 1, int(pack.positions[:, 2].max()) + 1
+    cells = normalize_pixels(pack.patches.view(rows, columns, 3, patch_size, patch_size))
     pixels = cells.permute(2, 0, 3, 1, 4).reshape(1, 3, rows * patch_size, columns * patch_size)
     return {"pixel_values": pixels, **form}
 

@@ -208,8 +208,8 @@ def _time_table(seconds: Mapping[str, float]) -> TableBlock:
 
 def _head(log: MetricsLog, config: TrainConfig, name: str) -> dict[str, float]:
     change = log.loss_change(name, LOSS_WINDOW_STEPS)
-    source = config.objectives[name].source
-    share = config.data.sources[source].weight / sum(each.weight for each in config.data.sources.values())
+    weights = {source: section.weight for source, section in config.data.sources.items()}
+    share = sum(weights[source] for source in config.objectives[name].sources) / sum(weights.values())
     return {
         "first_loss": round(change.first_loss, 4),
         "last_loss": round(change.last_loss, 4),

@@ -8,7 +8,7 @@ laid out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor, lcm
@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.packing import pack_samples
+from megatron_ove.data.packing import Budget, pack_samples
 from megatron_ove.data.sampler import SourceSampler
 from megatron_ove.errors import ConfigError, DataError
 
@@ -43,6 +43,21 @@ class PlannedSource(Protocol):
     def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """Returns the patches, [n] int64, of samples `rows` drawn with `seeds`, both [n] int64; decodes nothing."""
         ...
+
+
+@dataclass(frozen=True)
+class PlannedBudget:
+    """Something besides patches that every microbatch has limited room for.
+
+    Attributes:
+        name: of the setting that limits it.
+        capacity: of a microbatch.
+        measure: (source, rows [n], seeds [n]) -> what each sample takes of it, [n] int64; decodes nothing.
+    """
+
+    name: str
+    capacity: int
+    measure: Callable[[str, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,11 @@ def planner_of(config: TrainConfig, sources: Sequence[PlannedSource], *, data_si
         tokens_per_microbatch=config.data.tokens_per_microbatch,
         microbatch_multiple=data_size * group,
         length_multiple=length_multiple_of(config),
+        budgets=[
+            budget
+            for name, objective in config.objectives.items()
+            for budget in config.kinds.objectives[objective.kind].budgets(config, name)
+        ],
     )
 
 
@@ -130,6 +150,7 @@ class MicrobatchPlanner:
         tokens_per_microbatch: int,
         microbatch_multiple: int,
         length_multiple: int | None = None,
+        budgets: Sequence[PlannedBudget] = (),
     ) -> None:
         """Prepares planning.
 
@@ -142,6 +163,7 @@ class MicrobatchPlanner:
                 number of replicas.
             length_multiple: a step's microbatches are cut to the fullest one, rounded up to a multiple of this but
                 within the budget; None = they always have as many patches as the budget.
+            budgets: what else microbatches have limited room for.
 
         Raises:
             ConfigError: a step is too small to hold every source's share.
@@ -152,6 +174,7 @@ class MicrobatchPlanner:
         self._tokens = tokens_per_microbatch
         self._multiple = microbatch_multiple
         self._length_multiple = length_multiple or tokens_per_microbatch
+        self._budgets = tuple(budgets)
         total = sum(Fraction(source.weight) for source in self._sources)
         self._shares = [Fraction(source.weight) / total for source in self._sources]
         self._largest = self._shares.index(max(self._shares))
@@ -187,7 +210,8 @@ class MicrobatchPlanner:
                     f"data.tokens_per_microbatch = {self._tokens}; raise the budget or make samples smaller"
                 )
         num_tokens = np.concatenate(tokens).astype(np.int64)
-        packing = pack_samples(num_tokens, capacity=self._tokens, multiple=self._multiple)
+        others = [self._measure(budget, rows, seeds) for budget in self._budgets]
+        packing = pack_samples(num_tokens, capacity=self._tokens, multiple=self._multiple, others=others)
         length = -(-packing.longest // self._length_multiple) * self._length_multiple
         return MicrobatchPlan(
             step=step,
@@ -200,6 +224,21 @@ class MicrobatchPlanner:
             num_tokens=num_tokens,
             microbatch_index=packing.microbatch_index,
         )
+
+    def _measure(self, budget: PlannedBudget, rows: Sequence[np.ndarray], seeds: Sequence[np.ndarray]) -> Budget:
+        """Returns what a step's samples take of a budget.
+
+        Raises:
+            ConfigError: a sample takes more than a microbatch has.
+        """
+        parts = [budget.measure(s.name, r, d) for s, r, d in zip(self._sources, rows, seeds, strict=True)]
+        for source, part in zip(self._sources, parts, strict=True):
+            if part.size and part.max() > budget.capacity:
+                raise ConfigError(
+                    f"a sample of data.sources.{source.name} takes {part.max()} of {budget.name}, more than its "
+                    f"{budget.capacity} of a microbatch; raise it or make samples smaller"
+                )
+        return Budget(np.concatenate(parts).astype(np.int64), budget.capacity)
 
     def samples_before(self, step: int) -> list[int]:
         """Returns how many samples of each source all steps before `step` take; the sum is step * B.

@@ -9,9 +9,17 @@ compute at the same time take equally long.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+_MORE_BINS = 20
+"""Dealing is tried with up to a twentieth more bins than the tightest budget needs."""
+_TRIALS = 100
+"""Numbers of bins that are tried differ by a hundredth."""
+_ROUNDING = 1e-9
+"""Shares that fill a bin add up to 1 within rounding."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,20 @@ class Packing:
     longest: int
 
 
-def pack_samples(sizes: np.ndarray, *, capacity: int, multiple: int) -> Packing:
+@dataclass(frozen=True)
+class Budget:
+    """Something else that microbatches have limited room for, like tokens of texts.
+
+    Attributes:
+        sizes: [n] int64, what each sample takes of it, 0 .. capacity.
+        capacity: of a microbatch.
+    """
+
+    sizes: np.ndarray
+    capacity: int
+
+
+def pack_samples(sizes: np.ndarray, *, capacity: int, multiple: int, others: Sequence[Budget] = ()) -> Packing:
     """Divides samples into microbatches; microbatch j is the (j // multiple)-th of its row.
 
     Args:
@@ -37,12 +58,16 @@ def pack_samples(sizes: np.ndarray, *, capacity: int, multiple: int) -> Packing:
         capacity: most patches of a microbatch.
         multiple: microbatches are as many as first-fit decreasing needs, rounded up to a multiple of this. A microbatch
             is empty only where there are fewer samples than microbatches.
+        others: further budgets that each microbatch keeps.
     """
-    first_fit = pack_first_fit_decreasing(sizes, capacity)
-    count = -(-(int(first_fit.max()) + 1) // multiple) * multiple
-    chosen = deal_longest_first(sizes, count)
-    if np.bincount(chosen, weights=sizes).max() > capacity:
-        chosen = first_fit  # the last samples found no room: rare, and then the microbatches are nearly full anyway
+    if others:
+        chosen, count = _divide_by_all([Budget(sizes, capacity), *others], multiple)
+    else:
+        first_fit = pack_first_fit_decreasing(sizes, capacity)
+        count = -(-(int(first_fit.max()) + 1) // multiple) * multiple
+        chosen = deal_longest_first(sizes, count)
+        if np.bincount(chosen, weights=sizes).max() > capacity:
+            chosen = first_fit  # the last samples found no room: rare, and then the microbatches are nearly full anyway
     # The cost of equally long microbatches differs by attention, which grows with the square of a sample's length.
     squares = np.bincount(chosen, weights=sizes.astype(np.float64) ** 2, minlength=count)
     place_of = np.empty(count, dtype=np.int64)
@@ -69,6 +94,73 @@ def deal_longest_first(sizes: np.ndarray, num_bins: int) -> np.ndarray:
         load, place = bins[0]
         result[item] = place
         heapq.heapreplace(bins, (load + values[item], place))
+    return result
+
+
+def _divide_by_all(budgets: Sequence[Budget], multiple: int) -> tuple[np.ndarray, int]:
+    """Returns (bin of each item [n] int64, bins): as many as the tightest budget needs alone if dealing finds room in
+    them for all, else a few more."""
+    shares = np.stack([one.sizes / one.capacity for one in budgets], axis=1)
+    needs = [pack_first_fit_decreasing(one.sizes[one.sizes > 0], one.capacity) for one in budgets]
+    fewest = -(-(max(int(bins.max(initial=0)) for bins in needs) + 1) // multiple) * multiple
+    step = -(-max(1, fewest // _TRIALS) // multiple) * multiple
+    for count in range(fewest, fewest + fewest // _MORE_BINS + step, step):
+        for deal in (deal_fullest_first, _deal_carefully):
+            chosen = deal(shares, count)
+            if all(np.bincount(chosen, weights=one.sizes).max() <= one.capacity for one in budgets):
+                return chosen, count
+    first_fit = pack_shares(shares)
+    return first_fit, -(-(int(first_fit.max()) + 1) // multiple) * multiple
+
+
+def pack_shares(shares: np.ndarray) -> np.ndarray:
+    """Packs items of several sizes into bins: the largest share first, each into the first bin with room for all of it.
+
+    Args:
+        shares: [n, d] float, part of a bin that each item takes of each budget, at most 1.
+
+    Returns:
+        [n] int64, bin of each item.
+    """
+    result = np.empty(len(shares), dtype=np.int64)
+    free, count = np.empty_like(shares), 0
+    for item in np.argsort(-shares.max(axis=1), kind="stable").tolist():
+        fits = (free[:count] >= shares[item]).all(axis=1)
+        place = int(fits.argmax()) if fits.any() else count
+        if place == count:
+            free[place], count = 1 + _ROUNDING, count + 1
+        free[place] -= shares[item]
+        result[item] = place
+    return result
+
+
+def deal_fullest_first(shares: np.ndarray, num_bins: int) -> np.ndarray:
+    """As `deal_longest_first` for items of several sizes: each into the bin whose fullest budget is emptiest.
+
+    Args:
+        shares: [n, d] float, as for `pack_shares`.
+        num_bins: bins.
+    """
+    result = np.empty(len(shares), dtype=np.int64)
+    bins = [(0.0, place, [0.0] * shares.shape[1]) for place in range(num_bins)]
+    values = shares.tolist()
+    for item in np.argsort(-shares.max(axis=1), kind="stable").tolist():
+        _, place, loads = bins[0]
+        loads = [load + share for load, share in zip(loads, values[item], strict=True)]
+        result[item] = place
+        heapq.heapreplace(bins, (max(loads), place, loads))
+    return result
+
+
+def _deal_carefully(shares: np.ndarray, num_bins: int) -> np.ndarray:
+    """As `deal_fullest_first`, but each into the bin whose fullest budget stays emptiest with the item in it: fits
+    where several budgets are tight, and takes n x bins comparisons."""
+    result = np.empty(len(shares), dtype=np.int64)
+    loads = np.zeros((num_bins, shares.shape[1]))
+    for item in np.argsort(-shares.max(axis=1), kind="stable").tolist():
+        place = int((loads + shares[item]).max(axis=1).argmin())
+        loads[place] += shares[item]
+        result[item] = place
     return result
 
 

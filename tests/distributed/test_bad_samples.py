@@ -99,14 +99,15 @@ def train(
 def describe(batch: Any) -> dict[str, tuple[bool, bool, bool]]:
     """Returns key -> whether patches, positions and labels have something other than nothing."""
     found = {}
-    for row, key in enumerate(batch.sample_keys):
-        place = slice(*batch.cu_seqlens[row : row + 2].tolist())
-        name = batch.source_names[batch.source_index[row]]
-        labels = batch.labels.get(name)
-        own = None if labels is None else labels[batch.rows_of(name).tolist().index(row)]
+    pack, samples = batch.main, batch.samples
+    for row, key in enumerate(samples.keys):
+        place = slice(*pack.cu_seqlens[row : row + 2].tolist())
+        name = samples.source_names[samples.source[row]]
+        labels = batch.inputs.get(f"{name}_labels")
+        own = None if labels is None else labels[samples.of(name).tolist().index(row)]
         found[key] = (
-            batch.patches is not None and bool(batch.patches[place].any()),
-            bool(batch.positions[place].any()),
+            pack.patches is not None and bool(pack.patches[place].any()),
+            bool(pack.positions[place].any()),
             own is not None and bool((own >= 0).any()),
         )
     return found
@@ -121,7 +122,7 @@ def first_seen(data: dict[str, Any], source: str) -> int:
 
     config = check(data)
     shards = open_shard_sets(config)
-    common = {"patch_size": 14, "device": torch.device("cpu"), "num_threads": 1}
+    common = {"kinds": config.kinds, "patch_size": 14, "device": torch.device("cpu"), "num_threads": 1}
     built = [build_source(name, one, shards[name], **common) for name, one in config.data.sources.items()]
     planner, index = planner_of(config, built, data_size=1), list(config.data.sources).index(source)
     chosen = [plan.rows[plan.source_index == index] for plan in map(planner.plan, range(BAD_STEP + 1))]

@@ -78,23 +78,23 @@ def launch(rank: int, world_size: int, launches: list[tuple[dict[str, Any], int 
 
     With a rank beside its configuration, this rank alone finds something wrong with the master weights.
     """
-    from megatron_ove.optim.optimizer import EncoderOptimizer
+    from megatron_ove.optim.optimizer import DenseOptimizer
     from megatron_ove.parallel.topology import initialize_topology
     from megatron_ove.training.trainer import Trainer
 
     make_buckets_small()
-    look, ends = EncoderOptimizer.differing_master_weights, []
+    look, ends = DenseOptimizer.differing_master_weights, []
     topology = initialize_topology(check(launches[0][0]).parallel, seed=0)
     for data, seeing_rank in launches:
         if seeing_rank is not None:
             own = "final_norm.weight" if rank == seeing_rank else None
-            EncoderOptimizer.differing_master_weights = lambda self, state, own=own: own
+            DenseOptimizer.differing_master_weights = lambda self, state, own=own: own
         try:
             Trainer(check(data), topology).run()
             ends.append(("", False))
         except CheckpointError as error:
             ends.append((str(error), error.on_every_rank))
-        EncoderOptimizer.differing_master_weights = look
+        DenseOptimizer.differing_master_weights = look
     return ends
 
 

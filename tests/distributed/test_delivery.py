@@ -14,7 +14,6 @@ from megatron_ove.batch import Batch
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.data import read_ahead
 from megatron_ove.data.bad_samples import read_bad_samples
-from megatron_ove.data.build import build_loader
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.parallel.topology import initialize_topology
 from tests.support.distributed import WorkerError, run_distributed
@@ -23,6 +22,7 @@ from tests.support.id_loader import (
     check_pairing,
     id_config,
     single_process,
+    start_loader,
     take_steps,
     tensors_of,
     write_id_sources,
@@ -42,7 +42,7 @@ def deliver(rank: int, world_size: int, directory: Path, sizes: dict[str, int], 
     names = {"tensor": "tensor_model_parallel_size", "pipeline": "pipeline_model_parallel_size"}
     parallel = ParallelConfig(**{names[name]: size for name, size in sizes.items()})
     topology = initialize_topology(parallel, seed=0)
-    loader = build_loader(id_config(directory), topology, start_step=start)
+    loader = start_loader(id_config(directory), topology, start_step=start)
     steps = take_steps(loader, start, STEPS)
     return {
         "steps": steps,
@@ -52,7 +52,7 @@ def deliver(rank: int, world_size: int, directory: Path, sizes: dict[str, int], 
 
 
 def alone(directory: Path, **changes: Any) -> list[list[Batch]]:
-    return take_steps(build_loader(id_config(directory), single_process(**changes), start_step=0), 0, STEPS)
+    return take_steps(start_loader(id_config(directory), single_process(**changes)), 0, STEPS)
 
 
 def test_tensor_parallel_ranks_get_identical_batches_decoded_once(directory: Path) -> None:
@@ -66,7 +66,7 @@ def test_tensor_parallel_ranks_get_identical_batches_decoded_once(directory: Pat
 
 
 def test_two_replicas_that_resume_take_what_one_replica_goes_on_with(directory: Path) -> None:
-    running = take_steps(build_loader(id_config(directory), single_process(), start_step=0), 0, STEPS + 2)
+    running = take_steps(start_loader(id_config(directory), single_process()), 0, STEPS + 2)
     resumed = run_distributed(deliver, 2, directory, {}, 2)
     for step, whole in enumerate(running[2:]):
         shared = [sample for result in resumed for batch in result["steps"][step] for sample in segments(batch)]
@@ -77,16 +77,17 @@ def test_two_replicas_that_resume_take_what_one_replica_goes_on_with(directory: 
 def segments(batch: Batch) -> list[tuple[str, int, bytes, bytes]]:
     """Returns key, seed, pixels and positions of every sample."""
     check_pairing(batch)
-    bounds = batch.cu_seqlens.tolist()
-    assert batch.patches is not None
+    pack = batch.main
+    bounds = pack.cu_seqlens.tolist()
+    assert pack.patches is not None
     return [
         (
             key,
             seed,
-            batch.patches[bounds[i] : bounds[i + 1]].numpy().tobytes(),
-            batch.positions[bounds[i] : bounds[i + 1]].numpy().tobytes(),
+            pack.patches[bounds[i] : bounds[i + 1]].numpy().tobytes(),
+            pack.positions[bounds[i] : bounds[i + 1]].numpy().tobytes(),
         )
-        for i, (key, seed) in enumerate(zip(batch.sample_keys, batch.sample_seeds.tolist(), strict=True))
+        for i, (key, seed) in enumerate(zip(batch.samples.keys, batch.samples.seed.tolist(), strict=True))
     ]
 
 
@@ -96,14 +97,14 @@ def test_tensor_by_pipeline_ranks_get_the_fields_of_their_stage(directory: Path)
         for result in results:
             _, _, stage = result["place"]
             for batch, reference in zip(result["steps"][step], whole, strict=True):
-                assert torch.equal(batch.positions, reference.positions)
-                assert list(batch.sample_keys) == list(reference.sample_keys)
-                assert (batch.patches is not None) == (stage == 0)
-                assert set(batch.labels) == (set(reference.labels) if stage == 1 else set())
-                for name, labels in batch.labels.items():
-                    assert torch.equal(labels, reference.labels[name])
-                if batch.patches is not None:
-                    assert torch.equal(batch.patches, reference.patches)
+                assert torch.equal(batch.main.positions, reference.main.positions)
+                assert list(batch.samples.keys) == list(reference.samples.keys)
+                assert (batch.main.patches is not None) == (stage == 0)
+                assert set(batch.inputs) == (set(reference.inputs) if stage == 1 else set())
+                for name, labels in batch.inputs.items():
+                    assert torch.equal(labels, reference.inputs[name])
+                if batch.main.patches is not None:
+                    assert torch.equal(batch.main.patches, reference.main.patches)
 
 
 def lose_pages(rank: int, world_size: int, directory: Path) -> list[list[Batch]]:
@@ -114,7 +115,7 @@ def lose_pages(rank: int, world_size: int, directory: Path) -> list[list[Batch]]
     config = id_config(directory).model_copy(update={"run_dir": str(directory / "lost")})
     opened = ShardSet.open
     with mock.patch.object(ShardSet, "open", lambda path: halved(opened(path)) if rank == 0 else opened(path)):
-        loader = build_loader(config, topology, start_step=0)
+        loader = start_loader(config, topology)
     return take_steps(loader, 0, STEPS)
 
 
@@ -131,16 +132,18 @@ def test_what_one_rank_cannot_decode_is_empty_on_all_ranks_of_its_replica(direct
     for a, b, reference in zip(first, second, alone(directory), strict=True):
         assert_same_batches(a, b)
         for batch, whole in zip(a, reference, strict=True):
-            assert batch.patches is not None and whole.patches is not None
-            assert (batch.labels["ocr"] == -1).all()
+            pack, expected, samples = batch.main, whole.main, batch.samples
+            assert pack.patches is not None and expected.patches is not None
+            assert (batch.inputs["ocr"] == -1).all()
             for name in ("image", "video"):
-                assert torch.equal(batch.labels[name], whole.labels[name])
-            for row, source in enumerate(batch.source_index.tolist()):
-                place = slice(*batch.cu_seqlens[row : row + 2].tolist())
-                is_page = batch.source_names[source] == "ocr"
+                assert torch.equal(batch.inputs[name], whole.inputs[name])
+            for row, source in enumerate(samples.source.tolist()):
+                place = slice(*pack.cu_seqlens[row : row + 2].tolist())
+                is_page = samples.source_names[source] == "ocr"
                 lost += is_page
-                assert torch.equal(batch.patches[place], whole.patches[place] * (not is_page))
-                assert torch.equal(batch.positions[place], whole.positions[place] * (not is_page))
+                assert bool(samples.is_valid[row]) != is_page
+                assert torch.equal(pack.patches[place], expected.patches[place] * (not is_page))
+                assert torch.equal(pack.positions[place], expected.positions[place] * (not is_page))
     records = list(read_bad_samples(directory / "lost"))
     assert sum(record.step <= STEPS for record in records) == lost > 0
 
@@ -149,7 +152,7 @@ def fail_while_preparing(rank: int, world_size: int, directory: Path) -> None:
     """Breaks the labels of one rank after opening; it must raise, and no rank may wait for ever."""
     del world_size
     topology = initialize_topology(ParallelConfig(tensor_model_parallel_size=2), seed=0)
-    loader = build_loader(id_config(directory), topology, start_step=0)
+    loader = start_loader(id_config(directory), topology)
     if rank == 0:
         pages = next(source for source in loader._sources if source.name == "ocr")
         pages.shards.columns["labels"] = np.full_like(pages.shards.labels, 300)

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.model.encoder import VisionEncoder, build_encoder_chunks
 from megatron_ove.model.parameter_names import global_name
@@ -72,7 +72,7 @@ def microbatches() -> list[Batch]:
 
 def toy_loss(pooled: Tensor, batch: Batch) -> Tensor:
     """Sum over samples of a bent function of the embedding that differs per sample."""
-    directions = [torch.randn(pooled.shape[1], generator=stateless_generator(SEED, key)) for key in batch.sample_keys]
+    directions = [torch.randn(pooled.shape[1], generator=stateless_generator(SEED, key)) for key in batch.samples.keys]
     weights = torch.stack(directions) if directions else pooled.new_zeros(0, pooled.shape[1])
     return (torch.tanh(pooled.float()) * weights).sum()
 
@@ -89,9 +89,9 @@ def run_step(
 
     def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Any, Any]:
         batch = next(iterator)
-        output = model(batch)
+        output = model(batch.main)
         if not isinstance(output, Tensor):
-            pooled.update(zip(batch.sample_keys, output.pooled.detach(), strict=True))
+            pooled.update(zip(batch.samples.keys, output.pooled.detach(), strict=True))
             output = toy_loss(output.pooled, batch) * len(mine) * topology.data_size
         return output, lambda loss: (loss, {"loss": loss.detach() / (len(mine) * topology.data_size)})
 
@@ -122,7 +122,7 @@ def stage_batches(batches: list[Batch], topology: ParallelTopology, vp_stage: in
     """Patches only where they are used, as the loader delivers them."""
     if topology.is_first_chunk(vp_stage):
         return batches
-    return [replace(batch, patches=None) for batch in batches]
+    return [replace(batch, packs={MAIN_PACK: replace(batch.main, patches=None)}) for batch in batches]
 
 
 def collect_shards(chunks: list[Any], topology: ParallelTopology) -> dict[str, tuple[Tensor, Tensor, int, int]]:

@@ -183,7 +183,7 @@ def test_figures_are_those_of_the_encoder_and_table_of_the_checkpoint(one_rank: 
             shards = ShardSet.open(path)
             count = min(30, len(shards))
             embedded = embed_shard_set(
-                lambda batch: encoder(batch).pooled,
+                lambda batch: encoder(batch.main).pooled,
                 shards,
                 SampleSettings(image_size=28, max_patches=16),
                 indices=(np.arange(count) * len(shards) // count).tolist(),

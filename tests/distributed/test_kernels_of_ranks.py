@@ -10,7 +10,7 @@ import torch
 from megatron_ove.config.parallel import ParallelConfig
 from tests.distributed.test_param_groups import one_step_with_zero_gradients
 from tests.support.distributed import run_distributed
-from tests.support.tiny import make_batch, mixed_samples, tiny_encoder_config
+from tests.support.tiny import make_pack, mixed_samples, tiny_encoder_config
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one": (1, {}, {}),
@@ -46,11 +46,11 @@ def fp8_layers(rank: int, world_size: int, parallel: dict[str, Any], encoder: di
 
     transformer_block.get_fp8_context = enter
     transformer_block.te_checkpoint = lambda run, _distribute, _tracker, _group, *args: run(*args)
-    batch = make_batch(mixed_samples())
+    pack = make_pack(mixed_samples())
     for chunk in chunks:
         if not chunk.pre_process:
-            chunk.set_input_tensor(torch.zeros(batch.num_patches, 1, config.hidden_size, requires_grad=True))
-        chunk(batch)
+            chunk.set_input_tensor(torch.zeros(pack.num_patches, 1, config.hidden_size, requires_grad=True))
+        chunk(pack)
     return entered
 
 

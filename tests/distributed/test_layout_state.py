@@ -77,14 +77,14 @@ def test_bf16_differs_by_rounding_only(sources, tmp_path, bf16_reference, layout
 
 def spoil_a_step(trainer: Any, topology: Any) -> None:
     """The last rank alone finds a gradient norm of infinity, once."""
-    gradient_norm = trainer.optimizer.gradient_norm
+    gradient_norms = trainer.optimizer.gradient_norms
 
-    def spoilt() -> float:
-        norm = gradient_norm()
+    def spoilt() -> dict[str, float]:
+        norms = gradient_norms()
         is_bad = trainer.state.step == REFUSED_STEP and topology.global_rank == topology.world_size - 1
-        return float("inf") if is_bad else norm
+        return {"": float("inf")} if is_bad else norms
 
-    trainer.optimizer.gradient_norm = spoilt
+    trainer.optimizer.gradient_norms = spoilt
 
 
 @pytest.mark.parametrize("layout", ["everything", pytest.param("tp2_pp2", marks=pytest.mark.full)])

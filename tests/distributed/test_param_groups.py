@@ -31,16 +31,18 @@ def build(config: OptimConfig, *, distributed: bool):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megatron_ove.model.encoder import build_encoder
-    from megatron_ove.optim.optimizer import build_encoder_optimizer
+    from megatron_ove.optim.optimizer import build_dense_optimizer
     from megatron_ove.parallel.topology import initialize_topology
 
     topology = initialize_topology(ParallelConfig(use_distributed_optimizer=distributed), seed=0)
     encoder = build_encoder(ENCODER, topology, dtype=torch.float32, seed=0)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
     chunk = DistributedDataParallel(encoder.config, ddp_config, encoder, pg_collection=topology.process_groups)
-    optimizer = build_encoder_optimizer(
+    optimizer = build_dense_optimizer(
         [chunk],
         config,
+        names={parameter: f"encoder.{name}" for name, parameter in encoder.named_parameters()},
+        num_layers=ENCODER.num_layers,
         dtype=torch.float32,
         use_distributed_optimizer=distributed,
         process_groups=topology.process_groups,
@@ -57,9 +59,8 @@ def one_step_with_zero_gradients(rank: int, world_size: int, distributed: bool) 
     optimizer.reload_model_params()
     optimizer.zero_grad()
     chunk.finish_grad_sync()
-    norm = optimizer.gradient_norm()
-    optimizer.step(gradient_norm=norm, lr=0.5)
-    assert norm == 0.0
+    assert optimizer.gradient_norms() == {"": 0.0}
+    optimizer.step(0.5)
     return {name: float((1.0 - param.detach()).abs().max()) for name, param in encoder.named_parameters()}
 
 
@@ -81,9 +82,9 @@ def updates_from_constant_gradient(rank: int, world_size: int, clip: float) -> t
     params = list(encoder.parameters())
     for param in params:
         param.main_grad.fill_(0.5)
-    norm = optimizer.gradient_norm()
+    norm = optimizer.gradient_norms()[""]
     expected = 0.5 * sum(param.numel() for param in params) ** 0.5
-    optimizer.step(gradient_norm=norm, lr=0.1)
+    optimizer.step(0.1)
     first = optimizer.param_groups[0]["params"][0]
     return norm, float(optimizer._optimizer.optimizer.state[first]["exp_avg"].flatten()[0]), expected
 

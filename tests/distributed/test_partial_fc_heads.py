@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
+from megatron_ove.kinds import load_kinds
 from megatron_ove.objectives.build import build_objectives
-from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology
 from tests.support.distributed import run_distributed
-from tests.support.head_steps import assert_close, start
+from tests.support.head_steps import assert_close, make_features, start
 from tests.support.objective_steps import count_samples
 
 SIZE, NUM_SAMPLES = 12, 10
@@ -61,17 +62,18 @@ def make_batch(samples: Sequence[int]) -> Batch:
     generator = torch.Generator().manual_seed(4)
     labels = {source: torch.randint(-1, 3, (NUM_SAMPLES, WIDTHS[source]), generator=generator) for source in SOURCES}
     labels["pages"] = torch.randint(-1, 11, labels["pages"].shape, generator=generator)
+    seeds = torch.tensor([100 + sample for sample in samples], dtype=torch.int64)
+    known = Samples.of_one_source("pages", tuple(f"sample-{sample}" for sample in samples), seeds)
+    source_index = torch.tensor([SOURCE_OF[sample] for sample in samples], dtype=torch.int32)
+    cu_seqlens = torch.arange(len(samples) + 1, dtype=torch.int32)
+    own = {
+        source: labels[source][[sample for sample in samples if SOURCE_OF[sample] == index]].int()
+        for index, source in enumerate(SOURCES)
+    }
     return Batch(
-        positions=torch.zeros(len(samples), 3, dtype=torch.int32),
-        cu_seqlens=torch.arange(len(samples) + 1, dtype=torch.int32),
-        source_index=torch.tensor([SOURCE_OF[sample] for sample in samples], dtype=torch.int32),
-        source_names=SOURCES,
-        sample_keys=tuple(f"sample-{sample}" for sample in samples),
-        sample_seeds=torch.tensor([100 + sample for sample in samples], dtype=torch.int64),
-        labels={
-            source: labels[source][[sample for sample in samples if SOURCE_OF[sample] == index]].int()
-            for index, source in enumerate(SOURCES)
-        },
+        {MAIN_PACK: PatchPack.of_whole_samples(torch.zeros(len(samples), 3, dtype=torch.int32), cu_seqlens)},
+        replace(known, source_names=SOURCES, source=source_index),
+        {name: own[head["source"]] for name, head in HEADS.items()},
     )
 
 
@@ -101,6 +103,7 @@ def step_with(names: Sequence[str], topology: ParallelTopology) -> dict[str, Any
     """One step of some of the heads; results by head, and what was called in each microbatch."""
     objectives = build_objectives(
         {name: PartialFCConfig(**(FEW | HEADS[name])) for name in names},
+        kinds=load_kinds(),
         topology=topology,
         embedding_size=SIZE,
         seed=3,
@@ -120,17 +123,17 @@ def step_with(names: Sequence[str], topology: ParallelTopology) -> dict[str, Any
     for samples, batch in zip(layout, batches, strict=True):
         pooled = embeddings[samples].requires_grad_()
         with counted() as made:
-            features = VisionFeatures(torch.empty(0), pooled, batch.cu_seqlens)
+            features = make_features(pooled, batch)
             output = objectives.forward(features, batch, {name: 0.5 + index for index, name in enumerate(names)})
             output.loss.backward()
         calls.append(made)
         gradient[samples] = pooled.grad
         for name in names:
             losses[name] += float(output.metrics[f"{name}/loss"][0])
-    norms = objectives.row_gradient_norms()
+    norms = objectives.gradient_norms()
     tables = {name: objectives[name].centers for name in names}
     rows = {name: table.gradient_of_rows() for name, table in tables.items()}
-    objectives.apply_update(0.01)
+    objectives.step(0.01)
     return {
         "losses": losses,
         "norms": {name: float(norm) for name, norm in norms.items()},
@@ -221,14 +224,12 @@ def test_a_microbatch_of_three_heads_costs_three_collectives(grid, expected):
 def test_a_step_of_any_number_of_heads_costs_one_message_before_it(grid):
     """And none when it begins: nothing then waits for another rank."""
     has_replicas = GRIDS[grid][0] > GRIDS[grid][1]
-    labels = make_batch(range(NUM_SAMPLES)).labels
+    inputs = make_batch(range(NUM_SAMPLES)).inputs
     for results in results_of(grid):
         for names in ("all", "three", "words"):
             assert results[names]["prepare_calls"] == (["all_gather_into_tensor"] if has_replicas else [])
             assert results[names]["begin_calls"] == []
-        assert results["all"]["item_counts"] == {
-            name: int((labels[str(config["source"])] >= 0).any(1).sum()) for name, config in HEADS.items()
-        }
+        assert results["all"]["item_counts"] == {name: int((inputs[name] >= 0).any(1).sum()) for name in HEADS}
 
 
 def test_heads_with_a_table_per_replica_share_two_more_over_tensor_ranks():

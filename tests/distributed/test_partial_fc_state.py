@@ -67,7 +67,7 @@ def state_of(objectives: ObjectiveSet) -> State:
 
 def step_once(case: Case, objectives: ObjectiveSet, topology: ParallelTopology, step: int) -> None:
     run_microbatches(replace(case, step=step), objectives, STEP_LAYOUTS[topology.data_size], topology)
-    objectives.apply_update(0.1)
+    objectives.step(0.1)
 
 
 def train_and_save(
@@ -281,8 +281,8 @@ def poisoned_step(rank: int, world_size: int, case: Case) -> tuple[float, bool]:
     if topology.data_rank == 0:
         case.embeddings[0, 0] = float("nan")
     run_microbatches(case, objectives, STEP_LAYOUTS[world_size], topology)
-    norm = float(objectives.row_gradient_norms()[NAME])
-    objectives.discard_update()
+    norm = float(objectives.gradient_norms()[NAME])
+    objectives.discard()
     kept = all(torch.equal(old, getattr(table, key)) for old, key in zip(before, KEYS, strict=True))
     return norm, kept
 

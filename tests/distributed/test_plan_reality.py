@@ -10,12 +10,11 @@ import pytest
 
 from megatron_ove.data.delivery import StepLoader
 from megatron_ove.parallel import gradient_buckets
-from megatron_ove.planning.class_tables import plan_tables
 from megatron_ove.planning.communication import plan_communication
 from megatron_ove.planning.devices import find_device
 from megatron_ove.planning.layout import Place, layout_of
 from megatron_ove.planning.memory import plan_memory
-from megatron_ove.planning.parameters import chunk_parameters
+from megatron_ove.planning.needs import chunk_parameters, plan_tables
 from megatron_ove.planning.workload import workload_of
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import check, tiny_config, write_tiny_sources
@@ -76,7 +75,7 @@ def trace_steps(rank: int, world_size: int, data: dict[str, Any], bucket_size: i
             with trace:
                 loaded = trainer.loader.load_step(step)
                 with kept.hooks():
-                    trainer.train_step(loaded, encoder_lr=1e-3, class_lr=1e-3, wants_stop=False)
+                    trainer.train_step(loaded, lr=1e-3, wants_stop=False)
         plan = trainer.loader._planner.plan(1)
         trainer.loader.close()
         return {
@@ -186,7 +185,7 @@ def test_memory_is_what_is_held(run):
     for rank in ranks:
         place = rank["place"]
         for chunk, names in enumerate(rank["names"]):
-            parameters = chunk_parameters(config.encoder, layout, stage=place.stage, chunk=chunk)
+            parameters = chunk_parameters(config, layout, stage=place.stage, chunk=chunk)
             assert [(one.name, one.shape) for one in parameters] == names
         workload = workload_of(rank["plan"], tuple(config.data.sources), layout.data)
         tables = plan_tables(config, layout, place, workload, device)

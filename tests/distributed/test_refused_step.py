@@ -29,9 +29,9 @@ def build(data: dict[str, Any]):
 
 def everything(trainer: Any) -> dict[str, torch.Tensor]:
     """Returns copies of all weights, moments and tables of this rank."""
-    from megatron_ove.training.build_model import encoder_of
+    from megatron_ove.training.build_model import model_of
 
-    state = {f"model.{name}": value for name, value in encoder_of(trainer.chunks[0]).state_dict().items()}
+    state = {f"model.{name}": value for name, value in model_of(trainer.chunks[0]).encoder.state_dict().items()}
     inner = trainer.optimizer._optimizer.optimizer
     for number, values in inner.state_dict()["state"].items():
         state |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
@@ -49,7 +49,7 @@ def train_with_one_bad_step(rank: int, world_size: int, data: dict[str, Any], wh
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("megatron_ove.training").addHandler(handler)
-    changed, forward, gradient_norm = [], trainer.objectives.forward, trainer.optimizer.gradient_norm
+    changed, forward, gradient_norms = [], trainer.objectives.forward, trainer.optimizer.gradient_norms
 
     def spoilt_forward(features, batch, scales):
         output = forward(features, batch, scales)
@@ -65,16 +65,16 @@ def train_with_one_bad_step(rank: int, world_size: int, data: dict[str, Any], wh
             features = replace(features, pooled=pooled)
         return forward(features, batch, scales)
 
-    def spoilt_norm():
-        norm = gradient_norm()
-        return float("inf") if trainer.state.step == 2 and rank == 1 else norm
+    def spoilt_norms():
+        norms = gradient_norms()
+        return {"": float("inf")} if trainer.state.step == 2 and rank == 1 else norms
 
     if where == "loss":
         trainer.objectives.forward = spoilt_forward
     elif where.startswith("embedding"):
         trainer.objectives.forward = poisoned_forward
     else:
-        trainer.optimizer.gradient_norm = spoilt_norm
+        trainer.optimizer.gradient_norms = spoilt_norms
     one_step = trainer._one_step
 
     def watched(*args: Any) -> Any:
@@ -142,9 +142,9 @@ def train_with_refused_first_steps(
     rank: int, world_size: int, data: dict[str, Any], num_refused: int
 ) -> dict[str, int]:
     trainer = build(data)
-    gradient_norm = trainer.optimizer.gradient_norm
-    trainer.optimizer.gradient_norm = lambda: (
-        gradient_norm() if trainer.state.step >= num_refused else gradient_norm() * float("inf")
+    gradient_norms = trainer.optimizer.gradient_norms
+    trainer.optimizer.gradient_norms = lambda: (
+        gradient_norms() if trainer.state.step >= num_refused else {"": gradient_norms()[""] * float("inf")}
     )
     return trainer.run().state_dict()
 

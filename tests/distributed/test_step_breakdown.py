@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def train(rank: int, world_size: int, data: dict[str, Any], slow: Mapping[int, t
     """Trains; step s is slow in phase `slow[s][0]` on rank `slow[s][1]`; returns each step's seconds by our clock."""
     from megatron_ove.outputs import VisionFeatures
     from megatron_ove.parallel.topology import initialize_topology
-    from megatron_ove.training.build_model import encoder_of
+    from megatron_ove.training.build_model import model_of
     from megatron_ove.training.trainer import Trainer
 
     config = check(data)
@@ -74,15 +75,15 @@ def train(rank: int, world_size: int, data: dict[str, Any], slow: Mapping[int, t
 
     before(trainer.loader, "load_step", "data")
     before(trainer.optimizer, "step", "optimizer")
-    encoder = encoder_of(trainer.chunks[-1])
+    encoder = model_of(trainer.chunks[-1]).encoder
     encode = encoder.forward
 
-    def slow_encoder(batch: Any) -> Any:
+    def slow_encoder(pack: Any) -> Any:
         wait("forward")
-        output = encode(batch)
+        output = encode(pack)
         if isinstance(output, VisionFeatures):
             pooled = _SlowBackward.apply(output.pooled, lambda: wait("backward"))
-            return VisionFeatures(output.tokens, pooled, output.cu_seqlens)
+            return replace(output, pooled=pooled)
         return _SlowBackward.apply(output, lambda: wait("backward"))
 
     object.__setattr__(encoder, "forward", slow_encoder)
@@ -91,7 +92,7 @@ def train(rank: int, world_size: int, data: dict[str, Any], slow: Mapping[int, t
 
         def slow_head(features: VisionFeatures, *args: Any) -> Any:
             pooled = _SlowBackward.apply(features.pooled, lambda: wait("head"))
-            return head(VisionFeatures(features.tokens, pooled, features.cu_seqlens), *args)
+            return head(replace(features, pooled=pooled), *args)
 
         trainer.objectives.forward = slow_head  # type: ignore[method-assign]
     one_step = trainer._one_step
@@ -174,7 +175,7 @@ def train_counted(rank: int, world_size: int, data: dict[str, Any]) -> list[tupl
 
     def counted(step: int) -> Any:
         loaded = load_step(step)
-        lengths = torch.cat([batch.cu_seqlens.diff() for batch in loaded.batches])
+        lengths = torch.cat([batch.main.cu_seqlens.diff() for batch in loaded.batches])
         counts.append((int(lengths.sum()), int(lengths.square().sum()), len(lengths)))
         return loaded
 

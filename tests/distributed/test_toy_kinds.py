@@ -12,14 +12,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from megatron_ove.convert.checkpoint_files import read_tensors
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import check, tiny_config, write_tiny_sources
 
 TOYS = "tests.support.toys"
 NUM_STEPS = 6
-ONEVISION = {"hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 192}
+ONEVISION = {"hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 192, "drop_path": 0.3}
 MIXER = {"kind": "mixer", "hidden_size": 32, "num_layers": 4, "ffn_hidden_size": 48, "initializer_range": 0.1}
 SMALL_BUCKETS = 5_000
 """Elements: several buckets, whose ends are no multiples of what the distributed optimizer pads to."""
@@ -61,7 +64,7 @@ def toy_config(sources: dict[str, str], run_dir: Path | str, *, encoder: str, **
         "bright_pages": {"kind": "brightness", "source": "pages"},
     }
     data["optim"] = {"lr": 1e-3, "schedule": {"warmup_steps": 2}, **sections.get("optim", {})}
-    data["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": 16, **sections.get("train", {})}
+    data["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": 16, "ema_decay": 0.5, **sections.get("train", {})}
     return data
 
 
@@ -100,6 +103,15 @@ def figures(run_dir: Path) -> list[dict[str, float]]:
     return [{name: row[name] for name in row if name.split("/")[0] in ("loss", "grad_norm")} for row in rows]
 
 
+def stored_averages(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Returns the averaged weights of a run's last checkpoint, whole; they differ from the weights."""
+    checkpoint = run_dir / "checkpoints" / f"step_{NUM_STEPS:08d}"
+    found, weights = read_tensors(checkpoint, "average."), read_tensors(checkpoint, "mod")
+    assert {f"average.{name}" for name in weights if not name.endswith("_extra_state")} == set(found)
+    assert not any(torch.equal(found[f"average.{name}"], weights[name]) for name in weights if "weight" in name)
+    return found
+
+
 def assert_alike(found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
     assert len(found) == len(expected) and found
     for row, reference in zip(found, expected, strict=True):
@@ -114,6 +126,21 @@ def references(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory
     configs = {name: toy_config(sources, folder / name, encoder=name) for name in ("onevision", "mixer")}
     run_distributed(walk, 1, configs)
     return {name: figures(folder / name) for name in configs}
+
+
+def test_a_budget_of_an_objective_is_kept(sources: dict[str, str], tmp_path: Path) -> None:
+    from megatron_ove.data.build import build_source
+    from megatron_ove.data.mixture import planner_of
+    from megatron_ove.data.shard_fit import open_shard_sets
+
+    config = check(toy_config(sources, tmp_path, encoder="onevision"))
+    opened = open_shard_sets(config)
+    common = {"kinds": config.kinds, "patch_size": 14, "device": torch.device("cpu"), "num_threads": 1}
+    planned = [build_source(name, one, opened[name], **common) for name, one in config.data.sources.items()]
+    for step in range(4):
+        plan = planner_of(config, planned, data_size=2).plan(step)
+        pages = plan.microbatch_index[plan.source_index == list(config.data.sources).index("pages")]
+        assert np.bincount(pages).max() <= 3
 
 
 def test_each_objective_learns_and_is_told_apart(references: dict[str, list[dict[str, float]]]) -> None:
@@ -137,6 +164,9 @@ def test_layouts_agree_with_one_process(
     run_distributed(walk, world_size, configs, timeout_s=280)
     for name in configs:
         assert_alike(figures(tmp_path / name), references[encoder], 2e-5)
+    averages = [stored_averages(tmp_path / name) for name in configs]
+    for name, average in averages[0].items():
+        assert all(torch.allclose(other[name], average, rtol=1e-4, atol=1e-6) for other in averages), name
 
 
 def test_a_microbatch_without_any_sample(sources: dict[str, str], tmp_path: Path) -> None:
@@ -162,6 +192,8 @@ def test_a_run_goes_on_in_its_own_layout_and_in_another(
     in_one_go = run_distributed(walk, 2, {"straight": part("straight", whole, overlap)})
     resumed = run_distributed(walk, 2, {"a": part("same", half, overlap), "b": part("same", whole, overlap)})
     assert figures(tmp_path / "same") == figures(tmp_path / "straight")
+    averages = [stored_averages(tmp_path / name) for name in ("same", "straight")]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
     for rank in range(2):
         for name, values in in_one_go[rank]["straight"].items():
             assert (resumed[rank]["b"][name] == values).all(), name

@@ -18,7 +18,7 @@ from megatron_ove.errors import ConfigError
 from megatron_ove.model.encoder import build_encoder, build_encoder_chunks
 from megatron_ove.parallel.topology import ParallelTopology, destroy_topology, initialize_topology
 from tests.support.encoder_parity import PLAIN, WIDTHS, Errors, Outcome, compare, copy_weights, run_encoder
-from tests.support.tiny import make_batch, mixed_samples, tiny_encoder_config
+from tests.support.tiny import make_pack, mixed_samples, tiny_encoder_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,8 +99,8 @@ def test_one_checkpoint_for_both_kinds_of_layers(cuda_topology: ParallelTopology
     ]
     assert states[0] == states[1]
     copy_weights(*encoders)
-    batch = make_batch(mixed_samples()).to(cuda_topology.device)
-    first, second = (encoder(batch).pooled.float() for encoder in encoders)
+    pack = make_pack(mixed_samples()).to(cuda_topology.device)
+    first, second = (encoder(pack).pooled.float() for encoder in encoders)
     assert (first - second).norm() < 0.03 * first.norm()
 
 
@@ -117,10 +117,10 @@ def test_weight_gradients_added_by_the_matrix_product(cuda_topology: ParallelTop
     plain = build_encoder(config, cuda_topology, dtype=torch.bfloat16, seed=0)
     for parameter in fused.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
-    batch = make_batch(mixed_samples(), num_patches=96).to(cuda_topology.device)
+    pack = make_pack(mixed_samples(), num_patches=96).to(cuda_topology.device)
     for _ in range(2):
-        plain(batch).pooled.float().sum().backward()
-        fused(batch).pooled.float().sum().backward()
+        plain(pack).pooled.float().sum().backward()
+        fused(pack).pooled.float().sum().backward()
     for (name, parameter), (_, wanted) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
         if name.endswith("linear_fc2.weight"):
             assert wanted.grad is not None

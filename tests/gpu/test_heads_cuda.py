@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.heads import triton_backend
-from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology, destroy_topology, initialize_topology
 from tests.support import head_kernels, head_steps
 from tests.support.head_kernels import Sizes, relative_error
@@ -116,10 +115,10 @@ def run_steps(topology: ParallelTopology, backend: str, count: int) -> list[Tens
                 torch.cuda.set_sync_debug_mode("error")
             begin(objectives, step, batches)
             for batch, part in zip(batches, pooled, strict=True):
-                features = VisionFeatures(tokens=embeddings[:0], pooled=part, cu_seqlens=batch.cu_seqlens)
+                features = head_steps.make_features(part, batch)
                 objectives.forward(features, batch, {head_steps.NAME: 1 / 96}).loss.backward()
-            objectives.row_gradient_norms()
-            objectives.apply_update(0.01)
+            objectives.gradient_norms()
+            objectives.step(0.01)
         finally:
             if topology.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")

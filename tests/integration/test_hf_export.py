@@ -36,7 +36,7 @@ from megatron_ove.parallel.topology import ParallelTopology
 from tests.support.distributed import run_distributed
 from tests.support.hf_models import strip_of
 from tests.support.run_checkpoints import PATCH, class_table, write_in_layout, write_run_checkpoint
-from tests.support.tiny import codec_clip_sample, image_sample, make_batch
+from tests.support.tiny import codec_clip_sample, image_sample, make_pack
 from tests.support.tiny_run import NUM_CLASSES
 
 LAYOUT = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
@@ -128,7 +128,7 @@ def test_auto_model_equals_the_trained_encoder(
         image_sample(3, 2, patch_size=PATCH),
         (image_sample(4, 4, seed=1, patch_size=PATCH)[0], codec_clip_sample(16, 2, 3, seed=2)[1]),
     ]
-    features = encoder(make_batch(samples, num_patches=40, patch_size=PATCH))
+    features = encoder(make_pack(samples, num_patches=40, patch_size=PATCH))
     model = load(exported, attn_implementation=attention)
     assert model.config._attn_implementation == attention
     assert not list(model.buffers())

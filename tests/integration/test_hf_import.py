@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ove.checkpoint.initialize import find_start, load_encoder_weights
+from megatron_ove.checkpoint.initialize import find_start
 from megatron_ove.cli.main import main
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint
@@ -24,11 +24,13 @@ from megatron_ove.convert.hf_folder import write_hf_folder
 from megatron_ove.convert.hf_import import import_pretrained
 from megatron_ove.errors import CheckpointError
 from megatron_ove.parallel.topology import ParallelTopology
+from megatron_ove.training.build_model import build_model_chunks, parameter_names
+from megatron_ove.training.start_weights import StartWeights
 from tests.support.distributed import run_distributed
 from tests.support.hf_models import reference_with_busy_weights
 from tests.support.run_checkpoints import load_in_layout
 from tests.support.tiny import tiny_encoder_config
-from tests.support.tiny_run import tiny_config, write_config, write_tiny_sources
+from tests.support.tiny_run import NUM_CLASSES, check, tiny_config, write_config, write_tiny_sources
 
 CONFIG = tiny_encoder_config(patch_size=14, rope_temporal_size=16)
 
@@ -124,9 +126,13 @@ def test_another_architecture_is_refused_as_a_start(
     pretrained: Path, topology: ParallelTopology, tmp_path: Path
 ) -> None:
     checkpoint = import_pretrained(pretrained, tmp_path / "checkpoint")
-    other = {**CONFIG.model_dump(mode="json"), "num_layers": 2}
+    data = tiny_config(dict.fromkeys(NUM_CLASSES, "unused"), tmp_path / "run", init_from=str(checkpoint))
+    data["encoder"] = {**CONFIG.model_dump(mode="json"), "num_layers": 2}
+    config = check(data)
+    chunks = build_model_chunks(config, topology, None)
+    start = StartWeights(config, topology, chunks, None, parameter_names(chunks))
     with pytest.raises(CheckpointError, match=r"holds another encoder: encoder\.num_layers is 4 there and 2 here; set"):
-        load_encoder_weights(checkpoint, {}, encoder=other)
+        start.take()
     with pytest.raises(CheckpointError, match=r"init_from = \S+ cannot be used: it has no manifest\.json"):
         find_start(tmp_path, verify="full")
     assert find_start(checkpoint, verify="full") == checkpoint

@@ -43,7 +43,7 @@ def train(rank: int, world_size: int, data: dict[str, Any]) -> list[list[str]]:
 
     def recorded(step: int):
         loaded = load_step(step)
-        keys.append([key for batch in loaded.batches for key in batch.sample_keys])
+        keys.append([key for batch in loaded.batches for key in batch.samples.keys])
         return loaded
 
     trainer.loader.load_step = recorded  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from megatron_ove.model.kernels import EncoderKernels
 from megatron_ove.model.parameter_names import transformer_engine_name
 from megatron_ove.parallel.topology import ParallelTopology
 from tests.support.fused_kernels import use_kernels
-from tests.support.tiny import make_batch, mixed_samples, tiny_encoder_config
+from tests.support.tiny import make_pack, mixed_samples, tiny_encoder_config
 
 ENGINE = "transformer_engine"
 KERNELS = {
@@ -38,7 +38,7 @@ def build(topology: ParallelTopology, **changes: Any) -> VisionEncoder:
 
 def step(encoder: VisionEncoder, *, num_patches: int | None = 200) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns pooled [b, h] and every gradient under its published name."""
-    features = encoder(make_batch(mixed_samples(), num_patches=num_patches))
+    features = encoder(make_pack(mixed_samples(), num_patches=num_patches))
     weights = torch.randn(features.pooled.shape, generator=torch.Generator().manual_seed(0))
     (features.pooled * weights).sum().backward()
     gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
@@ -61,17 +61,17 @@ def test_equals_the_plain_kernels(
 
 @pytest.mark.parametrize("kernels", ["flash", "engine layers and rotation, flash"])
 def test_bf16(topology: ParallelTopology, monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
-    batch = make_batch(mixed_samples(), num_patches=96)
-    expected = build_encoder(tiny_encoder_config(), topology, dtype=torch.float32, seed=3)(batch).pooled
+    pack = make_pack(mixed_samples(), num_patches=96)
+    expected = build_encoder(tiny_encoder_config(), topology, dtype=torch.float32, seed=3)(pack).pooled
     use_kernels(monkeypatch, KERNELS[kernels])
-    pooled = build_encoder(tiny_encoder_config(), topology, dtype=torch.bfloat16, seed=3)(batch).pooled
+    pooled = build_encoder(tiny_encoder_config(), topology, dtype=torch.bfloat16, seed=3)(pack).pooled
     assert pooled.dtype == torch.bfloat16
     assert (pooled.float() - expected).abs().max() < 5e-2 * expected.abs().max()
 
 
 def test_a_checkpoint_serves_both_kinds_of_layers(topology: ParallelTopology, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written with either, read with the other: the same keys, and the same function afterwards."""
-    local, batch = build(topology), make_batch(mixed_samples())
+    local, pack = build(topology), make_pack(mixed_samples())
     with torch.no_grad():
         for parameter in local.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
@@ -91,7 +91,7 @@ def test_a_checkpoint_serves_both_kinds_of_layers(topology: ParallelTopology, mo
         assert shapes[0] == shapes[1]
     stored = stored_tensors(local)
     engine.load_state_dict({name: stored[key] for name, key in keys_of(engine).items()})
-    assert torch.allclose(engine(batch).pooled, local(batch).pooled, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(engine(pack).pooled, local(pack).pooled, rtol=1e-5, atol=1e-6)
 
 
 ENGINE_NAMES = [

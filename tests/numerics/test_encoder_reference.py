@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ove.batch import PatchPack
 from megatron_ove.convert.mapping import to_hf, to_mcore
 from megatron_ove.model.encoder import VisionEncoder, build_encoder
 from megatron_ove.parallel.topology import ParallelTopology
@@ -15,7 +16,7 @@ from tests.support.tiny import (
     codec_clip_sample,
     collage_sample,
     image_sample,
-    make_batch,
+    make_pack,
     mixed_samples,
     sampled_frames_sample,
     tiny_encoder_config,
@@ -73,11 +74,11 @@ def hidden_states(encoder: VisionEncoder) -> list[Tensor]:
 def test_every_layer_and_every_gradient(topology: ParallelTopology, kind: str, padding: int) -> None:
     reference, encoder = build_pair(topology)
     samples = KINDS[kind]
-    batch = make_batch(samples, num_patches=sum(len(positions) for _, positions in samples) + padding)
+    pack = make_pack(samples, num_patches=sum(len(positions) for _, positions in samples) + padding)
     states = hidden_states(encoder)
-    features = encoder(batch)
+    features = encoder(pack)
     expected = [reference(*sample) for sample in samples]
-    bounds = batch.cu_seqlens.tolist()
+    bounds = pack.cu_seqlens.tolist()
     for index, output in enumerate(expected):
         rows = slice(bounds[index], bounds[index + 1])
         for depth, state in enumerate(states):
@@ -111,10 +112,10 @@ def test_pixels_are_patches(topology: ParallelTopology) -> None:
     grid = pixels[:, : 3 * patch, : 5 * patch].unflatten(2, (5, patch)).unflatten(1, (3, patch))  # [3, hp, p, wp, p]
     patches = grid.permute(1, 3, 0, 2, 4).reshape(15, -1)
     expected = reference(pixels, positions)
-    features = encoder(make_batch([(patches, positions)]))
+    features = encoder(make_pack([(patches, positions)]))
     assert relative_error(features.pooled[0], expected.pooled) < FP32_TOLERANCE
     normalised = (patches.view(15, 3, -1).float() / 255 - _clip("MEAN")) / _clip("STD")
-    again = encoder(make_batch_of_floats(normalised.flatten(1), positions))
+    again = encoder(make_pack_of_floats(normalised.flatten(1), positions))
     assert torch.equal(again.pooled, features.pooled)
 
 
@@ -124,18 +125,18 @@ def _clip(name: str) -> Tensor:
     return getattr(reference_encoder, name).view(1, 3, 1)
 
 
-def make_batch_of_floats(patches: Tensor, positions: Tensor) -> object:
+def make_pack_of_floats(patches: Tensor, positions: Tensor) -> PatchPack:
     from dataclasses import replace
 
-    return replace(make_batch([(torch.zeros_like(patches, dtype=torch.uint8), positions)]), patches=patches)
+    return replace(make_pack([(torch.zeros_like(patches, dtype=torch.uint8), positions)]), patches=patches)
 
 
 def test_padding_and_company_change_nothing(topology: ParallelTopology) -> None:
     """A sample's embedding depends neither on the samples packed with it nor on what the padding holds."""
     _, encoder = build_pair(topology)
     samples = KINDS["mixed"]
-    alone = torch.cat([encoder(make_batch([sample])).pooled for sample in samples])
-    padded = make_batch(samples, num_patches=400)
+    alone = torch.cat([encoder(make_pack([sample])).pooled for sample in samples])
+    padded = make_pack(samples, num_patches=400)
     together = encoder(padded).pooled
     assert relative_error(together, alone) < FP32_TOLERANCE
     bounds = padded.cu_seqlens.tolist()
@@ -146,7 +147,7 @@ def test_padding_and_company_change_nothing(topology: ParallelTopology) -> None:
 
 def test_empty_microbatch_gives_exact_zero_gradients(topology: ParallelTopology) -> None:
     _, encoder = build_pair(topology)
-    features = encoder(make_batch([], num_patches=256))
+    features = encoder(make_pack([], num_patches=256))
     assert features.pooled.shape == (0, 64) and features.tokens.shape == (256, 1, 64)
     features.pooled.sum().backward()
     for name, parameter in encoder.named_parameters():
@@ -157,8 +158,8 @@ def test_gradients_of_tokens(topology: ParallelTopology) -> None:
     """A loss on the tokens, without the pooling head, sends the same gradients back."""
     reference, encoder = build_pair(topology, use_head=False)
     samples = KINDS["mixed"]
-    features = encoder(make_batch(samples))
-    assert features.pooled.shape == (len(samples), 0)
+    features = encoder(make_pack(samples))
+    assert features.pooled is None
     expected = torch.cat([reference(*sample).last_hidden_state for sample in samples])
     assert relative_error(features.tokens[:, 0], expected) < FP32_TOLERANCE
     weights = output_weights(*expected.shape)
@@ -172,7 +173,7 @@ def test_recompute_changes_nothing(topology: ParallelTopology, recompute: str) -
     outputs = []
     for mode in ("none", recompute):
         _, encoder = build_pair(topology, recompute=mode)
-        features = encoder(make_batch(KINDS["mixed"], num_patches=128))
+        features = encoder(make_pack(KINDS["mixed"], num_patches=128))
         (features.pooled * output_weights(*features.pooled.shape)).sum().backward()
         outputs.append((features.pooled, {name: parameter.grad for name, parameter in encoder.named_parameters()}))
     assert torch.equal(outputs[0][0], outputs[1][0])
@@ -184,7 +185,7 @@ def test_bf16(topology: ParallelTopology) -> None:
     encoder = build_encoder(reference.config, topology, dtype=torch.bfloat16, seed=0)
     encoder.load_state_dict(exact.state_dict())
     samples: list[Sample] = KINDS["mixed"]
-    features = encoder(make_batch(samples, num_patches=96))
+    features = encoder(make_pack(samples, num_patches=96))
     assert features.pooled.dtype == torch.bfloat16
     assert relative_error(features.pooled.float(), reference.encode(samples)) < BF16_TOLERANCE
     features.pooled.float().sum().backward()
@@ -196,6 +197,6 @@ def test_epsilon_reaches_every_norm(topology: ParallelTopology) -> None:
     reference, encoder = build_pair(topology, layer_norm_epsilon=0.1)
     sample = image_sample(3, 5)
     expected = reference(*sample)
-    features = encoder(make_batch([sample]))
+    features = encoder(make_pack([sample]))
     assert relative_error(features.tokens[:, 0], expected.last_hidden_state) < FP32_TOLERANCE
     assert relative_error(features.pooled[0], expected.pooled) < FP32_TOLERANCE

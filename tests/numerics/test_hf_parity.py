@@ -19,7 +19,7 @@ from tests.support.hf_models import (
     strip_of,
 )
 from tests.support.reference_encoder import ReferenceEncoder
-from tests.support.tiny import PATCH_SIZE, grid_positions, make_batch, mixed_samples, tiny_encoder_config
+from tests.support.tiny import PATCH_SIZE, grid_positions, make_pack, mixed_samples, tiny_encoder_config
 
 # fp32 sums in different order over 4 layers, outputs of order 1; measured below 3e-6.
 FP32_TOLERANCE = 1e-5
@@ -125,7 +125,7 @@ def test_equal_to_the_megatron_encoder(
     encoder = build_encoder(reference.config, topology, dtype=torch.float32, seed=0)
     encoder.load_state_dict(to_mcore(reference.state_dict(), reference.config))
     samples = mixed_samples()
-    features = encoder(make_batch(samples, num_patches=96))
+    features = encoder(make_pack(samples, num_patches=96))
     bounds = features.cu_seqlens.tolist()
     for index, (patches, positions) in enumerate(samples):
         output = model(strip_of(patches, PATCH_SIZE), patch_positions=positions[None])

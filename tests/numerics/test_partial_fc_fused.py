@@ -85,11 +85,11 @@ def several_steps(case: Case) -> dict[str, Any]:
     for step in range(4):
         one = replace(case, step=step, embeddings=case.embeddings.roll(step, 1))
         run_microbatches(one, objectives, PARTS, _TOPOLOGY[0])
-        norms.append(float(objectives.row_gradient_norms()[NAME]))
+        norms.append(float(objectives.gradient_norms()[NAME]))
         if step == 2:
-            objectives.discard_update()
+            objectives.discard()
         else:
-            objectives.apply_update(0.003)
+            objectives.step(0.003)
     true = torch.linalg.vector_norm(table.weight.double(), dim=1)
     torch.testing.assert_close(table._update.norms[:-1].double(), true, rtol=1e-5, atol=0)
     keys = ("weight", "exp_avg", "exp_avg_sq", "steps")
@@ -124,7 +124,7 @@ def norm_and_true_norm(case: Case) -> tuple[float, float, torch.dtype]:
     objectives = build(case, _TOPOLOGY[0])
     run_microbatches(case, objectives, WHOLE, _TOPOLOGY[0])
     table = table_of(objectives)
-    norm = float(objectives.row_gradient_norms()[NAME])
+    norm = float(objectives.gradient_norms()[NAME])
     return norm, float(table.gradient_of_rows().norm()), table.step_table.gradient.radial.dtype
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ove.batch import Batch
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.errors import CheckpointError, ConfigError, DataError
+from megatron_ove.kinds import load_kinds
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.objectives.objective_set import ObjectiveSet
-from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology, destroy_topology
 from tests.support.head_steps import (
     NAME,
@@ -26,6 +27,7 @@ from tests.support.head_steps import (
     dense_step,
     make_batch,
     make_case,
+    make_features,
     run_microbatches,
     start,
     table_of,
@@ -52,8 +54,7 @@ def assert_untouched(objectives: ObjectiveSet, before: list[Tensor]) -> None:
 
 def forward(case: Case, objectives: ObjectiveSet, batch, samples) -> Tensor:
     pooled = case.embeddings[list(samples)].requires_grad_()
-    features = VisionFeatures(torch.empty(0), pooled, batch.cu_seqlens)
-    return objectives.forward(features, batch, {NAME: 1 / case.num_items}).loss
+    return objectives.forward(make_features(pooled, batch), batch, {NAME: 1 / case.num_items}).loss
 
 
 @pytest.mark.parametrize("embedding_size", [6, 12])
@@ -74,7 +75,7 @@ def test_a_microbatch_without_a_backward_pass_adds_nothing(topology, embedding_s
             loss = forward(case, objectives, batch, samples)
             if index != skipped:
                 loss.backward()
-        norms.append(float(objectives.row_gradient_norms()[NAME]))
+        norms.append(float(objectives.gradient_norms()[NAME]))
         gradients.append(table_of(objectives).gradient_of_rows())
     whole, parts = gradients[0], gradients[1:]
     torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-4, atol=1e-6)
@@ -104,18 +105,18 @@ def test_a_poisoned_embedding_shows_in_the_norm_and_discard_leaves_every_bit(top
     case = make_case(embedding_size=embedding_size)
     objectives = build(case, topology)
     run_microbatches(case, objectives, WHOLE, topology)
-    objectives.apply_update(0.1)
+    objectives.step(0.1)
     before = contents(objectives)
     case.embeddings[3, 2] = poison
     run_microbatches(case, objectives, WHOLE, topology)
-    assert not torch.isfinite(objectives.row_gradient_norms()[NAME])
-    objectives.discard_update()
+    assert not torch.isfinite(objectives.gradient_norms()[NAME])
+    objectives.discard()
     assert_untouched(objectives, before)
-    assert float(objectives.row_gradient_norms()[NAME]) == 0.0
+    assert float(objectives.gradient_norms()[NAME]) == 0.0
     # The memory that held the poison is used again.
     healthy = make_case(embedding_size=embedding_size, sample_rate=0.5)
     run_microbatches(replace(case, embeddings=healthy.embeddings), objectives, WHOLE, topology)
-    assert torch.isfinite(objectives.row_gradient_norms()[NAME])
+    assert torch.isfinite(objectives.gradient_norms()[NAME])
 
 
 @pytest.mark.parametrize("embedding_size", [6, 12])
@@ -138,12 +139,12 @@ def test_a_step_without_labels_leaves_every_bit(topology):
     case = make_case(sample_rate=0.5)
     objectives = build(case, topology)
     run_microbatches(case, objectives, WHOLE, topology)
-    objectives.apply_update(0.1)
+    objectives.step(0.1)
     before = contents(objectives)
     gradients, loss, _ = run_microbatches(case, objectives, [[[], [-1, -1], [4]]], topology)
     assert loss == 0.0 and not gradients[4].any()
-    assert float(objectives.row_gradient_norms()[NAME]) == 0.0
-    objectives.apply_update(0.1)
+    assert float(objectives.gradient_norms()[NAME]) == 0.0
+    objectives.step(0.1)
     assert_untouched(objectives, before)
 
 
@@ -152,11 +153,11 @@ def test_a_frozen_encoder_still_trains_the_centers(topology):
     objectives = build(case, topology)
     run_microbatches(case, objectives, WHOLE, topology)
     expected = table_of(objectives).gradient_of_rows()
-    objectives.discard_update()
+    objectives.discard()
 
     batch = make_batch(case, range(9))
     begin(objectives, case.step, [batch])
-    features = VisionFeatures(torch.empty(0), case.embeddings, batch.cu_seqlens)
+    features = make_features(case.embeddings, batch)
     objectives.forward(features, batch, {NAME: 1 / case.num_items}).loss.backward()
     assert torch.equal(table_of(objectives).gradient_of_rows(), expected)
 
@@ -165,13 +166,13 @@ def test_evaluation_without_gradients_gives_the_loss_and_leaves_no_gradient(topo
     case = make_case(sample_rate=0.5)
     objectives = build(case, topology)
     _, expected, _ = run_microbatches(case, objectives, WHOLE, topology)
-    objectives.discard_update()
+    objectives.discard()
     batch = make_batch(case, range(9))
     begin(objectives, case.step, [batch])
     with torch.no_grad():
-        features = VisionFeatures(torch.empty(0), case.embeddings, batch.cu_seqlens)
+        features = make_features(case.embeddings, batch)
         loss = objectives.forward(features, batch, {NAME: 1 / case.num_items}).loss
-    assert float(loss) == pytest.approx(expected) and float(objectives.row_gradient_norms()[NAME]) == 0.0
+    assert float(loss) == pytest.approx(expected) and float(objectives.gradient_norms()[NAME]) == 0.0
 
 
 def draw_of_step(objectives: ObjectiveSet, case: Case, step: int) -> Tensor:
@@ -198,8 +199,10 @@ def test_negatives_are_a_function_of_the_step_and_differ_between_slots(topology)
 def test_heads_of_other_names_draw_other_negatives(topology):
     case = make_case(num_classes=200, sample_rate=0.3)
     configs = {NAME: case.config, "second": case.config}
-    objectives = build_objectives(configs, topology=topology, embedding_size=6, seed=11, optim=case.optim)
-    begin(objectives, 0, [make_batch(case, range(9))])
+    objectives = build_objectives(
+        configs, kinds=load_kinds(), topology=topology, embedding_size=6, seed=11, optim=case.optim
+    )
+    begin(objectives, 0, [make_batch(case, range(9), tuple(configs))])
     first, second = (objectives[name].centers.step_table.active.rows.tolist() for name in configs)
     assert first != second
 
@@ -208,19 +211,20 @@ def test_two_objectives_add_up_with_their_scales(topology):
     case = make_case()
     other = case.config.model_copy(update={"margin_type": "arcface", "loss_weight": 0.5})
     configs = {NAME: case.config, "second": other}
-    objectives = build_objectives(configs, topology=topology, embedding_size=6, seed=11, optim=case.optim)
+    objectives = build_objectives(
+        configs, kinds=load_kinds(), topology=topology, embedding_size=6, seed=11, optim=case.optim
+    )
     assert list(objectives) == [NAME, "second"] and objectives.weights == {NAME: 1.0, "second": 0.5}
-    assert objectives.source_of("second") == "pages"
-    batch = make_batch(case, [0, -1, 1, 4])
+    assert objectives.sources_of("second") == ("pages",)
+    batch = make_batch(case, [0, -1, 1, 4], tuple(configs))
     assert objectives.num_items("second", batch) == 2
     begin(objectives, 0, [batch])
     pooled = case.embeddings[[0, 8, 1, 4]].requires_grad_()
-    features = VisionFeatures(torch.empty(0), pooled, batch.cu_seqlens)
-    output = objectives.forward(features, batch, {NAME: 3.0, "second": 0.25})
+    output = objectives.forward(make_features(pooled, batch), batch, {NAME: 3.0, "second": 0.25})
     losses = [output.metrics[f"{name}/loss"][0] for name in objectives]
     assert float(output.loss) == pytest.approx(3 * float(losses[0]) + 0.25 * float(losses[1]))
     output.loss.backward()
-    assert all(float(norm) > 0 for norm in objectives.row_gradient_norms().values())
+    assert all(float(norm) > 0 for norm in objectives.gradient_norms().values())
 
 
 def test_state_that_does_not_fit_is_a_sentence(topology):
@@ -252,8 +256,8 @@ def test_the_next_step_may_be_prepared_by_another_thread_while_one_is_under_way(
                 pooled = [index if index >= 0 else 0 for index in layout[1]]
                 losses.append(forward(case, objectives, batches[1], pooled))
                 sum(losses).backward()
-                objectives.row_gradient_norms()
-                objectives.apply_update(0.1)
+                objectives.gradient_norms()
+                objectives.step(0.1)
                 if not is_ahead and number < 3:
                     prepared = prepare(objectives, number + 1, steps[number + 1])
         tables.append(table_of(objectives).weight.clone())
@@ -268,19 +272,23 @@ def test_keys_are_looked_up_for_a_message_only(topology):
             self.asked.append(place)
             return f"looked-up-{place}"
 
+    def batch_of(case: Case) -> Batch:
+        batch = make_batch(case, range(9))
+        return replace(batch, samples=replace(batch.samples, keys=Keys()))
+
     case = make_case()
     objectives = build(case, topology)
-    prepare(objectives, 0, [replace(make_batch(case, range(9)), sample_keys=Keys())])
+    prepare(objectives, 0, [batch_of(case)])
     assert Keys.asked == []
     case.labels[7, 3] = 99
     with pytest.raises(DataError, match="sample 'looked-up-7' of source 'pages' has the label id 99, but objective"):
-        prepare(objectives, 0, [replace(make_batch(case, range(9)), sample_keys=Keys())])
+        prepare(objectives, 0, [batch_of(case)])
     assert Keys.asked == [7]
 
 
 def test_counts_that_are_not_those_of_the_batches_are_refused(topology):
     case = make_case()
-    with pytest.raises(ValueError, match="have 3 samples of source 'pages' where sample_counts has 4 for replica 0"):
+    with pytest.raises(ValueError, match="have 3 samples for objective 'tags' where sample_counts has 4 for replica 0"):
         build(case, topology).prepare_step(0, [make_batch(case, [0, -1, 1, 2])], {"pages": np.array([[4]])})
 
 
@@ -295,12 +303,11 @@ def test_a_label_that_is_no_class_is_a_sentence(topology, bad):
 def test_a_batch_whose_labels_do_not_fit_its_samples_is_refused(topology):
     case = make_case()
     batch = make_batch(case, [0, 1, 2])
-    wrong = replace(batch, labels={"pages": batch.labels["pages"][:2]})
-    with pytest.raises(ValueError, match="a batch has 3 samples of source 'pages' but 2 rows of labels"):
+    wrong = replace(batch, inputs={NAME: batch.inputs[NAME][:2]})
+    with pytest.raises(ValueError, match="a batch has 3 samples for objective 'tags' but 2 rows of labels"):
         begin(build(case, topology), 0, [wrong])
-    # A batch without the source's labels at all cannot be told from one without samples; with samples it is refused.
-    with pytest.raises(ValueError, match="but 0 rows of labels"):
-        begin(build(case, topology), 0, [replace(batch, labels={})])
+    with pytest.raises(KeyError, match=NAME):  # nothing was collated
+        begin(build(case, topology), 0, [replace(batch, inputs={})])
 
 
 def test_a_batch_that_was_not_announced_is_refused(topology):
@@ -308,10 +315,11 @@ def test_a_batch_that_was_not_announced_is_refused(topology):
     objectives = build(case, topology)
     batch = make_batch(case, range(9))
     begin(objectives, 0, [batch])
-    assert float(forward(case, objectives, replace(batch), range(9)).detach()) > 0  # as when it is moved to a device
+    moved = batch.to(torch.device("cpu"))
+    assert moved is not batch and float(forward(case, objectives, moved, range(9)).detach()) > 0
     with pytest.raises(RuntimeError, match="objective 'tags' got a batch that was not given to prepare_step"):
         forward(case, objectives, make_batch(case, range(9)), range(9))
-    objectives.apply_update(0.1)
+    objectives.step(0.1)
     with pytest.raises(RuntimeError, match="objective 'tags' got a batch that was not given to prepare_step"):
         forward(case, objectives, batch, range(9))
 
@@ -347,7 +355,7 @@ def test_the_rate_grows_with_the_time_that_a_row_waits_for_its_turn(topology, sa
         objectives = build(case, topology)
         before = table_of(objectives).weight.clone()
         run_microbatches(case, objectives, WHOLE, topology)
-        objectives.apply_update(1e-4)
+        objectives.step(1e-4)
         moved.append(table_of(objectives).weight - before)
     positives = dense_step(case).drawn
     share = sample_rate + (1 - sample_rate) * len(positives[positives >= 0].unique()) / 500
@@ -364,7 +372,7 @@ def test_a_dense_update_moves_every_row_in_every_step_so_its_rate_stays(topology
         objectives = build(case, topology)
         before = table_of(objectives).weight.clone()
         run_microbatches(case, objectives, WHOLE, topology)
-        objectives.apply_update(1e-4)
+        objectives.step(1e-4)
         moved.append(table_of(objectives).weight - before)
     assert torch.equal(*moved)
 
@@ -376,8 +384,8 @@ def test_odd_steps_and_labels_are_no_trouble(topology):
         objectives = build(case, topology)
         begin(objectives, step, [batch])
         forward(case, objectives, batch, [0, 1, 2]).backward()
-        assert 0 < float(objectives.row_gradient_norms()[NAME]) < 1e6
-    no_columns = replace(batch, labels={"pages": batch.labels["pages"][:, :0]})
+        assert 0 < float(objectives.gradient_norms()[NAME]) < 1e6
+    no_columns = replace(batch, inputs={NAME: batch.inputs[NAME][:, :0]})
     begin(objectives, 0, [no_columns])
     assert float(forward(case, objectives, no_columns, [0, 1, 2]).detach()) == 0.0
 

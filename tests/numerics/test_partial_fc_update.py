@@ -119,8 +119,8 @@ def test_sampled_steps_are_those_of_the_definition(topology, embedding_size, opt
     for one in steps_of(case):
         _, loss, _ = run_microbatches(one, objectives, LAYOUT, topology)
         weights, is_active = set_weights_of(table, case.config)
-        norm = float(objectives.row_gradient_norms()[NAME])
-        objectives.apply_update(LR)
+        norm = float(objectives.gradient_norms()[NAME])
+        objectives.step(LR)
         expected = dense_step(one, weights, reference.weight)
         reference.update(expected.center_gradient, is_active, LR)
         assert loss == pytest.approx(expected.loss, rel=1e-5)
@@ -150,7 +150,7 @@ def test_it_is_torch_adamw_with_a_dense_gradient(topology, form):
     for one in steps_of(case):
         run_microbatches(one, objectives, LAYOUT, topology)
         weights, _ = set_weights_of(table, case.config)
-        objectives.apply_update(LR)
+        objectives.step(LR)
         parameter.grad = dense_step(one, weights, parameter).center_gradient
         optimizer.step()
     moved = (parameter.detach() - build(case, topology)[NAME].centers.weight).abs().max()
@@ -186,7 +186,7 @@ def test_compact_storage_follows_the_exact_path(topology, options, compute_dtype
         begun = table_of(objectives).weight.float().clone()
         for one in steps_of(case):
             run_microbatches(one, objectives, LAYOUT, topology)
-            objectives.apply_update(LR)
+            objectives.step(LR)
         paths.append(table_of(objectives).weight.float() - begun)
     compact, exact = paths
     assert not torch.equal(compact, exact)

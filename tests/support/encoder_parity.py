@@ -12,7 +12,7 @@ from megatron_ove.convert.mapping import to_hf, to_mcore
 from megatron_ove.model.encoder import VisionEncoder, build_encoder
 from megatron_ove.model.parameter_names import canonical_name
 from megatron_ove.parallel.topology import ParallelTopology
-from tests.support.tiny import codec_clip_sample, make_batch, mixed_samples, tiny_encoder_config
+from tests.support.tiny import codec_clip_sample, make_pack, mixed_samples, tiny_encoder_config
 
 # Widths and tokens that every FP8 recipe can multiply.
 WIDTHS = {"hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 512}
@@ -57,7 +57,7 @@ def run_encoder(topology: ParallelTopology, dtype: torch.dtype, **settings: Any)
     encoder = build_encoder(config, topology, dtype=dtype, seed=3)
     _move_parameters(encoder)
     samples = [*mixed_samples(), codec_clip_sample(130, 8, 8, seed=9)]
-    pooled = encoder(make_batch(samples, num_patches=NUM_TOKENS).to(topology.device)).pooled
+    pooled = encoder(make_pack(samples, num_patches=NUM_TOKENS).to(topology.device)).pooled
     weights = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(0)).to(topology.device)
     (pooled.float() * weights).sum().backward()
     gradients = {name: _gradient(parameter).float().cpu() for name, parameter in encoder.named_parameters()}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.heads.class_centers import initial_rows
+from megatron_ove.kinds import load_kinds
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.objectives.label_slots import draw_label_slots
 from megatron_ove.objectives.objective_set import ObjectiveSet
@@ -86,24 +87,30 @@ def make_case(
     )
 
 
-def make_batch(case: Case, samples: Sequence[int]) -> Batch:
-    """A microbatch of one-patch samples; -1 stands for a sample that the objective must not see."""
+def make_batch(case: Case, samples: Sequence[int], names: Sequence[str] = (NAME,)) -> Batch:
+    """A microbatch of one-patch samples; -1 stands for a sample that the objectives `names` must not see."""
     real = [index for index in samples if index >= 0]
     seeds = torch.tensor([int(case.seeds[index]) if index >= 0 else 5 for index in samples], dtype=torch.int64)
+    positions = torch.zeros(len(samples) + 2, 3, dtype=torch.int32)
+    is_page = torch.tensor([int(index >= 0) for index in samples], dtype=torch.int32)
+    known = Samples.of_one_source("pages", tuple(f"page-{index}" for index in samples), seeds)
     return Batch(
-        positions=torch.zeros(len(samples) + 2, 3, dtype=torch.int32),
-        cu_seqlens=torch.arange(len(samples) + 1, dtype=torch.int32),
-        source_index=torch.tensor([int(index >= 0) for index in samples], dtype=torch.int32),
-        source_names=SOURCES,
-        sample_keys=tuple(f"page-{index}" for index in samples),
-        sample_seeds=seeds,
-        labels={"pages": case.labels[torch.tensor(real, dtype=torch.int64)]},
+        {MAIN_PACK: PatchPack.of_whole_samples(positions, torch.arange(len(samples) + 1, dtype=torch.int32))},
+        replace(known, source_names=SOURCES, source=is_page),
+        dict.fromkeys(names, case.labels[torch.tensor(real, dtype=torch.int64)]),
     )
+
+
+def make_features(pooled: Tensor, batch: Batch) -> VisionFeatures:
+    """The features of a microbatch of which only the embeddings, [b, h], are looked at."""
+    pack = batch.main
+    return VisionFeatures(pooled[:0], pack.cu_seqlens, pack.grids, pack.sample, pooled)
 
 
 def build(case: Case, topology: ParallelTopology) -> ObjectiveSet:
     return build_objectives(
         {NAME: case.config},
+        kinds=load_kinds(),
         topology=topology,
         embedding_size=case.embeddings.shape[1],
         seed=SEED,
@@ -135,8 +142,7 @@ def run_microbatches(
     for samples, batch in zip(mine, batches, strict=True):
         pooled = torch.stack([case.embeddings[index] for index in samples]) if samples else case.embeddings[:0].clone()
         pooled.requires_grad_()
-        features = VisionFeatures(tokens=torch.empty(0), pooled=pooled, cu_seqlens=batch.cu_seqlens)
-        output = objectives.forward(features, batch, scales)
+        output = objectives.forward(make_features(pooled, batch), batch, scales)
         (output.loss / len(batches)).backward()  # as megatron-core divides it
         assert pooled.grad is not None
         for row, index in enumerate(samples):
@@ -172,11 +178,11 @@ def one_step(case: Case, layout: Layout, topology: ParallelTopology, lr: float) 
     objectives = build(case, topology)
     gradients, loss, metrics = run_microbatches(case, objectives, layout, topology)
     table = table_of(objectives)
-    norm = objectives.row_gradient_norms()[NAME]
+    norm = objectives.gradient_norms()[NAME]
     active = table.step_table.active
     rows = active.rows + table.first_row
     row_gradient = table.gradient_of_rows()
-    objectives.apply_update(lr)
+    objectives.step(lr)
     return {
         "gradients": gradients,
         "loss": loss,

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import Batch, Samples
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.build import build_loader
 from megatron_ove.data.delivery import StepLoader
+from megatron_ove.data.sample_reader import SampleReader
 from tests.support.id_shards import NUM_CLASSES, sample_ids, write_id_shard_set
 
 KINDS = ("image", "ocr", "video")
@@ -67,21 +69,34 @@ def single_process(**changes: Any) -> Any:
     return SimpleNamespace(**{**values, **changes})
 
 
+def collate_labels(samples: Samples, reader: SampleReader) -> dict[str, torch.Tensor]:
+    """Makes the inputs of one objective for each source, which has its name."""
+    return {name: reader.labels(samples, name) for name in samples.source_names}
+
+
+def start_loader(config: TrainConfig, topology: Any, start_step: int = 0, **options: Any) -> StepLoader:
+    """Starts a loader that collates labels on the last stage."""
+    collate = collate_labels if topology.is_last_stage else None
+    return build_loader(config, topology, start_step=start_step, collate=collate, **options)
+
+
 def check_pairing(batch: Batch) -> list[tuple[str, int]]:
     """Checks that keys, pixels, labels and padding of a batch belong together; returns (source, number) of samples."""
-    ids = sample_ids(batch)
-    names = [batch.source_names[i] for i in batch.source_index.tolist()]
-    assert list(batch.sample_keys) == [f"{name}{number}" for name, number in zip(names, ids, strict=True)]
-    for name in batch.source_names:
-        rows = batch.rows_of(name).tolist()
-        assert batch.labels[name].dtype == torch.int32
-        assert batch.labels[name][:, 0].tolist() == [ids[row] for row in rows]
-        assert (batch.labels[name][:, 1:] == -1).all()
-    end = int(batch.cu_seqlens[-1])
-    assert batch.patches is not None
-    assert not batch.patches[end:].any()
-    assert not batch.positions[end:].any()
-    assert batch.sample_seeds.shape == (batch.num_samples,)
+    ids, pack, samples = sample_ids(batch), batch.main, batch.samples
+    names = [samples.source_names[i] for i in samples.source.tolist()]
+    assert list(samples.keys) == [f"{name}{number}" for name, number in zip(names, ids, strict=True)]
+    assert samples.row.tolist() == ids
+    for name in samples.source_names:
+        labels = batch.inputs[name]
+        assert labels.dtype == torch.int32
+        assert labels[:, 0].tolist() == [ids[row] for row in samples.of(name).tolist()]
+        assert (labels[:, 1:] == -1).all()
+    end = int(pack.cu_seqlens[-1])
+    assert pack.patches is not None
+    assert not pack.patches[end:].any()
+    assert not pack.positions[end:].any()
+    assert samples.seed.shape == samples.is_valid.shape == (batch.num_samples,)
+    assert pack.sample.tolist() == list(range(batch.num_samples))
     return list(zip(names, ids, strict=True))
 
 
@@ -95,16 +110,18 @@ def take_steps(loader: StepLoader, first: int, count: int) -> list[list[Batch]]:
 
 def tensors_of(batch: Batch) -> list[torch.Tensor]:
     """Returns every tensor of a batch."""
-    fields = [batch.positions, batch.cu_seqlens, batch.source_index, batch.sample_seeds]
-    patches = [] if batch.patches is None else [batch.patches]
-    return [*fields, *patches, *(batch.labels[name] for name in sorted(batch.labels))]
+    pack, samples = batch.main, batch.samples
+    fields = [pack.positions, pack.cu_seqlens, pack.grids, pack.sample]
+    fields += [samples.source, samples.row, samples.seed, samples.is_valid]
+    patches = [] if pack.patches is None else [pack.patches]
+    return [*fields, *patches, *(batch.inputs[name] for name in sorted(batch.inputs))]
 
 
 def assert_same_batches(left: list[Batch], right: list[Batch]) -> None:
     """Checks that two lists of batches are equal bit by bit."""
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        assert list(a.sample_keys) == list(b.sample_keys)
+        assert list(a.samples.keys) == list(b.samples.keys)
         for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
             assert x.dtype == y.dtype
             assert torch.equal(x, y)

@@ -82,10 +82,11 @@ def write_id_shard_set(
 
 def sample_ids(batch: Batch) -> list[int]:
     """Reads from the pixels which sample each segment of a batch is; checks that all its patches agree."""
-    assert batch.patches is not None
-    bounds, ids = batch.cu_seqlens.tolist(), []
+    patches = batch.main.patches
+    assert patches is not None
+    bounds, ids = batch.main.cu_seqlens.tolist(), []
     for start, stop in pairwise(bounds):
-        pixels = batch.patches[start:stop].view(stop - start, 3, -1)
+        pixels = patches[start:stop].view(stop - start, 3, -1)
         red = int(pixels[0, 0, 0])
         assert (pixels[:, 0] == red).all()
         assert (pixels[:, 1] == 255 - red).all()

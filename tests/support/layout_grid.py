@@ -168,12 +168,12 @@ def _train_and_watch(config: Any, topology: Any, change: Change | None) -> Shard
     watched_steps = (0, end - 1)
     update = trainer.optimizer.step
 
-    def watched(**arguments: Any) -> None:
+    def watched(lr: float) -> None:
         step = trainer.state.step
         if step in watched_steps:
             shards.gradients[step] = _encoder_shards(trainer, topology, _gradients(trainer, topology))
             shards.rows[step] = {name: _row_gradient(trainer.objectives[name].centers) for name in _tables(trainer)}
-        update(**arguments)
+        update(lr)
 
     trainer.optimizer.step = watched
     if change is not None:
@@ -214,11 +214,11 @@ def _gradients(trainer: Any, topology: Any) -> dict[Tensor, Tensor]:
 
 def _encoder_shards(trainer: Any, topology: Any, tensors: dict[Tensor, Tensor]) -> dict[str, tuple[int, int, Tensor]]:
     from megatron_ove.model.parameter_names import global_name
-    from megatron_ove.training.build_model import encoder_of
+    from megatron_ove.training.build_model import model_of
 
     shards = {}
     for chunk in trainer.chunks:
-        encoder = encoder_of(chunk)
+        encoder = model_of(chunk).encoder
         for name, parameter in encoder.named_parameters():
             dim = parameter.partition_dim if parameter.tensor_model_parallel and topology.tensor_size > 1 else -1
             entry = (dim, topology.tensor_rank, tensors[parameter].clone())

@@ -15,8 +15,9 @@ def count_samples(objectives: ObjectiveSet, batches: Sequence[Batch]) -> dict[st
     """Returns source -> [replicas, microbatches], which a run knows from its plan; collective over replicas."""
     group = objectives._topology.data_host_group
     own = {
-        source: [len(batch.rows_of(source)) for batch in batches]
-        for source in dict.fromkeys(objectives.source_of(name) for name in objectives)
+        source: [len(batch.samples.of(source)) for batch in batches]
+        for name in objectives
+        for source in objectives.sources_of(name)
     }
     replicas = [own] * group.size()
     if group.size() > 1:

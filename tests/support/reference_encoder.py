@@ -5,6 +5,7 @@ right for every test; written for reading, from the published rules, with nothin
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,9 +82,9 @@ class Layer(nn.Module):
         self.mlp = Mlp(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), table)
-        return x + self.mlp(self.layer_norm2(x))
+    def forward(self, x: Tensor, table: Tensor, factors: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        x = x + factors[0] * self.self_attn(self.layer_norm1(x), table)
+        return x + factors[1] * self.mlp(self.layer_norm2(x))
 
 
 class PoolingHead(nn.Module):
@@ -134,12 +135,15 @@ class ReferenceEncoder(nn.Module):
                 std = 1.0 if name == "head.probe" else self.config.initializer_range
                 parameter.normal_(0, std, generator=generator)
 
-    def forward(self, picture: Tensor, positions: Tensor) -> ReferenceOutput:
+    def forward(
+        self, picture: Tensor, positions: Tensor, factors: Sequence[tuple[float, float]] | None = None
+    ) -> ReferenceOutput:
         """Encodes one sample.
 
         Args:
             picture: uint8, patches [S, 3 * p * p] or pixels [3, H, W] or [T, 3, H, W] (edges beyond a patch are cut).
             positions: [S, 3] integer (t, h, w).
+            factors: of each layer, what its attention and its MLP count; None = 1.
         """
         patch = self.config.patch_size
         pixels = picture.view(-1, 3, patch, patch) if picture.dim() == 2 else picture.view(-1, *picture.shape[-3:])
@@ -148,8 +152,8 @@ class ReferenceEncoder(nn.Module):
         x = self.layernorm_pre(grid.flatten(2).transpose(1, 2).flatten(0, 1))  # [S, h], row-major in t, h, w
         output = ReferenceOutput(hidden_states=[x])
         table = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        for layer in self.encoder.layers:
-            x = layer(x, table)
+        for number, layer in enumerate(self.encoder.layers):
+            x = layer(x, table, factors[number] if factors else (1.0, 1.0))
             output.hidden_states.append(x)
         output.last_hidden_state = self.layernorm_post(x) if self.config.use_head else x
         output.pooled = self.head(output.last_hidden_state) if self.config.use_head else None

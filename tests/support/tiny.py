@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.config.encoder import EncoderConfig
 
 PATCH_SIZE = 4
@@ -78,25 +78,12 @@ def mixed_samples() -> list[Sample]:
     ]
 
 
-def make_batch(
-    samples: Sequence[Sample],
-    *,
-    num_patches: int | None = None,
-    source_names: tuple[str, ...] = ("images",),
-    source_index: Sequence[int] | None = None,
-    labels: Mapping[str, Tensor] | None = None,
-    first_key: int = 0,
-    patch_size: int = PATCH_SIZE,
-) -> Batch:
-    """Packs samples into a microbatch.
+def make_pack(samples: Sequence[Sample], *, num_patches: int | None = None, patch_size: int = PATCH_SIZE) -> PatchPack:
+    """Packs samples.
 
     Args:
         samples: in order; may be empty.
         num_patches: P, padding included; None = no padding.
-        source_names: sources of the run.
-        source_index: source of each sample; None = all of the first.
-        labels: source name -> [b_source, L] int32.
-        first_key: key and seed of the first sample; they count up from it.
         patch_size: side of a patch.
     """
     lengths = [len(positions) for _, positions in samples]
@@ -108,14 +95,13 @@ def make_batch(
     if samples:
         patches[: sum(lengths)] = torch.cat([sample[0] for sample in samples])
         positions[: sum(lengths)] = torch.cat([sample[1] for sample in samples])
-    keys = range(first_key, first_key + len(samples))
-    return Batch(
-        positions=positions,
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        source_index=torch.tensor(source_index or [0] * len(samples), dtype=torch.int32),
-        source_names=source_names,
-        sample_keys=tuple(f"sample{key}" for key in keys),
-        sample_seeds=torch.tensor(list(keys), dtype=torch.int64),
-        patches=patches,
-        labels=dict(labels or {}),
-    )
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return PatchPack.of_whole_samples(positions, cu_seqlens, patches)
+
+
+def make_batch(samples: Sequence[Sample], *, num_patches: int | None = None, first_key: int = 0) -> Batch:
+    """Packs samples of one source into a microbatch; keys and seeds count up from `first_key`."""
+    numbers = range(first_key, first_key + len(samples))
+    keys, seeds = tuple(f"sample{number}" for number in numbers), torch.tensor(list(numbers), dtype=torch.int64)
+    pack = make_pack(samples, num_patches=num_patches)
+    return Batch({MAIN_PACK: pack}, Samples.of_one_source("images", keys, seeds))

@@ -15,6 +15,7 @@ PATH = Path("runs/x/checkpoints/step_00000100")
 CONFIG = {
     "seed": 1,
     "encoder": {
+        "kind": "onevision",
         "hidden_size": 64,
         "num_layers": 4,
         "num_attention_heads": 2,
@@ -26,7 +27,7 @@ CONFIG = {
         "use_head": True,
         "recompute": "none",
     },
-    "objectives": {"pages": {"num_classes": 20, "margin": 0.3, "sample_rate": 0.1}},
+    "objectives": {"pages": {"kind": "partial_fc", "num_classes": 20, "margin": 0.3, "sample_rate": 0.1}},
     "parallel": {"use_distributed_optimizer": False, "tensor_model_parallel_size": 2},
     "train": {"precision": "fp32", "global_batch_size": 8, "num_steps": 10},
     "data": {"tokens_per_microbatch": 128, "sources": {"a": {"weight": 1.0, "path": "x"}}},

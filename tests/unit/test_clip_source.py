@@ -13,8 +13,8 @@ from PIL import Image
 from megatron_ove.config.data import VideoSourceConfig
 from megatron_ove.data.patchify import read_patches
 from megatron_ove.data.shard_index import ShardSet
+from megatron_ove.data.sources.clips import CODEC, COLLAGE, FRAME_SAMPLING, VideoSource
 from megatron_ove.data.synthetic import build_mosaic, write_synthetic_shard_set
-from megatron_ove.data.video_dali import CODEC, COLLAGE, FRAME_SAMPLING, VideoSource
 from megatron_ove.errors import DataError
 
 FRAMES, ROWS, COLUMNS = 64, 3, 4

@@ -18,7 +18,7 @@ from megatron_ove.model.kernels import EncoderKernels
 from megatron_ove.model.linear import linear
 from megatron_ove.model.rotary import inverse_frequencies, rotary_angles, rotate
 from megatron_ove.parallel.topology import ParallelTopology
-from tests.support.tiny import codec_clip_sample, image_sample, make_batch, tiny_encoder_config
+from tests.support.tiny import codec_clip_sample, image_sample, make_pack, tiny_encoder_config
 
 
 def build(topology: ParallelTopology, seed: int = 0, **changes: Any) -> VisionEncoder:
@@ -87,8 +87,8 @@ def test_rotation_equals_mcores_unfused_packed_path() -> None:
 def test_batched_runs_equal_single_segments(topology: ParallelTopology) -> None:
     encoder = build(topology)
     samples = [image_sample(3, 4, seed=seed) for seed in range(4)]
-    together = encoder(make_batch(samples)).pooled
-    alone = torch.cat([encoder(make_batch([sample])).pooled for sample in samples])
+    together = encoder(make_pack(samples)).pooled
+    alone = torch.cat([encoder(make_pack([sample])).pooled for sample in samples])
     # fp32 through a matrix product of another size.
     assert torch.allclose(together, alone, atol=1e-5)
 
@@ -144,9 +144,9 @@ def test_nothing_but_parameters_in_the_state(topology: ParallelTopology) -> None
 def test_first_chunk_needs_patches(topology: ParallelTopology) -> None:
     from dataclasses import replace
 
-    batch = replace(make_batch([image_sample(2, 2)]), patches=None)
-    with pytest.raises(ValueError, match="the first model chunk got a batch without patches"):
-        build(topology)(batch)
+    pack = replace(make_pack([image_sample(2, 2)]), patches=None)
+    with pytest.raises(ValueError, match="the first model chunk got a pack without patches"):
+        build(topology)(pack)
 
 
 def test_virtual_pipeline_never_batches_messages(topology: ParallelTopology) -> None:

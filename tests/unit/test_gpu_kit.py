@@ -14,7 +14,7 @@ import torch
 
 from megatron_ove.model import rotary
 from megatron_ove.parallel.topology import ParallelTopology
-from megatron_ove.planning.compute import model_operations
+from megatron_ove.planning.plan import model_operations
 from tests.support.encoder_parity import PLAIN, compare, run_encoder
 from tests.support.tool_scripts import run_script
 

@@ -1,4 +1,4 @@
-"""Images through DALI: window and mirroring follow the sample's seed, pixels equal an independent resize."""
+"""Images: window and mirroring follow the sample's seed, pixels equal an independent resize."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from megatron_ove.config.data import ImageSourceConfig
-from megatron_ove.data.image_dali import ImageSource, draw_sides, draw_windows
 from megatron_ove.data.patchify import read_patches, write_patches
 from megatron_ove.data.picture_decoder import _chunks
 from megatron_ove.data.shard_index import ShardSet, ShardWriter
+from megatron_ove.data.sources.images import ImageSource, draw_sides, draw_windows
 from tests.support.id_shards import encode
 
 CPU = torch.device("cpu")

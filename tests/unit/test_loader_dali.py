@@ -14,7 +14,7 @@ import torch
 
 from megatron_ove.batch import Batch
 from megatron_ove.data.bad_samples import read_bad_samples
-from megatron_ove.data.build import build_loader, open_shard_sets
+from megatron_ove.data.build import open_shard_sets
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.synthetic import write_synthetic_shard_set
 from megatron_ove.errors import ConfigError, DataError
@@ -24,6 +24,7 @@ from tests.support.id_loader import (
     check_pairing,
     id_config,
     single_process,
+    start_loader,
     take_steps,
     write_id_sources,
 )
@@ -35,18 +36,20 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_labels_pictures_and_keys_stay_together(directory: Path) -> None:
-    steps = take_steps(build_loader(id_config(directory), single_process(), start_step=0), 0, 8)
+    steps = take_steps(start_loader(id_config(directory), single_process()), 0, 8)
     seen: Counter[tuple[str, int]] = Counter()
     for batches in steps:
         samples = [sample for batch in batches for sample in check_pairing(batch)]
         assert Counter(name for name, _ in samples) == {"image": 6, "ocr": 3, "video": 3}
         seen.update(samples)
         for batch in batches:
-            assert batch.patches is not None
-            assert (batch.patches.dtype, batch.patches.shape) == (torch.uint8, (40, 588))
-            assert (batch.positions.dtype, batch.positions.shape) == (torch.int32, (40, 3))
-            assert batch.cu_seqlens.dtype == torch.int32
-            assert batch.sample_seeds.dtype == torch.int64
+            pack = batch.main
+            assert pack.patches is not None
+            assert (pack.patches.dtype, pack.patches.shape) == (torch.uint8, (40, 588))
+            assert (pack.positions.dtype, pack.positions.shape) == (torch.int32, (40, 3))
+            assert pack.cu_seqlens.dtype == pack.grids.dtype == pack.sample.dtype == torch.int32
+            assert batch.samples.row.dtype == batch.samples.seed.dtype == torch.int64
+            assert batch.samples.is_valid.all()
     for name, size in SIZES.items():  # 48 images of 23, 24 pages of 17, 24 clips of 11: whole epochs and a part
         counts = [seen[name, number] for number in range(size)]
         taken = 48 if name == "image" else 24
@@ -56,12 +59,12 @@ def test_labels_pictures_and_keys_stay_together(directory: Path) -> None:
 
 def test_a_new_loader_continues_bit_equal(directory: Path) -> None:
     config = id_config(directory)
-    running = take_steps(build_loader(config, single_process(), start_step=0), 0, 7)
-    resumed = take_steps(build_loader(config, single_process(), start_step=5), 5, 2)
+    running = take_steps(start_loader(config, single_process()), 0, 7)
+    resumed = take_steps(start_loader(config, single_process(), start_step=5), 5, 2)
     for left, right in zip(running[5:], resumed, strict=True):
         assert_same_batches(left, right)
-    other = take_steps(build_loader(id_config(directory, seed=4), single_process(), start_step=5), 5, 1)
-    assert {tuple(b.sample_keys) for b in other[0]} != {tuple(b.sample_keys) for b in running[5]}
+    other = take_steps(start_loader(id_config(directory, seed=4), single_process(), start_step=5), 5, 1)
+    assert {tuple(b.samples.keys) for b in other[0]} != {tuple(b.samples.keys) for b in running[5]}
 
 
 def test_replicas_share_a_step_without_loss(directory: Path) -> None:
@@ -74,24 +77,25 @@ def test_replicas_share_a_step_without_loss(directory: Path) -> None:
 
 
 def step_samples(config: object, size: int, rank: int) -> list[tuple[str, int]]:
-    loader = build_loader(config, single_process(data_size=size, data_rank=rank), start_step=2)  # type: ignore[arg-type]
+    loader = start_loader(config, single_process(data_size=size, data_rank=rank), start_step=2)  # type: ignore[arg-type]
     (batches,) = take_steps(loader, 2, 1)
     return [
         (f"{name}{number}", seed)
         for batch in batches
-        for (name, number), seed in zip(check_pairing(batch), batch.sample_seeds.tolist(), strict=True)
+        for (name, number), seed in zip(check_pairing(batch), batch.samples.seed.tolist(), strict=True)
     ]
 
 
 def test_replicas_without_samples_get_empty_batches(directory: Path) -> None:
     config = id_config(directory)
     topology = single_process(data_size=13, data_rank=12)  # a step has 12 samples
-    (batches,) = take_steps(build_loader(config, topology, start_step=0), 0, 1)
+    (batches,) = take_steps(start_loader(config, topology), 0, 1)
     (empty,) = batches
     assert empty.num_samples == 0
-    assert empty.cu_seqlens.tolist() == [0]
+    assert empty.main.cu_seqlens.tolist() == [0]
+    assert (empty.main.grids.shape, empty.main.sample.shape) == ((0, 3), (0,))
     assert check_pairing(empty) == []
-    assert {name: tuple(rows.shape) for name, rows in empty.labels.items()} == {
+    assert {name: tuple(rows.shape) for name, rows in empty.inputs.items()} == {
         "image": (0, 3),
         "ocr": (0, 4),
         "video": (0, 3),
@@ -100,23 +104,24 @@ def test_replicas_without_samples_get_empty_batches(directory: Path) -> None:
 
 def test_stages_get_their_fields_only(directory: Path) -> None:
     config = id_config(directory)
-    (whole,) = take_steps(build_loader(config, single_process(), start_step=0), 0, 1)
-    for first, last in ((True, False), (False, False), (False, True)):
-        topology = single_process(is_first_stage=first, is_last_stage=last)
-        (part,) = take_steps(build_loader(config, topology, start_step=0), 0, 1)
+    (whole,) = take_steps(start_loader(config, single_process()), 0, 1)
+    for first, last, wants in ((1, 0, 0), (1, 0, 1), (0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)):
+        topology = single_process(is_first_stage=bool(first), is_last_stage=bool(last))
+        (part,) = take_steps(start_loader(config, topology, last_stage_has_pixels=bool(wants)), 0, 1)
         for a, b in zip(whole, part, strict=True):
-            assert torch.equal(a.positions, b.positions)
-            assert torch.equal(a.cu_seqlens, b.cu_seqlens)
-            assert (b.patches is not None) == first
-            assert bool(b.labels) == last
-            if first:
-                assert torch.equal(a.patches, b.patches)  # type: ignore[arg-type]
-            for name in b.labels:
-                assert torch.equal(a.labels[name], b.labels[name])
+            assert torch.equal(a.main.positions, b.main.positions)
+            assert torch.equal(a.main.cu_seqlens, b.main.cu_seqlens)
+            has_patches = bool(first or (last and wants))
+            assert (b.main.patches is not None) == has_patches
+            assert bool(b.inputs) == last
+            if has_patches:
+                assert torch.equal(a.main.patches, b.main.patches)  # type: ignore[arg-type]
+            for name in b.inputs:
+                assert torch.equal(a.inputs[name], b.inputs[name])
 
 
 def test_steps_come_in_order(directory: Path) -> None:
-    loader = build_loader(id_config(directory), single_process(), start_step=3)
+    loader = start_loader(id_config(directory), single_process(), start_step=3)
     try:
         with pytest.raises(ValueError, match="step 0 was asked for, but steps come in order and the next is 3"):
             loader.load_step(0)
@@ -126,7 +131,7 @@ def test_steps_come_in_order(directory: Path) -> None:
 
 
 def test_close_ends_all_threads(directory: Path) -> None:
-    loader = build_loader(id_config(directory, prefetch_steps=1), single_process(), start_step=0)
+    loader = start_loader(id_config(directory, prefetch_steps=1), single_process())
     loader.load_step(0)
     loader.close()
     loader.close()
@@ -152,16 +157,17 @@ def damaged_copy(directory: Path, target: Path) -> Path:
 
 
 def test_what_cannot_be_decoded_is_left_empty_and_recorded(directory: Path, tmp_path: Path) -> None:
-    expected = take_steps(build_loader(id_config(directory), single_process(), start_step=0), 0, 2)
+    expected = take_steps(start_loader(id_config(directory), single_process()), 0, 2)
     config = id_config(damaged_copy(directory, tmp_path / "damaged"))
-    steps = take_steps(build_loader(config, single_process(), start_step=0), 0, 2)
+    steps = take_steps(start_loader(config, single_process()), 0, 2)
     records = {(sample.step, sample.key): sample for sample in read_bad_samples(config.run_dir)}
     for step, (batches, whole) in enumerate(zip(steps, expected, strict=True), start=1):
         for batch, reference in zip(batches, whole, strict=True):
-            assert torch.equal(batch.cu_seqlens, reference.cu_seqlens)
-            check_emptied(batch, reference, set(batch.rows_of("ocr").tolist()))
-            for row in batch.rows_of("ocr").tolist():
-                record = records.pop((step, batch.sample_keys[row]))
+            pages = batch.samples.of("ocr").tolist()
+            assert torch.equal(batch.main.cu_seqlens, reference.main.cu_seqlens)
+            check_emptied(batch, reference, set(pages))
+            for row in pages:
+                record = records.pop((step, batch.samples.keys[row]))
                 assert (record.source, f"ocr{record.row}") == ("ocr", record.key)
                 assert re.fullmatch(
                     rf"the page of sample '{record.key}' \(number {record.row}\) of .*ocr/shards/00000\d\.tar cannot "
@@ -173,24 +179,26 @@ def test_what_cannot_be_decoded_is_left_empty_and_recorded(directory: Path, tmp_
 
 
 def check_emptied(batch: Batch, reference: Batch, bad: set[int]) -> None:
-    """Checks that the samples `bad` are zeros without labels, and all others as in `reference`."""
-    assert batch.patches is not None and reference.patches is not None
+    """Checks that the samples `bad` are zeros without labels and not valid, and all others as in `reference`."""
+    pack, whole = batch.main, reference.main
+    assert pack.patches is not None and whole.patches is not None
     for row in range(batch.num_samples):
-        place = slice(*batch.cu_seqlens[row : row + 2].tolist())
+        assert bool(batch.samples.is_valid[row]) == (row not in bad)
+        place = slice(*pack.cu_seqlens[row : row + 2].tolist())
         for mine, theirs in (
-            (batch.patches[place], reference.patches[place]),
-            (batch.positions[place], reference.positions[place]),
+            (pack.patches[place], whole.patches[place]),
+            (pack.positions[place], whole.positions[place]),
         ):
             assert not mine.any() if row in bad else torch.equal(mine, theirs)
-    for name, labels in batch.labels.items():
-        for labels_row, row in enumerate(batch.rows_of(name).tolist()):
-            wanted = torch.full_like(labels[0], -1) if row in bad else reference.labels[name][labels_row]
+    for name, labels in batch.inputs.items():
+        for labels_row, row in enumerate(batch.samples.of(name).tolist()):
+            wanted = torch.full_like(labels[0], -1) if row in bad else reference.inputs[name][labels_row]
             assert torch.equal(labels[labels_row], wanted)
 
 
 def test_a_label_changed_after_opening_is_caught(directory: Path) -> None:
     config = id_config(directory)
-    loader = build_loader(config, single_process(), start_step=0)
+    loader = start_loader(config, single_process())
     source = loader._sources[0]
     source.shards.columns["labels"] = np.full_like(source.shards.labels, 300)
     with pytest.raises(DataError, match=r"label 300 of sample 'image\d+' in .* is outside 0\.\.255"):
@@ -227,18 +235,18 @@ def test_all_mismatches_are_told_at_once(directory: Path, tmp_path: Path) -> Non
     }
     config = config.model_copy(update={"objectives": objectives})
     with pytest.raises(ConfigError) as caught:
-        build_loader(config, single_process(), start_step=0)
+        start_loader(config, single_process())
     lines = str(caught.value).split("\n")
     assert len(lines) == 5
-    assert lines[0].startswith("objectives.image.num_classes = 100 is smaller than the 256 classes of ")
-    assert lines[1].startswith("encoder.patch_size = 14, but the clips of ")
-    assert "are stored as patches of 16 pixels and are not resized; use patch_size: 16" in lines[1]
-    assert lines[2].startswith(
+    assert lines[0].startswith("encoder.patch_size = 14, but the clips of ")
+    assert "are stored as patches of 16 pixels and are not resized; use patch_size: 16" in lines[0]
+    assert lines[1].startswith(
         f"encoder.rope_temporal_size = 16, but the clips of {tmp_path / 'clips'} lie on a time grid of"
     )
-    assert "32 frames, so an exported model would place frames elsewhere than training did; set it to 32" in lines[2]
-    assert "num_frames = 3 does not divide the 32 stored frames" in lines[3]
-    assert "num_frames = 3 frames of 4 x 4 patches make 48 patches, more than data.tokens_per_microbatch" in lines[4]
+    assert "32 frames, so an exported model would place frames elsewhere than training did; set it to 32" in lines[1]
+    assert "num_frames = 3 does not divide the 32 stored frames" in lines[2]
+    assert "num_frames = 3 frames of 4 x 4 patches make 48 patches, more than data.tokens_per_microbatch" in lines[3]
+    assert lines[4].startswith("objectives.image.num_classes = 100 is smaller than the 256 classes of ")
 
 
 def test_synthetic_pictures_can_be_told_apart_by_class(tmp_path: Path) -> None:
@@ -247,13 +255,14 @@ def test_synthetic_pictures_can_be_told_apart_by_class(tmp_path: Path) -> None:
     write_synthetic_shard_set(tmp_path / "ocr", kind="ocr", num_samples=4)
     write_synthetic_shard_set(tmp_path / "video", kind="video", num_samples=3, frames=16)
     config = id_config(tmp_path, batch=64, tokens=128, changes={"image": {"weight": 60.0}})
-    (batches,) = take_steps(build_loader(config, single_process(), start_step=0), 0, 1)
+    (batches,) = take_steps(start_loader(config, single_process()), 0, 1)
     means, classes = [], []
     for batch in batches:
-        assert batch.patches is not None
-        rows = batch.rows_of("image").tolist()
-        for row, labels in zip(rows, batch.labels["image"].tolist(), strict=True):
-            part = batch.patches[batch.cu_seqlens[row] : batch.cu_seqlens[row + 1]]
+        pack = batch.main
+        assert pack.patches is not None
+        rows = batch.samples.of("image").tolist()
+        for row, labels in zip(rows, batch.inputs["image"].tolist(), strict=True):
+            part = pack.patches[pack.cu_seqlens[row] : pack.cu_seqlens[row + 1]]
             means.append(part.view(part.shape[0], 3, -1).float().mean((0, 2)))
             classes.append(labels[0])
             assert len(set(labels[:3])) == 3 and set(labels[:3]) < {0, 1, 2, 3}

@@ -14,7 +14,7 @@ from megatron_ove.config.loader import config_from_dict, load_config
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.mixture import MicrobatchPlan, MicrobatchPlanner, planner_of
 from megatron_ove.data.native_size import native_grids
-from megatron_ove.data.packing import deal_longest_first, pack_first_fit_decreasing, pack_samples
+from megatron_ove.data.packing import Budget, deal_longest_first, pack_first_fit_decreasing, pack_samples
 from megatron_ove.data.packing_report import measure_packing, nearby_budgets
 from megatron_ove.data.sampler import draw_choice, draw_uniform
 from megatron_ove.errors import ConfigError
@@ -214,3 +214,27 @@ def test_a_sample_beyond_the_budget_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match=r"a sample of data\.sources\.big has 16 patches, more than .* = 10; raise"):
         planner.plan(0)
+
+
+@pytest.mark.parametrize("text_capacity", [4096, 2600])
+@pytest.mark.parametrize("num_samples", [128, 1024])
+def test_two_budgets_are_kept_with_few_more_microbatches(num_samples: int, text_capacity: int) -> None:
+    """Pages of one to six tiles with log-normal texts."""
+    random = np.random.default_rng(num_samples)
+    tiles = random.integers(1, 7, num_samples) * 256
+    texts = np.clip(random.lognormal(5, 1, num_samples), 0, text_capacity).astype(np.int64)
+    packing = pack_samples(tiles, capacity=8192, multiple=1, others=[Budget(texts, text_capacity)])
+    assert np.bincount(packing.microbatch_index, weights=tiles).max() <= 8192
+    assert np.bincount(packing.microbatch_index, weights=texts).max() <= text_capacity
+    alone = [
+        pack_samples(tiles, capacity=8192, multiple=1),
+        pack_samples(texts + 1, capacity=text_capacity + 1, multiple=1),
+    ]
+    assert packing.num_microbatches <= 1.03 * max(one.num_microbatches for one in alone) + 1
+
+
+def test_a_sample_that_takes_nothing_of_a_budget_is_packed_as_before() -> None:
+    sizes = np.random.default_rng(5).integers(1, 100, 300)
+    nothing = Budget(np.zeros(300, dtype=np.int64), 10)
+    plain, other = (pack_samples(sizes, capacity=256, multiple=4, others=some) for some in ((), (nothing,)))
+    assert other.num_microbatches == plain.num_microbatches

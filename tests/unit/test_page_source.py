@@ -1,4 +1,4 @@
-"""Pages through DALI: the whole page, its aspect kept, within the budget, never blown up."""
+"""Pages: the whole page, its aspect kept, within the budget, never blown up."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_ove.config.data import OcrSourceConfig
 from megatron_ove.data.native_size import native_grids
-from megatron_ove.data.ocr_dali import OcrSource
 from megatron_ove.data.patchify import read_patches
 from megatron_ove.data.shard_index import ShardSet, ShardWriter
+from megatron_ove.data.sources.pages import OcrSource
 from tests.support.id_shards import encode
 
 

@@ -16,14 +16,16 @@ from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.heads.active_classes import choose_active_rows, collect_positives, draw_negatives
 from megatron_ove.parallel import gradient_buckets
-from megatron_ove.planning.activations import ChunkActivations, peak_activations
+from megatron_ove.planning.activations import peak_activations
 from megatron_ove.planning.alternatives import rank_knobs, suggest_layouts
 from megatron_ove.planning.class_tables import count_active_rows
 from megatron_ove.planning.communication import Traffic
 from megatron_ove.planning.devices import find_device
+from megatron_ove.planning.footprint import ChunkActivations
 from megatron_ove.planning.layout import Layout, Place, layout_of
-from megatron_ove.planning.parameters import chunk_parameters, gradient_buffer
+from megatron_ove.planning.parameters import gradient_buffer
 from megatron_ove.planning.plan import Plan, make_plan
+from megatron_ove.planning.vit_footprint import chunk_parameters
 from megatron_ove.planning.workload import assumed_workload
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

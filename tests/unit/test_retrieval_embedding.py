@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.shard_writer import ShardWriter
 from megatron_ove.errors import ConfigError
@@ -44,13 +44,11 @@ def write_pictures(folder: Path, kind: str, sizes: list[tuple[int, int]]) -> Sha
 
 def mean_of_patches(batch: Batch) -> Tensor:
     """An encoder to check with: mean pixel and number of patches of every sample, [b, 2]."""
-    assert batch.patches is not None
-    bounds = batch.cu_seqlens.tolist()
+    patches = batch.main.patches
+    assert patches is not None
+    bounds = batch.main.cu_seqlens.tolist()
     return torch.stack(
-        [
-            torch.tensor([batch.patches[start:stop].float().mean().item(), stop - start])
-            for start, stop in pairwise(bounds)
-        ]
+        [torch.tensor([patches[start:stop].float().mean().item(), stop - start]) for start, stop in pairwise(bounds)]
     )
 
 
@@ -68,8 +66,8 @@ def test_images_come_whole_in_index_order(tmp_path: Path) -> None:
 def test_pages_keep_their_shape_within_the_budget_and_batches_within_theirs(tmp_path: Path) -> None:
     shards = write_pictures(tmp_path / "pages", "ocr", [(28, 28), (28, 42), (140, 140), (14, 14)])
     batches = list(iterate_batches(shards, SETTINGS, np.arange(4), torch.device("cpu")))
-    assert [batch.cu_seqlens.tolist() for batch in batches] == [[0, 4, 10], [0, 4, 5]]
-    assert batches[0].positions[4:].tolist() == [[0, h, w] for h in range(2) for w in range(3)]
+    assert [batch.main.cu_seqlens.tolist() for batch in batches] == [[0, 4, 10], [0, 4, 5]]
+    assert batches[0].main.positions[4:].tolist() == [[0, h, w] for h in range(2) for w in range(3)]
 
 
 def test_a_sample_above_the_batch_budget_goes_alone(tmp_path: Path) -> None:
@@ -80,7 +78,7 @@ def test_a_sample_above_the_batch_budget_goes_alone(tmp_path: Path) -> None:
 
 def test_image_size_must_be_whole_patches(tmp_path: Path) -> None:
     shards = write_pictures(tmp_path / "images", "image", [(28, 28)])
-    with pytest.raises(ConfigError, match=r"image_size = 30 is not a multiple of the encoder's patch size 14.*use 28"):
+    with pytest.raises(ConfigError, match=r"image_size = 30 is not a multiple of encoder\.patch_size = 14.*use 28"):
         embed_shard_set(mean_of_patches, shards, SampleSettings(patch_size=PATCH, image_size=30))
 
 
@@ -88,15 +86,8 @@ def test_huggingface_form_gets_the_patches_and_positions_of_each_sample() -> Non
     generator = torch.Generator().manual_seed(0)
     patches = torch.randint(0, 256, (5, 3 * PATCH * PATCH), dtype=torch.uint8, generator=generator)
     positions = torch.randint(0, 9, (5, 3), dtype=torch.int32, generator=generator)
-    batch = Batch(
-        positions=positions,
-        cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32),
-        source_index=torch.zeros(2, dtype=torch.int32),
-        source_names=("x",),
-        sample_keys=("a", "b"),
-        sample_seeds=torch.zeros(2, dtype=torch.int64),
-        patches=patches,
-    )
+    pack = PatchPack.of_whole_samples(positions, torch.tensor([0, 2, 5], dtype=torch.int32), patches)
+    batch = Batch({MAIN_PACK: pack}, Samples.of_one_source("x", ("a", "b")))
     weight = torch.randn(4, 3, PATCH, PATCH, generator=generator)
     seen: list[Tensor] = []
 

@@ -15,13 +15,14 @@ from megatron_ove.cli.main import main
 from megatron_ove.config.loader import config_from_dict, dump_config
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.config.yaml_file import parse_yaml
-from megatron_ove.data import shard_fit
 from megatron_ove.data.class_counts import fill_in_class_counts
-from megatron_ove.data.shard_fit import class_warnings, common_labels, count_classes, find_unlearnable
+from megatron_ove.data.shard_fit import find_doubts
 from megatron_ove.data.shard_format import DatasetInfo, member_names
 from megatron_ove.errors import ConfigError, DataError
+from megatron_ove.objectives import label_fit
+from megatron_ove.objectives.label_fit import common_labels, count_classes, find_mismatches
 from megatron_ove.training.done_marker import mark_done
-from tests.unit.test_config import changed, valid_config
+from tests.unit.test_config import changed
 
 SIX = np.array([np.random.default_rng(i).permutation(6).tolist() + [-1] * 4 for i in range(132)], np.int32)
 
@@ -41,7 +42,7 @@ def shard_set(labels: np.ndarray, num_classes: int) -> Any:
 
 
 def unlearnable(labels: np.ndarray, num_classes: int) -> list[str]:
-    return find_unlearnable(config_from_dict(valid_config(), "test"), "images", shard_set(labels, num_classes))
+    return find_mismatches(with_classes(num_classes), "clusters", {"images": shard_set(labels, num_classes)})
 
 
 def test_as_few_classes_as_labels_a_sample_are_a_sentence() -> None:
@@ -71,7 +72,7 @@ def test_labels_that_are_the_same_everywhere_are_a_warning(labels: list[list[int
     """Not refused: a set of one page is a usual trial, and a run on it must be continued as it was started."""
     array = np.array(labels, np.int32)
     assert unlearnable(array, 300) == []
-    (sentence,) = class_warnings(with_classes(300), {"images": shard_set(array, 300)}, counts_samples=False)
+    (sentence,) = find_doubts(with_classes(300), {"images": shard_set(array, 300)}, counts_samples=False)
     assert sentence.startswith(start)
 
 
@@ -81,7 +82,7 @@ def test_no_label_at_all_is_a_sentence() -> None:
 
 
 def test_one_sample_that_differs_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_fit, "_CHUNK", 100)
+    monkeypatch.setattr(label_fit, "_CHUNK", 100)
     for place in (0, 1, 4321, 9999):
         labels = np.full((10_000, 2), 5, np.int32)
         assert common_labels(labels) == [5]
@@ -91,15 +92,15 @@ def test_one_sample_that_differs_is_found_wherever_it_is(monkeypatch: pytest.Mon
 
 def test_a_usual_set_is_hardly_read(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    monkeypatch.setattr(shard_fit, "_label_sets", lambda rows: read.append(len(rows)) or np.sort(rows, axis=1))
+    monkeypatch.setattr(label_fit, "_label_sets", lambda rows: read.append(len(rows)) or np.sort(rows, axis=1))
     assert common_labels(np.arange(1_000_000, dtype=np.int32)[:, None]) is None
     assert read == [64]
 
 
 @pytest.mark.parametrize("most", [1 << 26, 300])
 def test_classes_with_a_sample_are_counted_in_bounded_reads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr(shard_fit, "_COUNTED_LABELS", most)
-    monkeypatch.setattr(shard_fit, "_CHUNK", 16)
+    monkeypatch.setattr(label_fit, "_COUNTED_LABELS", most)
+    monkeypatch.setattr(label_fit, "_CHUNK", 16)
     labels = np.random.default_rng(0).integers(0, 30, (1000, 3)).astype(np.int32)
     labels[::7] = -1
     seen, looked_at = count_classes(labels, 40)
@@ -110,12 +111,12 @@ def test_classes_with_a_sample_are_counted_in_bounded_reads(monkeypatch: pytest.
 def test_more_classes_than_the_set_has_are_a_warning_with_both_numbers() -> None:
     config = config_from_dict(changed("objectives.clusters.num_classes", 400), "test")
     labels = np.arange(300, dtype=np.int32)[:, None]
-    (sentence,) = class_warnings(config, {"images": shard_set(labels, 300)}, counts_samples=True)
+    (sentence,) = find_doubts(config, {"images": shard_set(labels, 300)}, counts_samples=True)
     assert sentence == (
         "objectives.clusters.num_classes = 400, but data/images has 300 classes, so 100 class centers (25%) would only "
         "ever be negatives; set it to 300, or leave num_classes out to have it taken from the set"
     )
-    assert not class_warnings(with_classes(300), {"images": shard_set(labels, 300)}, counts_samples=True)
+    assert not find_doubts(with_classes(300), {"images": shard_set(labels, 300)}, counts_samples=True)
 
 
 def with_classes(count: int) -> TrainConfig:
@@ -124,8 +125,8 @@ def with_classes(count: int) -> TrainConfig:
 
 def test_classes_without_a_sample_are_a_warning_with_their_share_only_where_labels_are_read() -> None:
     sets = {"images": shard_set(np.arange(240, dtype=np.int32)[:, None], 300)}
-    assert class_warnings(with_classes(300), sets, counts_samples=False) == []
-    (sentence,) = class_warnings(with_classes(300), sets, counts_samples=True)
+    assert find_doubts(with_classes(300), sets, counts_samples=False) == []
+    (sentence,) = find_doubts(with_classes(300), sets, counts_samples=True)
     assert sentence.startswith("60 of the 300 classes of data/images (20%) have no sample, so their centers in obj")
 
 

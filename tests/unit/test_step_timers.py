@@ -167,7 +167,14 @@ class _Slow(torch.autograd.Function):
 def test_the_heads_backward_pass_is_told_from_the_encoders(timers: StepTimers, spend: Callable[[float], None]) -> None:
     weight = torch.randn(4, requires_grad=True)
     encoded = _Slow.apply(weight, lambda: spend(16)) * 3
-    features = VisionFeatures(tokens=encoded[:, None, None], pooled=encoded[:, None], cu_seqlens=torch.tensor([0, 4]))
+    places = torch.arange(4, dtype=torch.int32)
+    features = VisionFeatures(
+        tokens=encoded[:, None, None],
+        cu_seqlens=torch.arange(5, dtype=torch.int32),
+        grids=torch.zeros(4, 3, dtype=torch.int32),
+        sample=places,
+        pooled=encoded[:, None],
+    )
     head: Any = Head(spend)
     batch: Any = None
     plain = head.forward(features, batch, {})

@@ -61,7 +61,7 @@ def test_both_embed_every_kind_of_sample_alike(topology: ParallelTopology) -> No
     loop = PublishedLoop(plain, {}, lr=0.1, autocast=False, timers=StepTimers(topology.device))
     embeddings = loop.embed({name: normalize_pixels(value) for name, value in samples.pixels.items()}, samples)
     expected = torch.cat([embeddings[name] for name in SOURCES])
-    pooled = ours(pack(samples, PATCH)).pooled
+    pooled = ours(pack(samples, PATCH).main).pooled
     torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
     assert (expected[3:5] - expected[5:7]).abs().max() > 1e-2  # clips do differ
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))

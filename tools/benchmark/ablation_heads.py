@@ -15,9 +15,10 @@ import torch
 from published_head import PublishedHead
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
+from megatron_ove.kinds import load_kinds
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.objectives.label_slots import draw_label_slots
 from megatron_ove.objectives.partial_fc import PartialFC
@@ -140,30 +141,30 @@ class PackageHead:
         self, variant: Variant, num_classes: int, embedding_size: int, *, seed: int, topology: ParallelTopology
     ) -> None:
         config, optim = configs_of(variant, num_classes)
-        self._lr_multiplier = optim.lr_multiplier
         self._objectives = build_objectives(
-            {_NAME: config}, topology=topology, embedding_size=embedding_size, seed=seed, optim=optim
+            {_NAME: config},
+            kinds=load_kinds(),
+            topology=topology,
+            embedding_size=embedding_size,
+            seed=seed,
+            optim=optim,
         )
 
     def loss(self, step: int, pooled: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         count = len(pooled)
-        batch = Batch(
-            positions=torch.zeros(count, 3, dtype=torch.int32),
-            cu_seqlens=torch.arange(count + 1, dtype=torch.int32),
-            source_index=torch.zeros(count, dtype=torch.int32),
-            source_names=(_SOURCE,),
-            sample_keys=tuple(map(str, range(count))),
-            sample_seeds=seeds,
-            labels={_SOURCE: labels.int()},
+        pack = PatchPack.of_whole_samples(
+            torch.zeros(count, 3, dtype=torch.int32), torch.arange(count + 1, dtype=torch.int32)
         )
+        samples = Samples.of_one_source(_SOURCE, tuple(map(str, range(count))), seeds)
+        batch = Batch({MAIN_PACK: pack}, samples, {_NAME: labels.int()})
         counts = {_SOURCE: np.array([[count]])}
         self._objectives.begin_step(self._objectives.prepare_step(step, [batch], counts))
-        features = VisionFeatures(tokens=pooled[:0], pooled=pooled, cu_seqlens=batch.cu_seqlens)
+        features = VisionFeatures(pooled[:0], pack.cu_seqlens, pack.grids, pack.sample, pooled)
         return self._objectives.forward(features, batch, {_NAME: 1 / count}).loss
 
     def update(self, lr: float) -> None:
-        self._objectives.row_gradient_norms()
-        self._objectives.apply_update(lr * self._lr_multiplier)
+        self._objectives.gradient_norms()
+        self._objectives.step(lr)
 
     def centers(self) -> Tensor:
         objective = self._objectives[_NAME]

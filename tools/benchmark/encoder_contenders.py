@@ -11,7 +11,7 @@ import torch
 from plain_vit import Attention, PlainVit, normalize_pixels
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import PatchPack
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.config.yaml_file import read_yaml_mapping
@@ -67,23 +67,16 @@ def encoder_config(size: str, *, num_layers: int | None = None) -> EncoderConfig
     return EncoderConfig(**(fields if num_layers is None else fields | {"num_layers": num_layers}))
 
 
-def picture_batch(pictures: Tensor, patch_size: int) -> Batch:
-    """Packs [b, 3, H, W] uint8 as one source."""
+def picture_pack(pictures: Tensor, patch_size: int) -> PatchPack:
+    """Packs [b, 3, H, W] uint8."""
     count, _, height, width = pictures.shape
     rows, columns = height // patch_size, width // patch_size
     patches = torch.empty(count, rows * columns, 3 * patch_size**2, dtype=torch.uint8)
     for picture, target in zip(pictures, patches, strict=True):
         write_patches(picture.permute(1, 2, 0).contiguous(), target, patch_size)
     positions = torch.from_numpy(grid_positions(rows, columns)).repeat(count, 1)
-    return Batch(
-        positions=positions,
-        cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * (rows * columns),
-        source_index=torch.zeros(count, dtype=torch.int32),
-        source_names=("images",),
-        sample_keys=tuple(f"picture-{index}" for index in range(count)),
-        sample_seeds=torch.arange(count),
-        patches=patches.flatten(0, 1),
-    )
+    cu_seqlens = torch.arange(count + 1, dtype=torch.int32) * (rows * columns)
+    return PatchPack.of_whole_samples(positions, cu_seqlens, patches.flatten(0, 1))
 
 
 def seeded_encoder(config: EncoderConfig, topology: ParallelTopology, dtype: torch.dtype) -> VisionEncoder:
@@ -118,7 +111,7 @@ class OurEncoder:
     def __init__(self, work: Workload, topology: ParallelTopology) -> None:
         config = work.encoder_config()
         self.encoder = seeded_encoder(config, topology, work.torch_dtype)
-        self.batch = picture_batch(work.pictures(), config.patch_size).to(topology.device)
+        self.pack = picture_pack(work.pictures(), config.patch_size).to(topology.device)
         self._weights = work.output_weights(config.hidden_size).to(topology.device)
         self._config = config
 
@@ -138,7 +131,7 @@ class OurEncoder:
 
     def _forward_backward(self) -> Tensor:
         self.encoder.zero_grad()
-        pooled = self.encoder(self.batch).pooled
+        pooled = self.encoder(self.pack).pooled
         (pooled.float() * self._weights).sum().backward()
         return pooled
 

@@ -14,12 +14,14 @@ from published_head import PublishedHead
 from pydantic import ValidationError
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack
+from megatron_ove.batch import Samples as BatchSamples
 from megatron_ove.config.base import StrictModel
 from megatron_ove.config.error_report import describe_errors
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.errors import ConfigError
+from megatron_ove.kinds import load_kinds
 from megatron_ove.outputs import VisionFeatures
 
 if TYPE_CHECKING:
@@ -151,6 +153,7 @@ class OurHead:
         self._scale = work.microbatches * topology.data_size / (work.batch_size * work.microbatches)
         self._objectives = build_objectives(
             {NAME: head_config(name, work)},
+            kinds=load_kinds(),
             topology=topology,
             embedding_size=work.embedding_size,
             seed=0,
@@ -172,13 +175,14 @@ class OurHead:
         self._objectives.begin_step(self._objectives.prepare_step(index, batches, counts))
         loss = torch.zeros((), device=self._topology.device)
         for batch, pooled in prepared:
-            features = VisionFeatures(tokens=pooled[:0], pooled=pooled, cu_seqlens=batch.cu_seqlens)
+            pack = batch.main
+            features = VisionFeatures(pooled[:0], pack.cu_seqlens, pack.grids, pack.sample, pooled)
             output = self._objectives.forward(features, batch, {NAME: self._scale})
             mean = output.loss / len(prepared)
             mean.backward()
             loss += mean.detach()
-        self._objectives.row_gradient_norms()
-        self._objectives.apply_update(LEARNING_RATE)
+        self._objectives.gradient_norms()
+        self._objectives.step(LEARNING_RATE)
         return loss
 
 
@@ -235,12 +239,9 @@ def _parse(model: type[Config], options: dict[str, Any], flag: str) -> Config:
 
 def _make_batch(samples: Samples) -> Batch:
     count = len(samples.seeds)
-    return Batch(
-        positions=torch.zeros(count, 3, dtype=torch.int32),
-        cu_seqlens=torch.arange(count + 1, dtype=torch.int32),
-        source_index=torch.zeros(count, dtype=torch.int32),
-        source_names=(SOURCE,),
-        sample_keys=tuple(f"sample-{index}" for index in range(count)),
-        sample_seeds=samples.seeds,
-        labels={SOURCE: samples.labels.int()},
+    pack = PatchPack.of_whole_samples(
+        torch.zeros(count, 3, dtype=torch.int32), torch.arange(count + 1, dtype=torch.int32)
     )
+    keys = tuple(f"sample-{index}" for index in range(count))
+    known = BatchSamples.of_one_source(SOURCE, keys, samples.seeds)
+    return Batch({MAIN_PACK: pack}, known, {NAME: samples.labels.int()})

@@ -27,10 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.heads.keyed_permutation import KeyedPermutation
+from megatron_ove.kinds import load_kinds
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.objectives.objective_set import ObjectiveSet, StepPreparation
 from megatron_ove.objectives.step_exchange import MessageLayout
@@ -172,7 +173,12 @@ def build(replicas: int, rank: int, sample_rate: float, options: argparse.Namesp
         for source, num_classes in NUM_CLASSES.items()
     }
     return build_objectives(
-        configs, topology=topology, embedding_size=EMBEDDING_SIZE, seed=SEED, optim=ClassCenterOptimConfig()
+        configs,
+        kinds=load_kinds(),
+        topology=topology,
+        embedding_size=EMBEDDING_SIZE,
+        seed=SEED,
+        optim=ClassCenterOptimConfig(),
     )
 
 
@@ -188,20 +194,24 @@ def make_step(step: int, replicas: int, rank: int, samples: int, microbatches: i
     for index in range(microbatches):
         sizes = [int(counts[source][rank, index]) for source in NUM_CLASSES]
         total = sum(sizes)
-        work.batches.append(
-            Batch(
-                positions=torch.empty(total, 3, dtype=torch.int32),
-                cu_seqlens=torch.arange(total + 1, dtype=torch.int32),
-                source_index=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).int(),
-                source_names=tuple(NUM_CLASSES),
-                sample_keys=range(total),  # type: ignore[arg-type]  # read for messages only
-                sample_seeds=torch.from_numpy(generator.integers(0, 2**62, total)),
-                labels={
-                    source: torch.from_numpy(generator.integers(-1, num_classes, (size, STORED_LABELS), dtype=np.int32))
-                    for (source, num_classes), size in zip(NUM_CLASSES.items(), sizes, strict=True)
-                },
-            )
+        pack = PatchPack.of_whole_samples(
+            torch.empty(total, 3, dtype=torch.int32), torch.arange(total + 1, dtype=torch.int32)
         )
+        known = Samples(
+            source_names=tuple(NUM_CLASSES),
+            source=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).int(),
+            row=torch.arange(total),
+            seed=torch.from_numpy(generator.integers(0, 2**62, total)),
+            is_valid=torch.ones(total, dtype=torch.bool),
+            keys=range(total),  # type: ignore[arg-type]  # read for messages only
+        )
+        stored = {
+            f"{source}_head": torch.from_numpy(
+                generator.integers(-1, num_classes, (size, STORED_LABELS), dtype=np.int32)
+            )
+            for (source, num_classes), size in zip(NUM_CLASSES.items(), sizes, strict=True)
+        }
+        work.batches.append(Batch({MAIN_PACK: pack}, known, stored))
     return work
 
 
@@ -254,12 +264,13 @@ def rows_are_exact(objectives: ObjectiveSet, work: Step) -> bool:
         prepared: StepPreparation = objectives.prepare_step(0, work.batches, work.counts)
     for name in objectives:
         plan, centers = prepared.parts[name], objectives[name].centers  # type: ignore[attr-defined]
-        draw, num_classes = plan.draw, NUM_CLASSES[objectives.source_of(name)]
+        (source,) = objectives.sources_of(name)
+        draw, num_classes = plan.draw, NUM_CLASSES[source]
         permutation = KeyedPermutation(num_classes, draw.key)
         in_order = permutation.points_at(np.arange(permutation.num_points))
         is_active = np.zeros(num_classes, dtype=bool)
         is_active[in_order[in_order < num_classes][: draw.size]] = True
-        labels = torch.from_numpy(all_labels[objectives.source_of(name)])
+        labels = torch.from_numpy(all_labels[source])
         rows = rows_of_classes(labels, num_classes).numpy()
         is_active[rows[rows >= 0]] = True
         expected = np.flatnonzero(is_active[centers.first_row : centers.first_row + centers.num_rows])

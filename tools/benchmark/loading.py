@@ -22,14 +22,16 @@ from typing import Any
 from unittest import mock
 
 from head_report import describe_machine
+from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import Batch, Samples
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.build import build_loader
 from megatron_ove.data.delivery import StepLoader
 from megatron_ove.data.read_ahead import ReadAhead
+from megatron_ove.data.sample_reader import SampleReader
 from megatron_ove.data.shard_files import ShardFiles
 from megatron_ove.data.shard_format import PICTURE_MEMBER
 from megatron_ove.data.shard_index import ShardSet
@@ -129,13 +131,20 @@ def _measure_loading(
             for pause in (0.0, latency):
                 config = _configuration(directory, options, readers)
                 with mock.patch.object(ShardFiles, "pread", staticmethod(_slow(pause))):
-                    rate, digest = _load(build_loader(config, topology, start_step=0), options)
+                    rate, digest = _load(_start(config, topology), options)
                 digests.add(digest)
                 if turn:
                     rates.setdefault((readers, pause), []).append(rate)
     if len(digests) > 1:
         raise RuntimeError("the loaders delivered other batches")
     return rates
+
+
+def _start(config: TrainConfig, topology: ParallelTopology) -> StepLoader:
+    def collate(samples: Samples, reader: SampleReader) -> dict[str, Tensor]:
+        return {name: reader.labels(samples, name) for name in samples.source_names}
+
+    return build_loader(config, topology, start_step=0, collate=collate)
 
 
 def _load(loader: StepLoader, options: argparse.Namespace) -> tuple[float, str]:
@@ -178,12 +187,13 @@ def _rate(loading: Mapping[tuple[int, float], list[float]], readers: int, latenc
 def _digest(batches: list[Batch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
+        pack = batch.main
         tensors: list[Any] = [
-            batch.patches,
-            batch.positions,
-            batch.cu_seqlens,
-            batch.sample_seeds,
-            *batch.labels.values(),
+            pack.patches,
+            pack.positions,
+            pack.cu_seqlens,
+            batch.samples.seed,
+            *batch.inputs.values(),
         ]
         for tensor in tensors:
             digest.update(tensor.numpy().tobytes())

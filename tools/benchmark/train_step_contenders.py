@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from published_loop import PublishedLoop
 from torch import Tensor
 from train_step_work import LABELS_PER_STEP, SAMPLE_RATE, SOURCES, StepSamples, Workload
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.config.train import TrainConfig
@@ -22,9 +23,9 @@ from megatron_ove.data.delivery import LoadedStep
 from megatron_ove.data.patchify import grid_positions, write_patches
 from megatron_ove.model.encoder import build_encoder
 from megatron_ove.objectives.build import build_objectives
-from megatron_ove.optim.optimizer import build_encoder_optimizer
+from megatron_ove.optim.optimizer import build_dense_optimizer
 from megatron_ove.parallel.topology import ParallelTopology, initialize_topology
-from megatron_ove.training.build_model import build_model_chunks, encoder_of, weight_dtype
+from megatron_ove.training.build_model import build_model_chunks, model_of, parameter_names, weight_dtype
 from megatron_ove.training.cpu_memory import prepare_cpu_memory
 from megatron_ove.training.step_timers import StepTimers
 from megatron_ove.training.train_step import TrainStep
@@ -40,6 +41,7 @@ class OurStep:
         self._work, self._topology, self._step = work, topology, 0
         objectives = build_objectives(
             config.objectives,
+            kinds=config.kinds,
             topology=topology,
             embedding_size=config.encoder.hidden_size,
             seed=config.seed,
@@ -47,22 +49,24 @@ class OurStep:
             dtype=weight_dtype(config),
         )
         chunks = build_model_chunks(config, topology, objectives)
-        optimizer = build_encoder_optimizer(
+        optimizer = build_dense_optimizer(
             chunks,
             config.optim,
+            names=parameter_names(chunks),
+            num_layers=config.encoder.num_layers,
             dtype=weight_dtype(config),
             use_distributed_optimizer=False,
             process_groups=topology.process_groups,
         )
         self._timers, self._objectives = StepTimers(topology.device), objectives
         self._train_step = TrainStep(topology, chunks, objectives, optimizer, self._timers)
-        self._encoder = encoder_of(chunks[0])
+        self._encoder = model_of(chunks[0]).encoder
         self._next: Batch = self._prepare()
 
     @torch.no_grad()
     def outputs(self) -> dict[str, Tensor]:
         """Returns the pooled embeddings of the first step's samples."""
-        return {"pooled": self._encoder(self._next).pooled.float().cpu()}
+        return {"pooled": self._encoder(self._next.main).pooled.float().cpu()}
 
     def prepare(self) -> None:
         """Makes the samples of the next step."""
@@ -73,13 +77,10 @@ class OurStep:
         self._step += 1
         with self._timers.step(self._step):
             with self._timers.phase("head"):
-                counts = {name: np.array([[len(self._next.rows_of(name))]]) for name in self._next.source_names}
+                counts = {name: np.array([[len(self._next.samples.of(name))]]) for name in SOURCES}
                 prepared = self._objectives.prepare_step(self._step - 1, [self._next], counts)
             result = self._train_step(
-                LoadedStep((self._next,), prepared, num_bad=0),
-                encoder_lr=LEARNING_RATE,
-                class_lr=LEARNING_RATE,
-                wants_stop=False,
+                LoadedStep((self._next,), prepared, num_bad=0), lr=LEARNING_RATE, wants_stop=False
             )
         assert result.accepted
         return self._timers.take()
@@ -174,16 +175,17 @@ def pack(samples: StepSamples, patch_size: int) -> Batch:
         parts.append((patches, positions))
     counts = [len(samples.labels[name]) for name in SOURCES]
     lengths = torch.tensor([0, *(len(positions) for _, positions in parts)], dtype=torch.int32)
-    return Batch(
+    patch_pack = PatchPack.of_whole_samples(
         positions=torch.cat([positions for _, positions in parts]),
         cu_seqlens=lengths.cumsum(0, dtype=torch.int32),
-        source_index=torch.arange(len(SOURCES), dtype=torch.int32).repeat_interleave(torch.tensor(counts)),
-        source_names=SOURCES,
-        sample_keys=tuple(f"sample-{index}" for index in range(len(parts))),
-        sample_seeds=torch.arange(len(parts)),
         patches=torch.cat([patches for patches, _ in parts]),
-        labels=samples.labels,
     )
+    keys = tuple(f"sample-{index}" for index in range(len(parts)))
+    source = torch.arange(len(SOURCES), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+    known = replace(
+        Samples.of_one_source(SOURCES[0], keys, torch.arange(len(parts))), source_names=SOURCES, source=source
+    )
+    return Batch({MAIN_PACK: patch_pack}, known, samples.labels)
 
 
 def _whole(picture: Tensor, patch_size: int, *, frame: int = 0) -> tuple[Tensor, Tensor]:

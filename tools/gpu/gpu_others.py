@@ -28,8 +28,9 @@ def measure_decoding(topology: ParallelTopology, effort: Effort) -> Section:
         f"JPEGs of {side} x {side} px, decoded and resized to {target} x {target}, as the image source does it.",
     )
     try:
-        from megatron_ove.data.picture_decoder import PictureDecoder, Windows
+        from megatron_ove.data.picture_decoder import PictureDecoder
         from megatron_ove.data.synthetic import encode_jpeg
+        from megatron_ove.data.windows import Windows
     except ImportError as error:
         section.skipped.append(("all", f"{error}; install nvidia-dali-cuda130"))
         return section

@@ -26,9 +26,8 @@ from megatron_ove.config.fp8 import FP8_RECIPES
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.parallel.topology import ParallelTopology
-from megatron_ove.planning.compute import model_operations
 from megatron_ove.planning.devices import find_device
-from megatron_ove.planning.plan import make_plan
+from megatron_ove.planning.plan import make_plan, model_operations
 
 T = TypeVar("T")
 

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ove.batch import Batch
+from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.config.yaml_file import parse_yaml
-from megatron_ove.optim.optimizer import build_encoder_optimizer
+from megatron_ove.optim.optimizer import build_dense_optimizer
 from megatron_ove.outputs import VisionFeatures
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.planning.workload import Workload
-from megatron_ove.training.build_model import build_model_chunks, encoder_of, weight_dtype
+from megatron_ove.training.build_model import build_model_chunks, model_of, parameter_names, weight_dtype
 
 _BASE_CONFIGS = Path(__file__).resolve().parents[2] / "examples/_base"
 _TINY = {"hidden_size": 128, "num_layers": 3, "num_attention_heads": 2, "ffn_hidden_size": 256}  # also for FP8
@@ -128,15 +128,13 @@ def make_batch(patches: Tensor, lengths: tuple[int, ...], num_tokens: int) -> Ba
     places = torch.cat([torch.arange(length) for length in lengths])
     sides = torch.cat([torch.full((length,), max(1, int(length**0.5))) for length in lengths])
     positions = torch.stack([torch.zeros_like(places), places // sides, places % sides], dim=1).to(torch.int32)
-    return Batch(
+    pack = PatchPack.of_whole_samples(
         positions=F.pad(positions, (0, 0, 0, padding)),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
-        source_index=torch.zeros(len(lengths), dtype=torch.int32),
-        source_names=(_SOURCE,),
-        sample_keys=tuple(f"sample{index}" for index in range(len(lengths))),
-        sample_seeds=torch.arange(len(lengths)),
         patches=F.pad(patches, (0, 0, 0, padding)),
     )
+    keys = tuple(f"sample{index}" for index in range(len(lengths)))
+    return Batch({MAIN_PACK: pack}, Samples.of_one_source(_SOURCE, keys, torch.arange(len(lengths))))
 
 
 class LearnableSamples:
@@ -180,10 +178,12 @@ class EncoderStep:
         """
         (self._chunk,) = build_model_chunks(config, topology, None)
         self._lr, self._device = config.optim.lr, topology.device
-        self.encoder = encoder_of(self._chunk)
-        self._optimizer = build_encoder_optimizer(
+        self.encoder = model_of(self._chunk).encoder
+        self._optimizer = build_dense_optimizer(
             [self._chunk],
             config.optim,
+            names=parameter_names([self._chunk]),
+            num_layers=config.encoder.num_layers,
             dtype=weight_dtype(config),
             use_distributed_optimizer=False,
             process_groups=topology.process_groups,
@@ -201,7 +201,8 @@ class EncoderStep:
         """
         features = self._chunk(batch, {})
         assert isinstance(features, VisionFeatures)
-        logits = _LOGIT_SCALE * F.normalize(features.pooled.float(), dim=1) @ self._directions.t()
+        pooled = features.sample_embeddings(batch.num_samples)
+        logits = _LOGIT_SCALE * F.normalize(pooled.float(), dim=1) @ self._directions.t()
         loss = F.cross_entropy(logits, classes % len(self._directions))
         loss.backward()
         return loss.detach()
@@ -211,5 +212,6 @@ class EncoderStep:
         self._optimizer.zero_grad()
         loss = self.forward_backward(batch, classes)
         self._chunk.finish_grad_sync()
-        self._optimizer.step(gradient_norm=self._optimizer.gradient_norm(), lr=self._lr if lr is None else lr)
+        self._optimizer.gradient_norms()
+        self._optimizer.step(self._lr if lr is None else lr)
         return loss

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
 from megatron_ove.batch import Batch
 from megatron_ove.config.objectives import ObjectiveConfig
+from megatron_ove.data.mixture import PlannedBudget
 from megatron_ove.kinds import ObjectiveKind
 from megatron_ove.objectives.base import Objective, ObjectiveContext
 from megatron_ove.outputs import LossTerms, VisionFeatures
@@ -20,6 +22,7 @@ class SpreadConfig(ObjectiveConfig):
 
     kind: Literal["spread"]
     reads_pooled: ClassVar[bool] = True
+    samples_per_microbatch: int = 3
 
 
 class Spread(Objective):
@@ -43,4 +46,15 @@ class Spread(Objective):
         return LossTerms(loss, {"loss": (loss.detach(), torch.tensor(float(len(wanted))))})
 
 
-OBJECTIVES = {"spread": ObjectiveKind(config=SpreadConfig, build=Spread, footprint=ObjectiveFootprint)}
+def budgets(run, name):
+    """Few samples a microbatch, whatever their patches."""
+    section = run.objectives[name]
+    assert isinstance(section, SpreadConfig)
+
+    def measure(source: str, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        return np.full(len(rows), int(source in section.sources))
+
+    return [PlannedBudget(f"objectives.{name}.samples_per_microbatch", section.samples_per_microbatch, measure)]
+
+
+OBJECTIVES = {"spread": ObjectiveKind(config=SpreadConfig, build=Spread, footprint=ObjectiveFootprint, budgets=budgets)}
