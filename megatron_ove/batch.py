@@ -105,8 +105,9 @@ class Samples:
         return self.source.shape[0]
 
     def of(self, *sources: str) -> Tensor:
-        """Returns [m] int64: the samples of these sources, in microbatch order."""
-        chosen = torch.tensor([self.source_names.index(name) for name in sources], dtype=torch.int32)
+        """Returns [m] int64: the samples of these sources, in microbatch order; a held-out set has the first only."""
+        known = [self.source_names.index(name) for name in sources if name in self.source_names]
+        chosen = torch.tensor(known, dtype=torch.int32)
         return torch.nonzero(torch.isin(self.source, chosen)).flatten()
 
 

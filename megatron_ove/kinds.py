@@ -13,9 +13,11 @@ everything that looks a kind up.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 from megatron_ove.config.data import SourceConfig
@@ -189,6 +191,8 @@ def kinds_of(stored: Mapping[str, Any]) -> Kinds:
 
 
 def _import(name: str) -> Any:
+    if name != CATALOG and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last, so that nothing in it takes the place of an installed module
     try:
         return importlib.import_module(name)
     except ImportError as error:

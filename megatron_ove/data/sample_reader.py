@@ -32,6 +32,7 @@ class SampleReader:
         Raises:
             DataError: a label is no class of its shard set.
         """
+        sources = tuple(name for name in sources if name in self._sources)
         chosen = samples.of(*sources)
         source, rows = samples.source[chosen].numpy(), samples.row[chosen].numpy()
         width = max(self._sources[name].shards.labels.shape[1] for name in sources)

@@ -159,7 +159,7 @@ def load_word_reader(
     device = next(encoder.parameters()).device
     mean = torch.zeros(centers.shape[1]) if mean is None else mean
     mean = mean.to(device)
-    source = facts["config"]["data"]["sources"][facts["config"]["objectives"][name]["source"]]
+    source = facts["config"]["data"]["sources"][source_names(facts["config"]["objectives"][name])[0]]
     budgets = source["max_patches"]  # a number or a list
     settings = SampleSettings(
         patch_size=config.patch_size,

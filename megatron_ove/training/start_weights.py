@@ -21,7 +21,7 @@ from megatron_ove.convert.hf_export import class_centers_path
 from megatron_ove.errors import CheckpointError, MegatronOveError
 from megatron_ove.model.initialization import fill_parameters
 from megatron_ove.objectives.objective_set import ObjectiveSet
-from megatron_ove.optim.parts import is_in_any, parts_without_weights, top_parts
+from megatron_ove.optim.parts import is_in_any, is_in_part, parts_without_weights, top_parts
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.build_model import model_of
 from megatron_ove.training.model_state import (
@@ -122,12 +122,13 @@ class StartWeights:
                 name: self._objectives[name].start_state_dict(f"objectives.{name}.") for name in tables
             }
         loaded = load_start(path, template, given=start.path)
-        load_model_state(self._chunks, loaded["model"], strict=False)
+        # A rank may have been given nothing: other stages have these weights, or no row of a table is its own.
+        load_model_state(self._chunks, loaded.get("model", {}), strict=False)
         for name in tables:
             assert self._objectives is not None
-            self._objectives[name].load_start(loaded["objectives"].get(name, {}))
+            self._objectives[name].load_start(loaded.get("objectives", {}).get(name, {}))
         there = ["encoder", *(f"objectives.{name}" for name in stored.get("objectives", {}))]
-        return [part for part in there if not any(given.startswith(part) for given in start.parts)]
+        return _left_there(there, start.parts)
 
     def _from_hf_folder(self, start: InitFrom) -> list[str]:
         """Takes parts of a HuggingFace folder; returns those that stayed there."""
@@ -156,7 +157,7 @@ class StartWeights:
                 )
         self._together(lambda: [self._take_exported_table(folder, name) for name in self._tables_in(start.parts)])
         there = ["encoder", *(f"objectives.{file.stem}" for file in sorted((folder / "class_centers").glob("*")))]
-        return [part for part in there if not any(given.startswith(part) for given in start.parts)]
+        return _left_there(there, start.parts)
 
     def _take_exported_table(self, folder: Path, name: str) -> None:
         file = folder / class_centers_path(name)
@@ -204,3 +205,8 @@ class StartWeights:
         dist.all_gather_object(problems, problem)
         if any(problems):
             raise CheckpointError(next(filter(None, problems)), on_every_rank=True)
+
+
+def _left_there(there: Iterable[str], parts: Sequence[str]) -> list[str]:
+    """Returns what of a place's parts was not asked for, not even in part."""
+    return [part for part in there if not any(is_in_part(part, one) or is_in_part(one, part) for one in parts)]

@@ -11,6 +11,7 @@ import signal
 import pytest
 from rich.console import Console
 
+from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.training.loggers import JsonLinesLogger, TensorBoardLogger, build_loggers, truncate_metrics
@@ -36,7 +37,7 @@ ROW = {
 
 
 def config(tmp_path, **tracking) -> TrainConfig:
-    return TrainConfig.model_validate(
+    return config_from_dict(
         {
             "name": "test",
             "run_dir": str(tmp_path),
@@ -45,7 +46,8 @@ def config(tmp_path, **tracking) -> TrainConfig:
             "data": {"sources": {"images": {"kind": "image", "path": "data/images"}}},
             "train": {"num_steps": 10, "global_batch_size": 8},
             "tracking": tracking,
-        }
+        },
+        "test",
     )
 
 
