@@ -25,6 +25,7 @@ ENCODERS = {
             "use_head",
             "final_norm",
         ),
+        before_layers=("encoder.patch_embed", "encoder.layernorm_pre"),
         exchange=lazily("megatron_ove.convert.exchange:OneVisionExchange"),
     ),
 }

@@ -51,6 +51,7 @@ class EncoderKind:
         operations: (section, *, tokens, samples, squares) -> part -> operations of forward and backward, what MFU is
             measured by; see `model/operations.py`.
         identity: fields of the section that decide names, shapes or meaning of the weights.
+        before_layers: parts of the encoder, as weights' names begin, that come before its layers; for `layer_decay`.
         exchange: () -> an `EncoderExchange` (`convert/exchange.py`), the published form of the weights; None = there is
             none, and exports hold the weights as they are stored.
     """
@@ -60,6 +61,7 @@ class EncoderKind:
     footprint: Callable[[], Any]
     operations: Callable[..., dict[str, float]]
     identity: tuple[str, ...]
+    before_layers: tuple[str, ...] = ()
     exchange: Callable[[], Any] | None = None
 
 

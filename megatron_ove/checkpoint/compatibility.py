@@ -14,8 +14,14 @@ from megatron_ove.errors import CheckpointError
 from megatron_ove.kinds import Kinds, kinds_of
 
 # Paths whose value decides which samples a step sees or what is drawn for them.
-_EXACTNESS_PATHS = ("seed", "train.global_batch_size", "data.tokens_per_microbatch", "data.sources")
-# Kinds of objectives say which of their fields do the same. Margins, scales and weights may be tuned in a run.
+_EXACTNESS_PATHS = (
+    "seed",
+    "train.global_batch_size",
+    "data.tokens_per_microbatch",
+    "data.sources",
+    "encoder.drop_path",
+)
+# Kinds of objectives say which of their fields do the same; margins, scales and weights may be tuned in a run.
 # Settings whose value decides how something is stored.
 _STORAGE_PATHS = {
     "parallel.use_distributed_optimizer": "the optimizer's state is",
@@ -58,7 +64,7 @@ def check_fits(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any])
 
     for setting, default in _GROUPING_PATHS.items():
         before, now = (_lookup(config, setting) for config in (saved, current))
-        if (before or default) != (now or default):
+        if _unordered(before or default) != _unordered(now or default):
             raise CheckpointError(
                 f"the checkpoint {path} was saved with {setting} = {before or default} and this run has "
                 f"{now or default}, but the optimizer's state is stored by groups of weights that move alike; set it "
@@ -114,6 +120,10 @@ def exactness_warnings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
     ]
     for path in (*_EXACTNESS_PATHS, *of_objectives):
         before, now = _lookup(saved, path), _lookup(current, path)
+        if before is None:
+            continue  # a setting that the version which saved it did not have
+        if path.endswith(".source"):
+            before, now = ([one] if isinstance(one, str) else one for one in (before, now))
         for field, old, new in _leaf_differences(path, before, now):
             warnings.append(
                 f"{field} was {old} when the checkpoint was saved and is {new} now, so from here on the run sees other "
@@ -155,6 +165,10 @@ def _lookup(tree: Mapping[str, Any], path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | tuple) else value
 
 
 def _leaf_differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -147,6 +147,9 @@ class TrainConfig(StrictModel):
             yield (
                 f"encoder.use_head = false leaves no pooled embedding for the objectives ({', '.join(readers)}); set "
                 "it to true for training"
+                if hasattr(self.encoder, "use_head")
+                else f"encoder.kind = {self.encoder.kind} has no pooled embedding for the objectives "
+                f"({', '.join(readers)}); use another encoder, or objectives that read tokens"
             )
 
     def _check_layers_divide_stages(self) -> Iterator[str]:

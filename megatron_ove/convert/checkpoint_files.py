@@ -138,6 +138,20 @@ def read_weights(checkpoint_dir: str | Path, *, averaged: bool) -> dict[str, Ten
     return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
 
 
+def stored_keys(checkpoint_dir: str | Path) -> frozenset[str]:
+    """Returns the keys of all tensors of a checkpoint.
+
+    Raises:
+        CheckpointError: its index cannot be read.
+    """
+    try:
+        return frozenset(torch_checkpoint.FileSystemReader(str(checkpoint_dir)).read_metadata().state_dict_metadata)
+    except (OSError, CheckpointException, RuntimeError) as error:
+        raise CheckpointError(
+            f"the index of the checkpoint {checkpoint_dir} cannot be read ({_first_line(error)}); use another one"
+        ) from error
+
+
 def read_tensors(checkpoint_dir: str | Path, prefix: str) -> dict[str, Tensor]:
     """Returns every tensor whose key begins with `prefix`: stored key to whole tensor on the CPU.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ove.convert.checkpoint_files import read_checkpoint_facts, read_tensors
+from megatron_ove.convert.checkpoint_files import read_checkpoint_facts, read_tensors, stored_keys
 from megatron_ove.errors import CheckpointError
 from megatron_ove.parallel.class_order import rows_of_classes
 from megatron_ove.vocabulary import Vocabulary, vocabulary_path
@@ -40,6 +40,13 @@ def load_class_centers(checkpoint_dir: str | Path, objective: str, *, verify: bo
         f"the checkpoint {checkpoint_dir} has no class centers of an objective '{objective}'; its objectives are "
         f"{known}; name one of them"
     )
+
+
+def objectives_with_centers(checkpoint_dir: str | Path) -> list[str]:
+    """Returns the objectives of a checkpoint that have class centers in it, in the order of its configuration."""
+    objectives = read_checkpoint_facts(checkpoint_dir, verify=False)["config"].get("objectives", {})
+    keys = stored_keys(checkpoint_dir)
+    return [name for name in objectives if f"objectives.{name}.weight" in keys]
 
 
 def load_embedding_mean(checkpoint_dir: str | Path, objective: str) -> Tensor | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_ove.config.encoder import EncoderSection
 from megatron_ove.convert.checkpoint_files import encoder_config_of, read_checkpoint_facts, read_weights
+from megatron_ove.convert.class_centers import objectives_with_centers
 from megatron_ove.convert.hf_config import MODEL_TYPE, from_hf_config
-from megatron_ove.convert.hf_export import export_checkpoint
+from megatron_ove.convert.hf_export import class_centers_file, class_centers_path, export_checkpoint
 from megatron_ove.convert.hf_folder import read_hf_folder
 from megatron_ove.convert.mapping import to_mcore
 from megatron_ove.errors import CheckpointError
@@ -76,10 +77,15 @@ class PlainExchange:
         )
         card = (
             f"# {facts['config'].get('name', 'encoder')}\n\nAn encoder of kind {section['kind']} after "
-            f"{facts['step']:,} steps, with weights under the names that megatron_ove stores; layers of one shape are "
-            f"stacked. Its configuration is in encoder.json. What it learned:\n\n{learned}"
+            f"{facts['step']:,} steps, with weights under the names that megatron_ove stores. Its configuration is in "
+            f"encoder.json. What it learned:\n\n{learned}"
         )
+        heads = objectives_with_centers(checkpoint_dir) if with_class_centers else []
         with new_folder(output_dir, error=CheckpointError) as partial:
+            for name in heads:
+                file = partial / class_centers_path(name)
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(class_centers_file(checkpoint_dir, name))
             (partial / "model.safetensors").write_bytes(save({key: x.contiguous() for key, x in tensors.items()}))
             (partial / "encoder.json").write_text(json.dumps(section, indent=2) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(card, encoding="utf-8")

@@ -11,7 +11,12 @@ from typing import Any
 from safetensors.torch import save
 
 from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint, read_checkpoint_facts
-from megatron_ove.convert.class_centers import load_class_centers, load_embedding_mean, load_words
+from megatron_ove.convert.class_centers import (
+    load_class_centers,
+    load_embedding_mean,
+    load_words,
+    objectives_with_centers,
+)
 from megatron_ove.convert.hf_config import DEFAULT_IMAGE_SIZE, to_hf_config
 from megatron_ove.convert.hf_folder import write_hf_folder
 from megatron_ove.convert.mapping import to_hf
@@ -51,9 +56,8 @@ def export_checkpoint(
     num_parameters = sum(tensor.numel() for tensor in published.values())
     num_words = _count_words(checkpoint_dir, facts)
     files = {name: (Path(checkpoint_dir) / name).read_bytes() for name in num_words}
-    objectives = facts["config"].get("objectives", {}) if with_class_centers else {}
-    heads = [name for name, section in objectives.items() if "num_classes" in section]
-    files |= {class_centers_path(name): _class_centers(checkpoint_dir, name) for name in heads}
+    heads = objectives_with_centers(checkpoint_dir) if with_class_centers else []
+    files |= {class_centers_path(name): class_centers_file(checkpoint_dir, name) for name in heads}
     card = describe_model(
         values, facts, num_parameters=num_parameters, num_words=num_words, has_class_centers=bool(heads)
     )
@@ -67,7 +71,8 @@ def class_centers_path(objective: str) -> str:
     return f"class_centers/{objective}.safetensors"
 
 
-def _class_centers(checkpoint_dir: str | Path, objective: str) -> bytes:
+def class_centers_file(checkpoint_dir: str | Path, objective: str) -> bytes:
+    """Returns the content of an export's file of class centers."""
     tensors = {"class_centers": load_class_centers(checkpoint_dir, objective, verify=False)}
     mean = load_embedding_mean(checkpoint_dir, objective)
     return save(tensors if mean is None else {**tensors, "embedding_mean": mean})
@@ -83,6 +88,6 @@ def trained_image_size(facts: Mapping[str, Any]) -> int:
     """Returns the largest `image_size` of a run in pixels, or what an imported model said of itself."""
     imported = facts.get("image_size", DEFAULT_IMAGE_SIZE)
     sources = facts["config"].get("data", {}).get("sources", {}).values()
-    sizes = [source["image_size"] for source in sources if source["kind"] == "image"]  # a number, a list or a range
+    sizes = [source["image_size"] for source in sources if "image_size" in source]  # a number, a list or a range
     values = [size.values() if isinstance(size, dict) else [size] if isinstance(size, int) else size for size in sizes]
     return max(itertools.chain(*values), default=imported)

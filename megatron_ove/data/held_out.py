@@ -24,7 +24,7 @@ from megatron_ove.data.background import BackgroundSteps
 from megatron_ove.data.bad_samples import BadSample, record_bad_samples
 from megatron_ove.data.build import build_source
 from megatron_ove.data.mixture import MicrobatchPlan, length_multiple_of
-from megatron_ove.data.packing import pack_samples
+from megatron_ove.data.packing import Budget, pack_samples
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_decoder import DecodedShare, StepDecoder, places_of
@@ -95,7 +95,11 @@ class HeldOutSamples:
         # As in training: megatron-core's interleaved schedule takes microbatches in groups of the number of stages.
         group = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
         multiple = topology.data_size * group
-        packing = pack_samples(self._sizes, capacity=budget, multiple=multiple)
+        others = [
+            Budget(one.measure(self._source_name, self._rows, np.zeros(count, dtype=np.int64)), one.capacity)
+            for one in config.kinds.objectives[config.objectives[objective].kind].budgets(config, objective)
+        ]
+        packing = pack_samples(self._sizes, capacity=budget, multiple=multiple, others=others)
         self._microbatch, self._num_microbatches = packing.microbatch_index, packing.num_microbatches
         length_multiple = length_multiple_of(config) or budget
         self._length = min(-(-packing.longest // length_multiple) * length_multiple, budget)

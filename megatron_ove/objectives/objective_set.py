@@ -84,6 +84,10 @@ class ObjectiveSet:
         """Returns the data sources of an objective."""
         return self._objectives[name].sources
 
+    def table_names(self) -> list[str]:
+        """Returns the names of all tables as parts of the model; see `optim/parts.py`."""
+        return [f"objectives.{name}.class_centers" for name, _ in self._tables()]
+
     def num_items(self, name: str, batch: Batch) -> int:
         """Returns how many items of this replica's microbatch an objective's loss is summed over."""
         return self._objectives[name].num_items(batch)
@@ -207,7 +211,7 @@ class ObjectiveSet:
                 else:
                     table.apply_update(lr * table.lr_multiplier)
         for objective in self._objectives.values():
-            objective.end_step(accepted=True)
+            objective.end_step(accepted=objective.name not in self._frozen)
 
     def discard(self) -> None:
         """Ends the step as if it had never begun."""

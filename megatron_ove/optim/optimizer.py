@@ -138,6 +138,7 @@ def build_dense_optimizer(
     *,
     names: Mapping[Tensor, str],
     num_layers: int,
+    before_layers: Sequence[str] = (),
     dtype: torch.dtype,
     use_distributed_optimizer: bool,
     process_groups: ProcessGroupCollection,
@@ -149,6 +150,7 @@ def build_dense_optimizer(
         config: hyperparameters.
         names: parameter -> its name in the whole model; see `optim/parts.py`.
         num_layers: of the whole encoder, for `layer_decay`.
+        before_layers: parts of the encoder that come before its layers, likewise.
         dtype: of the model's weights, float32 or bfloat16.
         use_distributed_optimizer: whether state is sharded over the data ranks.
         process_groups: megatron-core's groups.
@@ -168,7 +170,7 @@ def build_dense_optimizer(
     optimizer = get_megatron_optimizer(
         mcore_config,
         list(chunks),
-        config_overrides=config_overrides(names, config, num_layers),
+        config_overrides=config_overrides(names, config, num_layers, before_layers),
         use_gloo_process_groups=False,
         pg_collection=process_groups,
     )

@@ -8,7 +8,7 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -28,7 +28,7 @@ def has_weight_decay(name: str, param: Tensor) -> bool:
 
 
 def config_overrides(
-    names: Mapping[Tensor, str], config: OptimConfig, num_layers: int
+    names: Mapping[Tensor, str], config: OptimConfig, num_layers: int, before_layers: Sequence[str]
 ) -> dict[ParamKey, ParamGroupOverride]:
     """Returns rates and decay of parts in the form that megatron-core's `get_megatron_optimizer` takes.
 
@@ -36,10 +36,11 @@ def config_overrides(
         names: parameter -> its name in the whole model.
         config: of the optimizer.
         num_layers: of the whole encoder.
+        before_layers: parts of the encoder that come before its layers.
     """
     groups: dict[tuple[float, float], set[Tensor]] = {}
     for parameter, name in names.items():
-        rate, decay = multipliers_of(name, config, num_layers)
+        rate, decay = multipliers_of(name, config, num_layers, before_layers)
         groups.setdefault((rate, decay if has_weight_decay(name, parameter) else 0.0), set()).add(parameter)
     groups.pop((1.0, 1.0), None)
     overrides: dict[ParamKey, ParamGroupOverride] = {}

@@ -14,7 +14,6 @@ from megatron_ove.config.optim import OptimConfig, PartConfig
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
-_BEFORE_LAYERS = ("encoder.patch_embed.", "encoder.layernorm_pre.")
 
 
 def is_in_part(name: str, part: str) -> bool:
@@ -39,7 +38,9 @@ def top_parts(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
-def multipliers_of(name: str, config: OptimConfig, num_layers: int) -> tuple[float, float]:
+def multipliers_of(
+    name: str, config: OptimConfig, num_layers: int, before_layers: Sequence[str]
+) -> tuple[float, float]:
     """Returns (rate, weight decay) of a weight in multiples of the run's; the longest part that it belongs to counts.
 
     With `layer_decay` d, layer i of n moves at d ** (n - i) of the rate, patch embedding at d ** (n + 1), and what
@@ -49,9 +50,10 @@ def multipliers_of(name: str, config: OptimConfig, num_layers: int) -> tuple[flo
         name: of the weight.
         config: of the optimizer.
         num_layers: n, of the whole encoder.
+        before_layers: parts of the encoder that come before its layers.
     """
     part = _longest(name, config.parts)
-    rate = part.lr_multiplier * config.layer_decay ** _distance_from_the_end(name, num_layers)
+    rate = part.lr_multiplier * config.layer_decay ** _distance_from_the_end(name, num_layers, before_layers)
     return rate, part.weight_decay_multiplier
 
 
@@ -60,11 +62,11 @@ def _longest(name: str, parts: Mapping[str, PartConfig]) -> PartConfig:
     return parts[max(fitting, key=lambda part: part.count("."))] if fitting else PartConfig()
 
 
-def _distance_from_the_end(name: str, num_layers: int) -> int:
+def _distance_from_the_end(name: str, num_layers: int, before_layers: Sequence[str]) -> int:
     layer = _LAYER.match(name)
     if layer:
         return num_layers - int(layer[1])
-    return num_layers + 1 if name.startswith(_BEFORE_LAYERS) else 0
+    return num_layers + 1 if is_in_any(name, before_layers) else 0
 
 
 def _fits(name: str, wanted: str) -> bool:

@@ -9,37 +9,42 @@ from torch import Tensor
 
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
+from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.optim.parts import missing_part_sentence, parts_without_weights
 from megatron_ove.parallel.topology import ParallelTopology
 
 
-def check_parts(config: TrainConfig, topology: ParallelTopology, names: Mapping[Tensor, str]) -> None:
+def check_parts(
+    config: TrainConfig, topology: ParallelTopology, names: Mapping[Tensor, str], objectives: ObjectiveSet | None
+) -> None:
     """Compares `freeze` and `optim.parts` with the weights of all ranks; collective over them.
 
     Args:
         config: the run.
         topology: this rank's place.
         names: parameter -> its name in the whole model, of this rank.
+        objectives: on the last pipeline stage; None elsewhere.
 
     Raises:
         ConfigError: on every rank.
     """
     if not config.freeze and not config.optim.parts:
         return
-    mine = [*names.values()]
-    if topology.is_last_stage:
-        mine += [f"objectives.{name}.class_centers" for name in config.objectives]
+    mine, tables = list(names.values()), objectives.table_names() if objectives else []
     trains = any(parameter.requires_grad for parameter in names)
-    gathered: list[tuple[list[str], bool]] = [([], False)] * topology.world_size
+    gathered: list[tuple[list[str], list[str], bool]] = [([], [], False)] * topology.world_size
     # One replica's ranks have every weight; the others repeat them.
-    dist.all_gather_object(gathered, (mine if topology.data_rank == 0 else [], trains))
-    everything = list(dict.fromkeys(name for part, _ in gathered for name in part))
+    dist.all_gather_object(gathered, (mine, tables, trains) if topology.data_rank == 0 else ([], [], trains))
+    dense = list(dict.fromkeys(name for part, _, _ in gathered for name in part))
+    everything = dense + list(dict.fromkeys(name for _, part, _ in gathered for name in part))
+    # Tables have an optimizer of their own, with its own rate and decay.
+    settings = (("freeze", config.freeze, everything), ("optim.parts", config.optim.parts, dense))
     problems = [
-        missing_part_sentence(setting, missing, everything)
-        for setting, parts in (("freeze", config.freeze), ("optim.parts", config.optim.parts))
-        if (missing := parts_without_weights(parts, everything))
+        missing_part_sentence(setting, missing, known)
+        for setting, parts, known in settings
+        if (missing := parts_without_weights(parts, known))
     ]
-    if config.parallel.use_distributed_optimizer and not all(trains for _, trains in gathered):
+    if config.parallel.use_distributed_optimizer and not all(trains for _, _, trains in gathered):
         problems.append(
             "freeze leaves a rank of the pipeline without any dense weight to train, which "
             "parallel.use_distributed_optimizer cannot store; set it to false, use fewer pipeline stages, or freeze "

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.shard_format import DatasetInfo, read_vocabulary
 from megatron_ove.errors import CheckpointError, DataError, MegatronOveError
@@ -34,7 +35,7 @@ class _StoredWords:
 
 
 class RunVocabularies:
-    """The vocabularies of the objectives whose source is of kind ocr; on the main rank, nothing on the others."""
+    """The vocabularies of the objectives that have a source of pages; on the main rank, nothing on the others."""
 
     def __init__(self, config: TrainConfig, *, is_main: bool) -> None:
         """Reads the vocabularies beside the run's shard sets; collective over all ranks.
@@ -44,9 +45,9 @@ class RunVocabularies:
         """
         self._is_main = is_main
         self._sources = {
-            name: (objective.sources[0], Path(source.path))  # all of them have the same words
+            name: (source, Path(config.data.sources[source].path))
             for name, objective in config.objectives.items()
-            if (source := config.data.sources[objective.sources[0]]).kind == "ocr"
+            for source in _sources_of_pages(config, objective)[:1]  # all of them have the same words
         }
         self._stored: dict[str, _StoredWords] = {}
         self._on_main(self._read_sources)
@@ -111,3 +112,8 @@ class RunVocabularies:
         dist.broadcast_object_list(shared, src=0)
         if shared[0] is not None:
             raise type(shared[0])(str(shared[0]), on_every_rank=True)
+
+
+def _sources_of_pages(config: TrainConfig, objective: ObjectiveConfig) -> list[str]:
+    kinds = config.kinds.sources
+    return [name for name in objective.sources if kinds[config.data.sources[name].kind].shard_kind == "ocr"]

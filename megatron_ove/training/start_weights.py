@@ -55,8 +55,7 @@ class StartWeights:
         """
         self._config, self._topology = config, topology
         self._chunks, self._objectives = chunks, objectives
-        tables = [f"objectives.{name}.class_centers" for name in objectives or ()]
-        self._names = self._of_all_ranks([*names.values(), *tables])
+        self._names = self._of_all_ranks([*names.values(), *(objectives.table_names() if objectives else [])])
 
     def take(self) -> list[str]:
         """Takes all weights; returns what they were taken from. Says in one sentence each what came from where, what
@@ -141,6 +140,16 @@ class StartWeights:
             self._compare_encoders(start, section.model_dump(mode="json"), self._config.encoder.model_dump(mode="json"))
             state.update(weights)
 
+        is_module = {
+            name: not name.startswith("encoder.") and not name.endswith(".class_centers") for name in self._names
+        }
+        alone = [part for part in start.parts if all(is_module[name] for name in self._names if is_in_part(name, part))]
+        if alone:
+            raise CheckpointError(
+                f"init_from = {start.path} is a published folder, which has no dense weights of objectives: it cannot "
+                f"give {' and '.join(alone)}; name a checkpoint for them",
+                on_every_rank=True,
+            )
         if any(part.split(".")[0] == "encoder" for part in start.parts):
             self._together(read)
             for chunk in self._chunks:

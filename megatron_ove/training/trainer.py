@@ -95,12 +95,13 @@ class Trainer:
             )
         self.chunks = build_model_chunks(config, topology, self.objectives)
         self.names = parameter_names(self.chunks)
-        check_parts(config, topology, self.names)
+        check_parts(config, topology, self.names, self.objectives)
         self.optimizer = build_dense_optimizer(
             self.chunks,
             config.optim,
             names=self.names,
             num_layers=config.encoder.num_layers,
+            before_layers=config.kinds.encoders[config.encoder.kind].before_layers,
             dtype=weight_dtype(config),
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             process_groups=topology.process_groups,
@@ -181,7 +182,7 @@ class Trainer:
             state.accept(self.config.train.global_batch_size)
             if self.average:
                 self.optimizer.finish_param_gather()
-                self.average.update(state.step)
+                self.average.update(state.step - state.refused_steps)
         else:
             state.refuse()
             self._check_refusals(result)

@@ -164,6 +164,7 @@ ENCODERS = {
         build=build,
         footprint=_Footprint,
         operations=_operations,
+        before_layers=("encoder.embed",),
         identity=("hidden_size", "num_layers", "ffn_hidden_size", "patch_size"),
     )
 }
