@@ -58,7 +58,7 @@ def test_tiny_demo_from_input_to_page(tmp_path: Path) -> None:
     assert all(head["last_loss"] < head["first_loss"] for head in summary["heads"].values())
     assert 0 < summary["export_difference"] <= 1e-5
     assert 0 < summary["stopped_at_step"] < summary["steps"] == 12
-    assert summary["samples"] == 12 * 96
+    assert summary["samples"] == 12 * 100
     assert summary["rejects"] == {}
     reading = summary["cards_read_by_ocr"]
     assert reading["cards"] == 12 and reading["right"] == reading["words"] and reading["wrong"] == 0

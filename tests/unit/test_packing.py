@@ -96,8 +96,8 @@ def constant(tokens: int) -> Any:
 
 def demo_mixture() -> tuple[TrainConfig, list[SizedSource]]:
     """Images of 64 patches, pages and clips of 256, 32 in a step; some clips have moved less."""
-    config = load_config(repository_root() / "examples/quickstart/config.yaml")
-    config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 32})})
+    sizes = ["train.global_batch_size=32", "data.tokens_per_microbatch=2560"]
+    config = load_config(repository_root() / "examples/quickstart/config.yaml", sizes)
     weights = {"images": 2.0, "pages": 1.0, "clips": 1.0}
     clips = lambda rows, seeds: np.where((rows % 6 == 0) & (draw_uniform(seeds, 0) < 0.5), 192, 256)  # noqa: E731
     sources = {"images": constant(64), "pages": constant(256), "clips": clips}
