@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from PIL import Image
+from PIL import Image, ImageOps
 
 from megatron_ove.report.curves import smoothed
 from megatron_ove.report.metrics_log import LOSS_PREFIX, MetricsLog, read_metrics
@@ -36,13 +36,10 @@ def main(run_dir: Path, output: Path) -> None:
     figure = plt.figure(figsize=(12, 4.3), dpi=110)
     grid = figure.add_gridspec(1, 3, width_ratios=[0.72, 1.0, 1.05], left=0.01, right=0.985, top=0.88, bottom=0.12)
     grid.update(wspace=0.12)
-    _show(
-        figure.add_subplot(grid[0]),
-        run_dir / "report/cards_held_out_after.png",
-        f"Cards never seen: {right:.0%} of first words right",
-        0.5,
-    )
-    _show(figure.add_subplot(grid[1]), run_dir / "report/clip_sheet.jpg", "A clip: only lit patches are used")
+    cards = _folded(Image.open(run_dir / "report/cards_held_out_after.png"))
+    _show(figure.add_subplot(grid[0]), cards, f"Cards never seen: {right:.0%} of first words right")
+    clip = Image.open(run_dir / "report/clip_sheet.jpg")
+    _show(figure.add_subplot(grid[1]), clip, "A clip: only lit patches are used")
     _curves(figure.add_subplot(grid[2]), read_metrics(run_dir / "metrics.jsonl"))
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
@@ -50,10 +47,19 @@ def main(run_dir: Path, output: Path) -> None:
     picture.quantize(256, dither=Image.Dither.NONE).save(output, optimize=True)  # a third of the size, looks the same
 
 
-def _show(axes: Axes, path: Path, title: str, share: float = 1.0) -> None:
-    """Shows the left `share` of a picture."""
-    picture = Image.open(path)
-    axes.imshow(picture.crop((0, 0, round(share * picture.width), picture.height)))
+def _folded(picture: Image.Image) -> Image.Image:
+    """Returns a wide picture with its right half below its left half, and no white below either."""
+    middle = picture.width // 2
+    halves = [picture.crop((0, 0, middle, picture.height)), picture.crop((middle, 0, 2 * middle, picture.height))]
+    heights = [ImageOps.invert(half.convert("L")).getbbox()[3] for half in halves]
+    folded = Image.new("RGB", (middle, sum(heights)), "white")
+    folded.paste(halves[0], (0, 0))
+    folded.paste(halves[1].crop((0, 0, middle, heights[1])), (0, heights[0]))
+    return folded
+
+
+def _show(axes: Axes, picture: Image.Image, title: str) -> None:
+    axes.imshow(picture)
     axes.set_title(title, fontsize=10.5, loc="left")
     axes.axis("off")
 

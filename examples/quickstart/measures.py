@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ove.batch import PatchPack
-from megatron_ove.convert.class_centers import load_class_centers
+from megatron_ove.convert.class_centers import ClassHead, load_class_head
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.embedding import (
@@ -38,22 +38,22 @@ _CLIP_NAME = r"^(.+?)(?:-cut\d+)?-[0-9a-f]{10}$"
 
 @dataclass(frozen=True)
 class Model:
-    """One stage of training: its encoder as exported, and the class centers of its checkpoint.
+    """One stage of training: its encoder as exported, and the heads of its checkpoint.
 
     Attributes:
         encode: the exported encoder.
-        centers: objective name -> [classes, hidden] fp32.
+        heads: objective name -> head.
     """
 
     encode: EncoderCallable
-    centers: Mapping[str, Tensor]
+    heads: Mapping[str, ClassHead]
 
 
 def load_model(export_dir: Path, checkpoint: Path, objectives: list[str], patch_size: int) -> Model:
-    """Loads an export and the class centers it was trained with."""
+    """Loads an export and the heads it was trained with."""
     model = load_exported_model(export_dir)
-    centers = {name: load_class_centers(checkpoint, name) for name in objectives}
-    return Model(huggingface_encoder(model, patch_size), centers)
+    heads = {name: load_class_head(checkpoint, name) for name in objectives}
+    return Model(huggingface_encoder(model, patch_size), heads)
 
 
 def export_difference(
@@ -136,12 +136,12 @@ def retrieval_figures(held_out: HeldOut, model: Model) -> dict[str, dict[str, fl
     images = held_out.images
     return {
         **{
-            name: label_retrieval(pages.embeddings, model.centers["page_words"], pages.labels, k=10)
+            name: label_retrieval(pages.embeddings, model.heads["page_words"], pages.labels, k=10)
             for name, pages in (("page_to_words", held_out.pages), ("new_typefaces_to_words", held_out.new_typefaces))
             if pages is not None
         },
         "image_to_clusters": label_retrieval(
-            images.embeddings, model.centers["image_clusters"], images.labels, k=images.labels.shape[1]
+            images.embeddings, model.heads["image_clusters"], images.labels, k=images.labels.shape[1]
         ),
         "clip_to_other_cut": other_cut_figures(held_out.clips, held_out.train_clips),
     }

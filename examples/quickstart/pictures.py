@@ -10,6 +10,7 @@ import torch
 from measures import HeldOut, Model
 from torch import Tensor
 
+from megatron_ove.convert.class_centers import ClassHead
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.pages_read import choose_pages, draw_pages, read_pages
 from megatron_ove.evaluation.retrieval import average_precision, cosine_scores, labels_to_relevant
@@ -63,9 +64,7 @@ def page_section(
         f"most visible first: {', '.join(words[label] for label in ids)}.",
     )
     columns = [
-        _nearest_words(
-            stage, held_out[stage].pages.embeddings[row], models[stage].centers["page_words"], set(ids), words
-        )
+        _nearest_words(stage, held_out[stage].pages.embeddings[row], models[stage].heads["page_words"], set(ids), words)
         for stage in STAGES
     ]
     return Section(
@@ -90,7 +89,7 @@ def card_section(data_dir: Path, folder: Path, held_out: Mapping[str, HeldOut], 
         for stage in STAGES if split == "held_out" else STAGES[1:]:
             of_stage = held_out[stage].pages if split == "held_out" else after.new_typefaces
             assert of_stage is not None
-            read = read_pages(of_stage, rows, models[stage].centers["page_words"], vocabulary)
+            read = read_pages(of_stage, rows, models[stage].heads["page_words"], vocabulary)
             file = f"cards_{split}_{stage.split()[0]}.png"
             draw_pages(shards, rows, read, folder / file)
             right = sum(page.read[0] in page.words for page in read)
@@ -106,14 +105,14 @@ def card_section(data_dir: Path, folder: Path, held_out: Mapping[str, HeldOut], 
 
 def _median_page(held_out: HeldOut, model: Model) -> int:
     """Returns the held-out page that is neither the best nor the worst example."""
-    centers = model.centers["page_words"]
-    relevant = labels_to_relevant(held_out.pages.labels, len(centers))
-    order = average_precision(cosine_scores(held_out.pages.embeddings, centers), relevant).argsort()
+    head = model.heads["page_words"]
+    relevant = labels_to_relevant(held_out.pages.labels, len(head))
+    order = average_precision(head.cosines(held_out.pages.embeddings), relevant).argsort()
     return int(order[len(order) // 2])
 
 
-def _nearest_words(stage: str, embedding: Tensor, centers: Tensor, right: set[int], words: list[str]) -> WordColumn:
-    scores = cosine_scores(embedding[None], centers)[0]
+def _nearest_words(stage: str, embedding: Tensor, head: ClassHead, right: set[int], words: list[str]) -> WordColumn:
+    scores = head.cosines(embedding[None])[0]
     values, order = scores.topk(min(_NUM_WORDS, len(words)))
     ranked = [
         Word(text=words[index], right=index in right, note=f"{value:.2f}")

@@ -19,7 +19,7 @@ class DemoSizes:
 
     images: int = 320
     held_out_images: int = 64
-    cards: int = 5000
+    cards: int = 4000
     read_cards: int = 96
     held_out_cards: int = 150
     card_words: int = 100
@@ -27,7 +27,7 @@ class DemoSizes:
     image_clusters: int = 64
     clip_clusters: int = 60
     vocabulary: int = 400
-    steps: int = 300
+    steps: int = 160
 
     @property
     def stop_at(self) -> int:

@@ -148,12 +148,12 @@ def measure(run_dir: Path, steps: int) -> dict[str, dict[str, dict[str, float]]]
         for name in TESTS:
             shards = ShardSet.open(run_dir / "data" / name)
             embedded = embed_shard_set(reader.encode, shards, reader.settings)
-            words = label_retrieval(embedded.embeddings, reader.directions, embedded.labels, k=10)
-            pages = sample_retrieval(embedded.embeddings, reader.directions, embedded.labels, k=10)
+            words = label_retrieval(embedded.embeddings, reader.head, embedded.labels, k=10)
+            pages = sample_retrieval(embedded.embeddings, reader.head, embedded.labels, k=10)
             figures[stage][name] = {**words, **{f"word_to_pages_{key}": value for key, value in pages.items()}}
             if stage == "trained" and name in DRAWN:
                 rows = choose_pages(embedded, NUM_DRAWN)
-                read = read_pages(embedded, rows, reader.directions, reader.vocabulary)
+                read = read_pages(embedded, rows, reader.head, reader.vocabulary)
                 draw_pages(shards, rows, read, run_dir / f"{name}.png")
         destroy_topology()
     return figures

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,7 @@ from megatron_ove.cli.word_options import write_line
 from megatron_ove.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from megatron_ove.convert.class_centers import ClassHead
     from megatron_ove.data.shard_index import ShardSet
     from megatron_ove.evaluation.embedding import EmbeddedSet
     from megatron_ove.vocabulary import Vocabulary
@@ -59,7 +57,7 @@ def _check_device(name: str) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the figures; returns the exit status."""
-    from megatron_ove.convert.class_centers import load_class_centers, load_embedding_mean, load_words
+    from megatron_ove.convert.class_centers import load_class_head, load_words
     from megatron_ove.data.shard_index import ShardSet
     from megatron_ove.evaluation.embedding import SampleSettings, embed_shard_set
     from megatron_ove.evaluation.evaluate_shards import evaluate_embeddings, format_figures
@@ -97,35 +95,27 @@ def run(arguments: argparse.Namespace) -> int:
     image_size = int(model.config.image_size) if arguments.image_size is None else arguments.image_size
     settings = SampleSettings(patch_size=patch_size, image_size=image_size, max_patches=arguments.max_patches)
     embedded = embed_shard_set(huggingface_encoder(model, patch_size), shards, settings, device=arguments.device)
-    centers = load_class_centers(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
-    mean = load_embedding_mean(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
-    figures = evaluate_embeddings(
-        embedded,
-        k=arguments.k,
-        class_centers=centers,
-        embedding_mean=mean,
-        group_pattern=arguments.group_pattern,
-    )
+    head = load_class_head(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
+    figures = evaluate_embeddings(embedded, k=arguments.k, head=head, group_pattern=arguments.group_pattern)
     sys.stdout.write(f"{len(shards)} samples of {arguments.shards}\n{format_figures(figures)}\n")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    if centers is not None and words is not None:
-        compared = embedded if mean is None else replace(embedded, embeddings=embedded.embeddings - mean)
-        _show_pages(arguments, shards, compared, centers, words)
+    if head is not None and words is not None:
+        _show_pages(arguments, shards, embedded, head, words)
     return 0
 
 
 def _show_pages(
-    arguments: argparse.Namespace, shards: ShardSet, compared: EmbeddedSet, centers: Tensor, words: Vocabulary
+    arguments: argparse.Namespace, shards: ShardSet, embedded: EmbeddedSet, head: ClassHead, words: Vocabulary
 ) -> None:
     from megatron_ove.evaluation.pages_read import choose_pages, draw_pages, read_pages
 
-    rows = choose_pages(compared, arguments.pages)
+    rows = choose_pages(embedded, arguments.pages)
     if rows:
         sys.stdout.write("Words of pages; in brackets what is read but not there:\n")
-    for page in read_pages(compared, rows, centers, words):
+    for page in read_pages(embedded, rows, head, words):
         write_line(f"  {page}")
     if arguments.picture:
-        rows = choose_pages(compared, _DRAWN_PAGES)
-        draw_pages(shards, rows, read_pages(compared, rows, centers, words), arguments.picture)
+        rows = choose_pages(embedded, _DRAWN_PAGES)
+        draw_pages(shards, rows, read_pages(embedded, rows, head, words), arguments.picture)
         sys.stdout.write(f"{arguments.picture}\n")

@@ -1,10 +1,14 @@
-"""Class centers of a checkpoint, and the words that they stand for."""
+"""Class centers of a checkpoint, what embeddings are compared with them, and the words that they stand for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ove.convert.checkpoint_files import read_checkpoint_facts, read_tensors, stored_keys
@@ -13,8 +17,37 @@ from megatron_ove.parallel.class_order import rows_of_classes
 from megatron_ove.vocabulary import Vocabulary, vocabulary_path
 
 
-def load_class_centers(checkpoint_dir: str | Path, objective: str, *, verify: bool = True) -> Tensor:
-    """Reads the class centers of one objective, whatever number of ranks wrote them.
+@dataclass(frozen=True)
+class ClassHead:
+    """A trained head: what embeddings are compared with, and how.
+
+    Attributes:
+        centers: [c, e] fp32, in the order of class ids, not normalized.
+        mean: [e] fp32, taken from embeddings before they are compared: the running mean of a head with `centering:
+            embeddings`; None = nothing.
+    """
+
+    centers: Tensor
+    mean: Tensor | None = None
+
+    def __len__(self) -> int:
+        """c, the number of classes."""
+        return len(self.centers)
+
+    def of_classes(self, classes: Tensor | slice) -> ClassHead:
+        """Returns the head of some of its classes, in the order of `classes`."""
+        return ClassHead(self.centers[classes], self.mean)
+
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """Returns [n, c] fp32: cosine of embeddings [n, e], as an encoder puts them out, with every class center."""
+        embeddings = embeddings.float()
+        if self.mean is not None:
+            embeddings = embeddings - self.mean.to(embeddings.device)
+        return F.normalize(embeddings, dim=-1) @ F.normalize(self.centers.to(embeddings.device), dim=-1).T
+
+
+def load_class_head(checkpoint_dir: str | Path, objective: str, *, verify: bool = True) -> ClassHead:
+    """Reads the class centers of one objective, whatever number of ranks wrote them, and its mean.
 
     Args:
         checkpoint_dir: a checkpoint folder.
@@ -22,7 +55,7 @@ def load_class_centers(checkpoint_dir: str | Path, objective: str, *, verify: bo
         verify: whether every file's checksum is compared first.
 
     Returns:
-        [num_classes, e] fp32 on the CPU, in the order of class ids, not normalized.
+        The head, on the CPU.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint, or holds no such table.
@@ -34,7 +67,8 @@ def load_class_centers(checkpoint_dir: str | Path, objective: str, *, verify: bo
         tensors = read_tensors(checkpoint_dir, key)
         if key in tensors:
             num_classes = len(tensors[key])
-            return tensors[key][rows_of_classes(torch.arange(num_classes), num_classes)].float()
+            centers = tensors[key][rows_of_classes(torch.arange(num_classes), num_classes)].float()
+            return ClassHead(centers, _read_mean(checkpoint_dir, objective, objectives[objective]))
     known = ", ".join(objectives) or "none: it holds an encoder only"
     raise CheckpointError(
         f"the checkpoint {checkpoint_dir} has no class centers of an objective '{objective}'; its objectives are "
@@ -49,14 +83,8 @@ def objectives_with_centers(checkpoint_dir: str | Path) -> list[str]:
     return [name for name in objectives if f"objectives.{name}.weight" in keys]
 
 
-def load_embedding_mean(checkpoint_dir: str | Path, objective: str) -> Tensor | None:
-    """Returns what is to be taken from embeddings before they are compared with an objective's class centers.
-
-    Returns:
-        [e] fp32 on the CPU, the running mean of a head with `centering: embeddings`; None = nothing.
-    """
-    config = read_checkpoint_facts(checkpoint_dir, verify=False)["config"]["objectives"][objective]
-    if config.get("centering", "none") != "embeddings":
+def _read_mean(checkpoint_dir: str | Path, objective: str, section: Mapping[str, Any]) -> Tensor | None:
+    if section.get("centering", "none") != "embeddings":
         return None
     key = f"objectives.{objective}.embedding_mean"
     return read_tensors(checkpoint_dir, key)[key].float()

@@ -11,12 +11,7 @@ from typing import Any
 from safetensors.torch import save
 
 from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint, read_checkpoint_facts
-from megatron_ove.convert.class_centers import (
-    load_class_centers,
-    load_embedding_mean,
-    load_words,
-    objectives_with_centers,
-)
+from megatron_ove.convert.class_centers import load_class_head, load_words, objectives_with_centers
 from megatron_ove.convert.hf_config import DEFAULT_IMAGE_SIZE, to_hf_config
 from megatron_ove.convert.hf_folder import write_hf_folder
 from megatron_ove.convert.mapping import to_hf
@@ -73,9 +68,9 @@ def class_centers_path(objective: str) -> str:
 
 def class_centers_file(checkpoint_dir: str | Path, objective: str) -> bytes:
     """Returns the content of an export's file of class centers."""
-    tensors = {"class_centers": load_class_centers(checkpoint_dir, objective, verify=False)}
-    mean = load_embedding_mean(checkpoint_dir, objective)
-    return save(tensors if mean is None else {**tensors, "embedding_mean": mean})
+    head = load_class_head(checkpoint_dir, objective, verify=False)
+    tensors = {"class_centers": head.centers}
+    return save(tensors if head.mean is None else {**tensors, "embedding_mean": head.mean})
 
 
 def _count_words(checkpoint_dir: str | Path, facts: Mapping[str, Any]) -> dict[str, int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
+from megatron_ove.convert.class_centers import ClassHead
 from megatron_ove.errors import ConfigError
 from megatron_ove.evaluation.embedding import EmbeddedSet
 from megatron_ove.evaluation.retrieval import (
@@ -24,8 +23,7 @@ def evaluate_embeddings(
     embedded: EmbeddedSet,
     *,
     k: int,
-    class_centers: Tensor | None = None,
-    embedding_mean: Tensor | None = None,
+    head: ClassHead | None = None,
     group_pattern: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Computes every figure that the data at hand allows.
@@ -33,9 +31,8 @@ def evaluate_embeddings(
     Args:
         embedded: embeddings, labels and keys of the samples.
         k: cut-off of rankings.
-        class_centers: [c, e]; adds "labels": sample -> its own labels by nearest class centers, and "samples": label
-            -> the samples that carry it by nearness to its class center.
-        embedding_mean: [e], taken from embeddings before they are compared with class centers; None = nothing.
+        head: adds "labels": sample -> its own labels by nearest class centers, and "samples": label -> the samples that
+            carry it by nearness to its class center.
         group_pattern: regular expression whose first group, found in a sample's key, names what belongs together; adds
             "groups": sample -> the other samples of its group.
 
@@ -46,16 +43,15 @@ def evaluate_embeddings(
         ConfigError: a pattern that fits no key, or labels beyond the class centers.
     """
     figures = {"neighbours": neighbour_label_overlap(embedded, k)}
-    if class_centers is not None:
+    if head is not None:
         largest = int(embedded.labels.max())
-        if largest >= class_centers.shape[0]:
+        if largest >= len(head):
             raise ConfigError(
-                f"the shard set has label {largest}, but the objective has only {class_centers.shape[0]} class "
-                "centers; give the objective that was trained with these labels"
+                f"the shard set has label {largest}, but the objective has only {len(head)} class centers; give the "
+                "objective that was trained with these labels"
             )
-        compared = embedded.embeddings if embedding_mean is None else embedded.embeddings - embedding_mean
-        figures["labels"] = label_retrieval(compared, class_centers, embedded.labels, k)
-        figures["samples"] = sample_retrieval(compared, class_centers, embedded.labels, k)
+        figures["labels"] = label_retrieval(embedded.embeddings, head, embedded.labels, k)
+        figures["samples"] = sample_retrieval(embedded.embeddings, head, embedded.labels, k)
     if group_pattern is not None:
         figures["groups"] = group_retrieval(embedded.embeddings, group_names(embedded.keys, group_pattern), k)
     return figures

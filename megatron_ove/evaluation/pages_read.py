@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from torch import Tensor
 
+from megatron_ove.convert.class_centers import ClassHead
 from megatron_ove.data.shard_format import PICTURE_MEMBER
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.embedding import EmbeddedSet
-from megatron_ove.evaluation.retrieval import cosine_scores
 from megatron_ove.preprocess.text_render.typefaces import Typeface, typefaces
 from megatron_ove.vocabulary import Vocabulary
 
@@ -50,19 +49,17 @@ def choose_pages(embedded: EmbeddedSet, count: int) -> list[int]:
     return [labelled[place] for place in places]
 
 
-def read_pages(
-    embedded: EmbeddedSet, rows: Sequence[int], class_centers: Tensor, vocabulary: Vocabulary
-) -> list[PageRead]:
+def read_pages(embedded: EmbeddedSet, rows: Sequence[int], head: ClassHead, vocabulary: Vocabulary) -> list[PageRead]:
     """Returns what is read on samples.
 
     Args:
-        embedded: embeddings as they are compared with class centers.
+        embedded: embeddings as the encoder puts them out.
         rows: samples to look at, each with a label.
-        class_centers: [c, e], in the order of the vocabulary; centers beyond its end have no word and are left out.
+        head: its classes are in the order of the vocabulary; those beyond its end have no word and are left out.
         vocabulary: words of the classes.
     """
-    count = min(len(vocabulary), len(class_centers))
-    scores = cosine_scores(embedded.embeddings[list(rows)], class_centers[:count])
+    count = min(len(vocabulary), len(head))
+    scores = head.of_classes(slice(count)).cosines(embedded.embeddings[list(rows)])
     pages = []
     for row, of_page in zip(rows, scores, strict=True):
         ids = dict.fromkeys(label for label in embedded.labels[row].tolist() if 0 <= label < count)
@@ -76,14 +73,15 @@ def draw_pages(shards: ShardSet, rows: Sequence[int], pages: Sequence[PageRead],
     """Writes a PNG of pages with the words read below each: green if they are on the page, red if not."""
     cells = [_draw_page(shards.read(row, PICTURE_MEMBER), page) for row, page in zip(rows, pages, strict=True)]
     columns = min(_COLUMNS, len(cells))
-    lines = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    heights = [max(cell.height for cell in line) + _GAP for line in lines]
-    sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, sum(heights) + _GAP), "white")
-    top = _GAP
-    for line, height in zip(lines, heights, strict=True):
-        for place, cell in enumerate(line):
-            sheet.paste(cell, (_GAP + place * (_CELL + _GAP), top))
-        top += height
+    bottoms = [_GAP] * columns  # each column on its own: a tall page leaves no gap beside it
+    places = []
+    for number, cell in enumerate(cells):
+        column = number % columns
+        places.append((_GAP + column * (_CELL + _GAP), bottoms[column]))
+        bottoms[column] += cell.height + _GAP
+    sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, max(bottoms)), "white")
+    for place, cell in zip(places, cells, strict=True):
+        sheet.paste(cell, place)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
 
@@ -95,15 +93,15 @@ def _typeface_for(word: str) -> Typeface:
 
 def _draw_page(stored: bytes, page: PageRead) -> Image.Image:
     picture = Image.open(io.BytesIO(stored)).convert("RGB")
-    scale = _CELL / picture.width
+    scale = (_CELL - 2) / picture.width
     if picture.height * scale > 2 * _CELL:
         scale = 2 * _CELL / picture.height
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     line = _TEXT_SIZE + 5
     cell = Image.new("RGB", (_CELL, picture.height + 6 + line * len(page.read)), "white")
-    cell.paste(picture, (0, 0))
+    cell.paste(picture, (1, 1))
     pen = ImageDraw.Draw(cell)
-    pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=_EDGE)  # white pages have an edge too
+    pen.rectangle((0, 0, picture.width + 1, picture.height + 1), outline=_EDGE)  # white pages have an edge too
     for place, word in enumerate(page.read):
         font = _typeface_for(word).open(_TEXT_SIZE)
         colour = _RIGHT if word in page.words else _WRONG

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ove.convert.class_centers import ClassHead
+
 
 def cosine_scores(queries: Tensor, gallery: Tensor) -> Tensor:
     """Returns [q, g] fp32: cosine of every query [q, e] with every gallery item [g, e]."""
@@ -86,12 +88,12 @@ def without_self(scores: Tensor) -> Tensor:
     return scores.masked_fill(torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device), -torch.inf)
 
 
-def label_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, k: int) -> dict[str, float]:
+def label_retrieval(embeddings: Tensor, head: ClassHead, labels: Tensor, k: int) -> dict[str, float]:
     """How well the class centers nearest to an embedding are the sample's labels.
 
     Args:
-        embeddings: [q, e], any length.
-        class_centers: [c, e], any length.
+        embeddings: [q, e], as the encoder puts them out.
+        head: of c classes.
         labels: [q, L] int, -1 = none.
         k: cut-off of the recall.
 
@@ -100,8 +102,8 @@ def label_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, k
         queries with a label; each as "chance_..." for scores that belong to another sample, so that knowing which
         classes are frequent counts as chance; and "queries", how many there were.
     """
-    scores = cosine_scores(embeddings, class_centers)
-    relevant = labels_to_relevant(labels, class_centers.shape[0])
+    scores = head.cosines(embeddings)
+    relevant = labels_to_relevant(labels, len(head))
 
     def measure(scores: Tensor) -> dict[str, float]:
         return {
@@ -113,12 +115,12 @@ def label_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, k
     return _with_chance(measure, scores, scores[other_samples(len(scores))], int(relevant.any(dim=1).sum()))
 
 
-def sample_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, k: int) -> dict[str, float]:
+def sample_retrieval(embeddings: Tensor, head: ClassHead, labels: Tensor, k: int) -> dict[str, float]:
     """How well the samples nearest to a class center are those that carry the class: a word and its pages.
 
     Args:
-        embeddings: [n, e], any length.
-        class_centers: [c, e], any length.
+        embeddings: [n, e], as the encoder puts them out.
+        head: of c classes.
         labels: [n, L] int, -1 = none.
         k: cut-off of the recall.
 
@@ -129,7 +131,7 @@ def sample_retrieval(embeddings: Tensor, class_centers: Tensor, labels: Tensor, 
     classes = labels[labels >= 0].unique()  # [q], sorted
     places = torch.searchsorted(classes, labels.contiguous()).where(labels >= 0, -1)
     relevant = labels_to_relevant(places, len(classes)).T  # [q, n]
-    scores = cosine_scores(class_centers[classes.long()], embeddings)
+    scores = head.of_classes(classes.long()).cosines(embeddings).T
 
     def measure(scores: Tensor) -> dict[str, float]:
         return {

@@ -17,21 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ove.batch import Batch
 from megatron_ove.checkpoint.manifest import checkpoints_at, structural_problem
 from megatron_ove.config.objectives import source_names
 from megatron_ove.convert.checkpoint_files import read_checkpoint_facts
-from megatron_ove.convert.class_centers import load_class_centers, load_embedding_mean, load_words
+from megatron_ove.convert.class_centers import ClassHead, load_class_head, load_words
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
 from megatron_ove.convert.hf_export import trained_image_size
 from megatron_ove.data.shard_format import PICTURE_MEMBER
 from megatron_ove.data.shard_index import ShardSet, ShardWriter
 from megatron_ove.errors import CheckpointError, ConfigError, DataError
 from megatron_ove.evaluation.embedding import EncoderCallable, SampleSettings, embed_shard_set
-from megatron_ove.evaluation.retrieval import average_precision, cosine_scores, mean_over_queries
+from megatron_ove.evaluation.retrieval import average_precision, mean_over_queries
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.words import segment_words
 from megatron_ove.preprocess.pictures import JpegPreparer
@@ -51,8 +50,8 @@ class WordReader:
 
     Attributes:
         checkpoint: the folder.
-        encode: the encoder, less the running mean that the objective's embeddings are centered by.
-        directions: [c, e] fp32 on the CPU, class centers of length 1, in the order of the words.
+        encode: the encoder.
+        head: of the objective, in the order of the words.
         vocabulary: c words.
         settings: how pictures become patches: as the objective's source makes them, with its largest budget.
         device: of the encoder.
@@ -60,7 +59,7 @@ class WordReader:
 
     checkpoint: Path
     encode: EncoderCallable
-    directions: Tensor
+    head: ClassHead
     vocabulary: Vocabulary
     settings: SampleSettings
     device: torch.device
@@ -146,19 +145,16 @@ def load_word_reader(
     facts = read_checkpoint_facts(checkpoint)
     name = _choose_objective(facts["config"], checkpoint, objective)
     words = _find_words(checkpoint, name, vocabulary)
-    centers = load_class_centers(checkpoint, name, verify=False)  # all checksums were compared a moment ago
-    if len(words) > len(centers):
+    head = load_class_head(checkpoint, name, verify=False)  # all checksums were compared a moment ago
+    if len(words) > len(head):
         raise ConfigError(
-            f"{vocabulary} has {len(words)} words, more than the {len(centers)} classes of {name} in {checkpoint}, so "
+            f"{vocabulary} has {len(words)} words, more than the {len(head)} classes of {name} in {checkpoint}, so "
             "it is the vocabulary of another run; give the one its shard set was written with"
         )
-    if len(words) < len(centers):
-        logger.warning("%d of the %d classes of %s have no word.", len(centers) - len(words), len(centers), name)
-    mean = load_embedding_mean(checkpoint, name)
+    if len(words) < len(head):
+        logger.warning("%d of the %d classes of %s have no word.", len(head) - len(words), len(head), name)
     encoder, config = load_encoder_for_inference(checkpoint, verify=False)
     device = next(encoder.parameters()).device
-    mean = torch.zeros(centers.shape[1]) if mean is None else mean
-    mean = mean.to(device)
     source = facts["config"]["data"]["sources"][source_names(facts["config"]["objectives"][name])[0]]
     budgets = source["max_patches"]  # a number or a list
     settings = SampleSettings(
@@ -169,9 +165,9 @@ def load_word_reader(
 
     @torch.inference_mode()
     def encode(batch: Batch) -> Tensor:
-        return encoder(batch.main).sample_embeddings(batch.num_samples) - mean
+        return encoder(batch.main).sample_embeddings(batch.num_samples)
 
-    return WordReader(checkpoint, encode, F.normalize(centers[: len(words)], dim=-1), words, settings, device)
+    return WordReader(checkpoint, encode, head.of_classes(slice(len(words))), words, settings, device)
 
 
 def read_pictures(reader: WordReader, files: Sequence[str | Path], *, top: int) -> list[PictureWords]:
@@ -181,7 +177,7 @@ def read_pictures(reader: WordReader, files: Sequence[str | Path], *, top: int) 
         rows: dict[int, Tensor] = {}
         if shards is not None:
             embedded = embed_shard_set(reader.encode, shards, reader.settings, device=reader.device)
-            rows = dict(zip(map(int, embedded.keys), F.normalize(embedded.embeddings, dim=-1), strict=True))
+            rows = dict(zip(map(int, embedded.keys), reader.head.cosines(embedded.embeddings), strict=True))
             shards.close()
     return [
         PictureWords(str(file), (), problems[number])
@@ -201,7 +197,7 @@ def find_pages(reader: WordReader, shards: ShardSet, words: Sequence[str], *, to
     classes = [word_class(reader, word) for word in words]
     stored = shards.read_vocabulary()  # its ids may be others than the checkpoint's
     embedded = embed_shard_set(reader.encode, shards, reader.settings, device=reader.device)
-    scores = cosine_scores(reader.directions[classes], embedded.embeddings)  # [words, n]
+    scores = reader.head.of_classes(torch.tensor(classes)).cosines(embedded.embeddings).T  # [words, n]
     found = []
     for index, of_word in zip(classes, scores, strict=True):
         word = reader.vocabulary.words[index]
@@ -309,9 +305,9 @@ def _store_pictures(files: Sequence[str | Path], folder: Path) -> tuple[ShardSet
     return (ShardSet.open(folder / "pictures") if len(writer) else None), problems
 
 
-def _best_words(reader: WordReader, direction: Tensor, top: int) -> tuple[ScoredWord, ...]:
-    """`direction`: [e] of length 1."""
-    scores, classes = (reader.directions @ direction).topk(min(top, len(reader.vocabulary)))
+def _best_words(reader: WordReader, cosines: Tensor, top: int) -> tuple[ScoredWord, ...]:
+    """`cosines`: [c], of one page."""
+    scores, classes = cosines.topk(min(top, len(reader.vocabulary)))
     words = reader.vocabulary.words
     pairs = zip(scores.tolist(), classes.tolist(), strict=True)
     return tuple(ScoredWord(words[index], index, score) for score, index in pairs)

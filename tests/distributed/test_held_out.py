@@ -170,7 +170,7 @@ def test_measuring_changes_nothing_and_a_resume_has_the_same_figures(one_rank: P
 
 def test_figures_are_those_of_the_encoder_and_table_of_the_checkpoint(one_rank: Path, held_out: dict[str, str]) -> None:
     """The whole path against `evaluate`'s: the saved encoder, the saved centers, dense maths."""
-    from megatron_ove.convert.class_centers import load_class_centers
+    from megatron_ove.convert.class_centers import load_class_head
     from megatron_ove.convert.encoder_inference import load_encoder_for_inference
     from megatron_ove.evaluation.embedding import SampleSettings, embed_shard_set
     from megatron_ove.evaluation.retrieval import label_retrieval
@@ -189,8 +189,8 @@ def test_figures_are_those_of_the_encoder_and_table_of_the_checkpoint(one_rank: 
                 SampleSettings(image_size=28, max_patches=16),
                 indices=(np.arange(count) * len(shards) // count).tolist(),
             )
-            centers = load_class_centers(checkpoint, objective)
-            expected = label_retrieval(embedded.embeddings, centers, embedded.labels, 10)
+            head = load_class_head(checkpoint, objective)
+            expected = label_retrieval(embedded.embeddings, head, embedded.labels, 10)
             for name in ("mean_average_precision", "recall_at_10", "first_right"):
                 assert got[f"held_out/{objective}/{name}"] == pytest.approx(expected[name], rel=1e-5)
     finally:

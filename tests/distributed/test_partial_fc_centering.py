@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_ove.checkpoint.manager import CheckpointManager
-from megatron_ove.convert.class_centers import load_embedding_mean
+from megatron_ove.convert.class_centers import ClassHead, load_class_head
 from megatron_ove.evaluation.retrieval import label_retrieval
 from megatron_ove.heads.centering import EmbeddingMean, centered_directions
 from megatron_ove.parallel.class_order import rows_of_classes
@@ -167,11 +167,11 @@ def test_the_running_mean_is_that_of_the_labelled_samples_and_resumes_bit_for_bi
     owners = {result["weight"][0]: result["weight"][1] for result in results}
     centers = torch.cat([owners[first] for first in sorted(owners)])
     centers = centers[rows_of_classes(torch.arange(37), 37)]
-    figures = label_retrieval(case.embeddings + 1 - results[0]["means"][3], centers, case.labels, k=10)
+    figures = label_retrieval(case.embeddings + 1, ClassHead(centers, results[0]["means"][3]), case.labels, k=10)
     measured = next(result["held_out"] for result in results if result["replica"] == 0)
     for name in ("mean_average_precision", "recall_at_10", "first_right"):
         assert measured[name] / 8 == pytest.approx(figures[name], abs=1e-5)
-    read = load_embedding_mean(tmp_path / "step_00000002", NAME)
+    read = load_class_head(tmp_path / "step_00000002", NAME).mean
     assert read is not None and torch.equal(read, results[0]["means"][1])
 
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ove.checkpoint.manager import CheckpointManager
 from megatron_ove.config.optim import ClassCenterOptimConfig
-from megatron_ove.convert.class_centers import load_class_centers
+from megatron_ove.convert.class_centers import load_class_head
 from megatron_ove.errors import CheckpointError, DataError
 from megatron_ove.heads.class_centers import initial_rows
 from megatron_ove.objectives.objective_set import ObjectiveSet
@@ -211,7 +211,7 @@ def test_centers_are_read_in_the_order_of_class_ids(tmp_path: Path, label: int):
     case = make_case(num_sampled=2, negatives="shared", interclass_filter=1.0, optim=optim)
     run_distributed(teach_one_class, 2, case, label, str(tmp_path))
     fresh = initial_rows(SEED, NAME, 0, 37, 6)[rows_of_classes(torch.arange(37), 37)]
-    read = load_class_centers(tmp_path / "step_00000001", NAME)
+    read = load_class_head(tmp_path / "step_00000001", NAME).centers
     moved = (read != fresh).any(1).nonzero().flatten().tolist()
     assert label in moved and len(moved) in (2, 3)
     # The center came closer to the samples, the negatives went away from them.

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from megatron_ove.cli.main import main
 from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint
-from megatron_ove.convert.class_centers import load_class_centers
+from megatron_ove.convert.class_centers import load_class_head
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
 from megatron_ove.convert.hf_config import from_hf_config
 from megatron_ove.convert.hf_export import export_checkpoint
@@ -221,7 +221,7 @@ def test_layout_of_the_checkpoint_does_not_matter(checkpoint: Path, tmp_path: Pa
     assert config == other_config and actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     for kind, num_classes in NUM_CLASSES.items():
-        assert torch.equal(load_class_centers(other, f"{kind}_labels"), class_table(num_classes))
+        assert torch.equal(load_class_head(other, f"{kind}_labels").centers, class_table(num_classes))
 
 
 def test_bf16_stays_bf16(topology: ParallelTopology, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_damaged_or_wrong_checkpoints_get_a_sentence(
     assert main(["convert", "export", "--checkpoint", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 2
     assert "name a finished folder like runs/NAME/checkpoints/step_00000100" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="no class centers of an objective 'words'; its objectives are image_lab"):
-        load_class_centers(checkpoint, "words")
+        load_class_head(checkpoint, "words")
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ from megatron_ove.checkpoint.initialize import find_start
 from megatron_ove.cli.main import main
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.convert.checkpoint_files import encoder_state_from_checkpoint
-from megatron_ove.convert.class_centers import load_class_centers
+from megatron_ove.convert.class_centers import load_class_head
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
 from megatron_ove.convert.hf_config import to_hf_config
 from megatron_ove.convert.hf_export import export_checkpoint
@@ -67,7 +67,7 @@ def test_command(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(
         CheckpointError, match="no class centers of an objective 'a'; its objectives are none: it holds"
     ):
-        load_class_centers(output, "a")
+        load_class_head(output, "a")
 
 
 def test_sharded_safetensors(pretrained: Path, tmp_path: Path) -> None:

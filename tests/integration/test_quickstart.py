@@ -108,7 +108,6 @@ def test_configuration_loads_and_keeps_every_part_of_the_large_encoder() -> None
     config = load_config(QUICKSTART / "config.yaml")
     assert {objective.source for objective in config.objectives.values()} == {"images", "pages", "clips"}
     assert config.encoder.use_head
-    assert config.parallel.tensor_model_parallel_size == 2
     assert config.checkpoint.save_initial
     assert [source.path for source in config.data.sources.values()] == [
         f"{config.run_dir}/data/{kind}/train" for kind in config.data.sources

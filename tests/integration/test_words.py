@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_ove.checkpoint.manifest import read_manifest
 from megatron_ove.cli.main import main
-from megatron_ove.convert.class_centers import load_class_centers
+from megatron_ove.convert.class_centers import load_class_head
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.embedding import SampleSettings, embed_shard_set
 from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model
@@ -120,7 +120,7 @@ def test_read_prints_the_words_whose_centers_are_nearest(
     assert f"`{FILE}` holds the 13 words of a head's classes" in (export / "README.md").read_text()
     encode, settings = huggingface_encoder(load_exported_model(export), 14), SampleSettings(max_patches=16)
     embedded = embed_shard_set(encode, ShardSet.open(sources["ocr"]), settings, indices=[3])
-    scores = cosine_scores(embedded.embeddings, load_class_centers(checkpoint, OBJECTIVE))[0]
+    scores = cosine_scores(embedded.embeddings, load_class_head(checkpoint, OBJECTIVE).centers)[0]
     values, classes = scores.topk(TOP)
 
     capsys.readouterr()
@@ -143,7 +143,7 @@ def test_an_export_can_carry_the_class_centers(checkpoint: Path, tmp_path: Path)
     assert "`class_centers/NAME.safetensors` holds the class centers" in (export / "README.md").read_text()
     stored = load_file(export / f"class_centers/{OBJECTIVE}.safetensors")
     assert list(stored) == ["class_centers"]
-    assert torch.equal(stored["class_centers"], load_class_centers(checkpoint, OBJECTIVE))
+    assert torch.equal(stored["class_centers"], load_class_head(checkpoint, OBJECTIVE).centers)
     assert len(list((export / "class_centers").iterdir())) == 3
     load_exported_model(export)
 
@@ -163,7 +163,7 @@ def test_evaluate_shows_the_words_of_pages(
     embedded = embed_shard_set(
         huggingface_encoder(load_exported_model(export), 14), shards, SampleSettings(max_patches=16)
     )
-    centers = load_class_centers(checkpoint, OBJECTIVE)
+    centers = load_class_head(checkpoint, OBJECTIVE).centers
     for line, row in zip(lines[start + 1 : start + 3], (0, len(shards) - 1), strict=True):
         has = [f"word{label}" for label in dict.fromkeys(shards.labels[row].tolist()) if label >= 0]
         nearest = cosine_scores(embedded.embeddings[[row]], centers)[0].topk(min(len(has), 8)).indices.tolist()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ove.convert.class_centers import ClassHead
 from megatron_ove.evaluation.retrieval import (
     average_precision,
     cosine_scores,
@@ -69,15 +70,15 @@ def test_labels_to_relevant_ignores_minus_one_and_repeats() -> None:
 
 
 def test_label_retrieval_by_class_centers() -> None:
-    centers = torch.eye(4) * 5
+    head = ClassHead(torch.eye(4) * 5)
     embeddings = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.0, 0.1, 0.5, 0.9], [1.0, 1.0, 1.0, 1.0]])
     labels = torch.tensor([[0, 2], [3, -1], [-1, -1]])
-    figures = label_retrieval(embeddings, centers, labels, k=1)
+    figures = label_retrieval(embeddings, head, labels, k=1)
     assert figures["queries"] == 2
     assert figures["recall_at_1"] == pytest.approx((0.5 + 1.0) / 2)
     assert figures["mean_average_precision"] == pytest.approx(((1.0 + 2 / 3) / 2 + 1.0) / 2)
     assert figures["first_right"] == 1.0
-    chance = label_retrieval(embeddings[other_samples(3)], centers, labels, k=1)
+    chance = label_retrieval(embeddings[other_samples(3)], head, labels, k=1)
     for name in ("recall_at_1", "mean_average_precision", "first_right"):
         assert figures[f"chance_{name}"] == chance[name]
 
@@ -85,16 +86,28 @@ def test_label_retrieval_by_class_centers() -> None:
 def test_sample_retrieval_by_class_centers() -> None:
     embeddings = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.0, 0.1, 0.5, 0.9], [1.0, 1.0, 1.0, 1.0]])
     labels = torch.tensor([[0, 2], [3, -1], [-1, -1]], dtype=torch.int32)
-    figures = sample_retrieval(embeddings, torch.eye(4) * 5, labels, k=1)
+    figures = sample_retrieval(embeddings, ClassHead(torch.eye(4) * 5), labels, k=1)
     # Classes 0 and 3 find their only sample first, class 2 finds it last; nothing carries class 1.
     assert figures["queries"] == 3
     assert figures["recall_at_1"] == pytest.approx(2 / 3)
     assert figures["mean_average_precision"] == pytest.approx((1 + 1 / 3 + 1) / 3)
-    chance = sample_retrieval(embeddings[other_samples(3)], torch.eye(4) * 5, labels, k=1)
+    chance = sample_retrieval(embeddings[other_samples(3)], ClassHead(torch.eye(4) * 5), labels, k=1)
     for name in ("recall_at_1", "mean_average_precision"):
         assert figures[f"chance_{name}"] == chance[name]
-    nothing = sample_retrieval(embeddings, torch.eye(4), torch.full((3, 2), -1), k=1)
+    nothing = sample_retrieval(embeddings, ClassHead(torch.eye(4)), torch.full((3, 2), -1), k=1)
     assert nothing["queries"] == 0 and math.isnan(nothing["recall_at_1"])
+
+
+def test_a_head_takes_its_mean_from_embeddings_first() -> None:
+    """As one trained with `centering: embeddings`: all embeddings lie far from the origin, and near one another."""
+    mean = torch.tensor([30.0, 40.0, 50.0])
+    head, embeddings = ClassHead(torch.eye(3) * 5, mean), mean + torch.eye(3)
+    torch.testing.assert_close(head.cosines(embeddings), torch.eye(3))
+    torch.testing.assert_close(head.of_classes(torch.tensor([2, 0])).cosines(embeddings), torch.eye(3)[:, [2, 0]])
+    labels = torch.tensor([[0], [1], [2]])
+    for measure in (label_retrieval, sample_retrieval):
+        assert measure(embeddings, head, labels, k=1)["mean_average_precision"] == 1.0
+    assert label_retrieval(embeddings, ClassHead(head.centers), labels, k=1)["first_right"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("count", [2, 3, 24, 1000])
@@ -112,7 +125,8 @@ def test_first_right() -> None:
 def test_knowing_which_classes_are_frequent_is_chance() -> None:
     """An encoder that gives every page the same embedding finds the frequent words: as often as chance does."""
     labels = torch.tensor([[0], [0], [0], [1]])
-    figures = label_retrieval(torch.ones(4, 3), torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 1, 0]]), labels, k=1)
+    head = ClassHead(torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 1, 0]]))
+    figures = label_retrieval(torch.ones(4, 3), head, labels, k=1)
     assert figures["first_right"] == figures["chance_first_right"] == 0.75
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_ove.convert.class_centers import ClassHead
 from megatron_ove.errors import ConfigError
 from megatron_ove.evaluation.embedding import EmbeddedSet
 from megatron_ove.evaluation.evaluate_shards import (
@@ -31,7 +32,7 @@ def test_neighbour_overlap_is_the_jaccard_of_the_nearest() -> None:
 
 def test_families_depend_on_what_is_given() -> None:
     assert set(evaluate_embeddings(EMBEDDED, k=1)) == {"neighbours"}
-    figures = evaluate_embeddings(EMBEDDED, k=1, class_centers=torch.randn(3, 2), group_pattern="^([a-z]+)_")
+    figures = evaluate_embeddings(EMBEDDED, k=1, head=ClassHead(torch.randn(3, 2)), group_pattern="^([a-z]+)_")
     assert set(figures) == {"neighbours", "labels", "samples", "groups"}
     assert figures["groups"]["recall_at_1"] == 1.0
     assert figures["groups"]["queries"] == 2
@@ -44,7 +45,7 @@ def test_labels_beyond_the_class_centers_are_refused() -> None:
     with pytest.raises(
         ConfigError, match="has label 2, but the objective has only 2 class centers; give the objective"
     ):
-        evaluate_embeddings(EMBEDDED, k=1, class_centers=torch.randn(2, 2))
+        evaluate_embeddings(EMBEDDED, k=1, head=ClassHead(torch.randn(2, 2)))
 
 
 def test_group_names_and_their_errors() -> None:
