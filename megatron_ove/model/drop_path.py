@@ -70,9 +70,10 @@ class DropPathLayer(TransformerLayer):
 
     def _addition(self, branch: int) -> Any:
         def choose(training: bool, fused: bool) -> Any:
-            if not training or self._factors is None:
+            factors = self._factors
+            if not training or factors is None:
                 return get_bias_dropout_add(training, fused)
-            return lambda x_with_bias, residual, _: residual + self._factors[branch] * _biased(*x_with_bias)
+            return lambda x_with_bias, residual, _: residual + factors[branch] * _biased(*x_with_bias)
 
         return choose
 

@@ -71,9 +71,8 @@ class WeightAverage:
         """
         return {
             chunk: {
-                key: replace(item, key=_PREFIX + item.key, data=self._averages[item.data], dtype=torch.float32)
-                for key, item in content.items()
-                if isinstance(item, ShardedTensor) and item.data in self._averages
+                key: replace(item, key=_PREFIX + item.key, data=average, dtype=torch.float32)
+                for key, item, average in self._averaged(content)
             }
             for chunk, content in model.items()
         }
@@ -87,6 +86,11 @@ class WeightAverage:
             model: as for `sharded_state_dict`.
         """
         for chunk, content in model.items():
-            for key, item in content.items():
-                if isinstance(item, ShardedTensor) and item.data in self._averages:
-                    self._averages[item.data].copy_(state[chunk][key])
+            for key, _, average in self._averaged(content):
+                average.copy_(state[chunk][key])
+
+    def _averaged(self, content: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor, Tensor]]:
+        """Yields (key, sharded tensor of the weight, its average) of a chunk."""
+        for key, item in content.items():
+            if isinstance(item, ShardedTensor) and item.data is not None and item.data in self._averages:
+                yield key, item, self._averages[item.data]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ove.convert.class_centers import load_class_centers
+from megatron_ove.convert.class_centers import load_class_head
 from megatron_ove.convert.exchange import OneVisionExchange
 from tests.distributed.test_toy_kinds import toy_config
 from tests.support.distributed import WorkerError, run_distributed
@@ -92,7 +92,7 @@ def test_heads_and_layers_by_name_from_several_places(trained: Any, sources: dic
     for layer, is_taken in enumerate((True, True, False, False)):
         assert same(whole, expected, f"encoder.layers.{layer}.mlp.linear_fc1.weight") is is_taken
     assert same(whole, expected, "objectives.bright.layer")
-    centers = load_class_centers(run_dir / "checkpoints" / "step_00000003", "classes")
+    centers = load_class_head(run_dir / "checkpoints" / "step_00000003", "classes").centers
     rows = torch.cat([rank["centers"] for rank in found])
     assert torch.equal(rows.sort(dim=0).values, centers.sort(dim=0).values)  # rows lie in another order than classes
     assert torch.equal(rows, whole["centers"]) and not whole["steps"].any()
@@ -110,7 +110,7 @@ def test_an_export_gives_encoder_and_class_centers(trained: Any, sources: dict[s
     assert same(one, expected, "encoder.")
     rows = torch.cat([rank["centers"] for rank in found])
     assert torch.equal(rows, one["centers"])
-    centers = load_class_centers(checkpoint, "classes")
+    centers = load_class_head(checkpoint, "classes").centers
     assert torch.equal(rows.sort(dim=0).values, centers.sort(dim=0).values)
 
 
