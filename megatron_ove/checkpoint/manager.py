@@ -69,22 +69,18 @@ class CheckpointManager:
         keep: int,
         verify: Literal["full", "sizes"],
         data_group: dist.ProcessGroup | None = None,
-        is_whole: bool = True,
     ) -> None:
         """
         Args:
             directory: folder that holds the checkpoint folders; on a file system that all ranks see.
             keep: newest checkpoints kept; step 0 does not count and is never deleted.
             verify: what `latest` checks: every checksum, or file names and sizes only.
-            is_whole: whether the ranks together have all of every tensor, which is checked then. Of frozen layers there
-                are no moments, and the moments of equal layers are one tensor.
             data_group: ranks with equal parameters, which share the writing; None = every rank of the run.
         """
         self.directory = Path(directory)
         self.last_save_s = 0.0
         self._keep = keep
         self._verify = verify
-        self._is_whole = is_whole
         self._is_writer = dist.get_rank() == 0
         self._strategy = FullyParallelSaveStrategyWrapper(InProcessSaveStrategy(), data_group)
 
@@ -115,7 +111,7 @@ class CheckpointManager:
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
         try:
             self._on_writer(lambda: _make_empty_folder(partial))
-            sharded, common = cast(tuple[ShardedStateDict, StateDict], save_preprocess(state, self._is_whole))
+            sharded, common = cast(tuple[ShardedStateDict, StateDict], save_preprocess(state))
             files = files if files and self._is_writer else {}
             self._require_space(step, sharded, num_further_bytes=sum(map(len, files.values())))
             self._on_writer(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)))
@@ -190,12 +186,7 @@ class CheckpointManager:
             CheckpointError: on all ranks, when a tensor is missing or has another shape.
         """
         try:
-            return cast(
-                StateDict,
-                self._together(
-                    lambda: dist_checkpointing.load(state, str(path), validate_access_integrity=self._is_whole)
-                ),
-            )
+            return cast(StateDict, self._together(lambda: dist_checkpointing.load(state, str(path))))
         except CheckpointError as error:
             raise CheckpointError(
                 f"cannot load the checkpoint {path}: {error}; use the configuration it was saved with, or another "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,7 @@ def _describe_checkpoint(path: Path, *, verify: bool) -> tuple[dict[str, Any], l
     if verify:
         found = [checksum_problem(path, name, entry) for name, entry in manifest["files"].items()]
         problems = [text for text in found if text]
-        if not problems and not read_common_state(path)["config"].get("freeze"):  # frozen weights have no moments
-            problems = _moment_problems(path)
+        problems = problems or _moment_problems(path)
         if problems:
             return {}, problems
     common = read_common_state(path)
@@ -111,10 +111,13 @@ def _moment_problems(path: Path) -> list[str]:
     from megatron_ove.checkpoint.compatibility import shifted_moments_clause
     from megatron_ove.convert.checkpoint_files import read_tensors
 
-    prefix = "optimizer.state.param."
+    prefix, layer_number = "optimizer.state.param.", re.compile(r"(?<=layers\.)(\d+)\.")
     for master_key in (name for name in _stored_sizes(path) if name.startswith(prefix)):
         key = master_key.removeprefix(prefix)
-        master, weights = read_tensors(path, master_key)[master_key], read_tensors(path, key)[key]
+        # Where some layers are frozen the master weights of the others are apart, and the weights one stack as always.
+        layer, stack = layer_number.search(key), layer_number.sub("", key)
+        master, weights = read_tensors(path, master_key)[master_key], read_tensors(path, stack)[stack]
+        weights = weights[int(layer[1])] if layer else weights
         if not torch.allclose(master.to(weights.dtype), weights, rtol=0, atol=0, equal_nan=True):
             advice = f"a run cannot continue with it; start a new one with init_from: {path}"
             return [f"{shifted_moments_clause(key.removeprefix('model.'))}; the weights are right, but {advice}"]

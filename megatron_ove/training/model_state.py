@@ -7,8 +7,10 @@ chunk, because megatron-core's optimizer looks its parameters up there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.utils import sharded_state_dict_default
 
@@ -58,6 +60,29 @@ def keep_parts(
         offset, content = model_of(chunk).encoder.layer_offset, state[f"chunk{index}"]
         kept[f"chunk{index}"] = {key: item for key, item in content.items() if is_wanted(_part_name(key, offset))}
     return kept
+
+
+def with_layers_apart(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns a model's state in which each layer's tensors have a key of their own, instead of lying in one stack with
+    those of all layers; the data are the same."""
+    return {
+        chunk: {key: _apart(item) if isinstance(item, ShardedTensor) else item for key, item in content.items()}
+        for chunk, content in state.items()
+    }
+
+
+def _apart(tensor: ShardedTensor) -> ShardedTensor:
+    axes = tensor.prepend_axis_num
+    if not axes:
+        return tensor
+    return replace(
+        tensor,
+        key=tensor.key.replace("layers.", f"layers.{tensor.global_offset[0]}.", 1),
+        global_shape=tensor.global_shape[axes:],
+        global_offset=tensor.global_offset[axes:],
+        axis_fragmentations=tensor.axis_fragmentations[axes:] if tensor.axis_fragmentations else None,
+        prepend_axis_num=0,
+    )
 
 
 def without_scaling_history(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

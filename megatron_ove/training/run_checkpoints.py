@@ -29,7 +29,12 @@ from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.optim.optimizer import DenseOptimizer
 from megatron_ove.optim.weight_average import WeightAverage
 from megatron_ove.parallel.topology import ParallelTopology
-from megatron_ove.training.model_state import load_model_state, sharded_model_state, without_scaling_history
+from megatron_ove.training.model_state import (
+    load_model_state,
+    sharded_model_state,
+    with_layers_apart,
+    without_scaling_history,
+)
 from megatron_ove.training.run_vocabularies import RunVocabularies
 from megatron_ove.training.train_state import TrainState, fingerprint, sampler_state
 
@@ -63,7 +68,6 @@ class RunCheckpoints:
             keep=config.checkpoint.keep,
             verify=config.checkpoint.verify,
             data_group=topology.data_group,
-            is_whole=not config.freeze,
         )
 
     @property
@@ -184,7 +188,9 @@ class RunCheckpoints:
         if self._average is not None:
             state["average"] = self._average.sharded_state_dict(model)
         if has_moments:
-            state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading=is_loading)
+            # Frozen layers have no moments, so those of the others cannot be one stack.
+            weights = with_layers_apart(model) if self._config.freeze else model
+            state["optimizer"] = self._optimizer.sharded_state_dict(weights, is_loading=is_loading)
         if self._objectives is not None:
             state["objectives"] = self._objectives.sharded_state_dict("objectives.")
         return state

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ove.cli.main import main
 from megatron_ove.convert.checkpoint_files import read_tensors
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import check, tiny_config, write_tiny_sources
@@ -166,7 +168,8 @@ def test_layouts_agree_with_one_process(
         assert_alike(figures(tmp_path / name), references[encoder], 2e-5)
     averages = [stored_averages(tmp_path / name) for name in configs]
     for name, average in averages[0].items():
-        assert all(torch.allclose(other[name], average, rtol=1e-4, atol=1e-6) for other in averages), name
+        # A tenth of a step on average: AdamW makes much of the rounding where a gradient is nearly 0.
+        assert all((other[name] - average).abs().mean() < 1e-4 for other in averages), name
 
 
 def test_a_microbatch_without_any_sample(sources: dict[str, str], tmp_path: Path) -> None:
@@ -206,8 +209,17 @@ def test_frozen_parts_stay_and_the_others_move(sources: dict[str, str], tmp_path
     data = toy_config(sources, tmp_path / "run", encoder="onevision", parallel=OVERLAP)
     start = {**data, "run_dir": str(tmp_path / "start"), "train": {**data["train"], "stop_after_steps": 1}}
     start["optim"] = {**data["optim"], "lr": 1e-30}  # as initialised, for comparison
-    weights = run_distributed(walk, 2, {"start": start, "run": {**data, "freeze": frozen}})
+    run = {**data, "freeze": frozen}
+    half = {**run, "train": {**run["train"], "stop_after_steps": 3}}
+    weights = run_distributed(walk, 2, {"start": start, "half": half, "run": run})
     for before, after in ((rank["start"], rank["run"]) for rank in weights):
-        stays = {name for name in before if (before[name] == after[name]).all()}
+        stays = {name for name in before if (before[name] - after[name]).abs().max() < 1e-20}
         wanted = ("encoder.patch_embed", "encoder.head", *(f"encoder.layers.{layer}." for layer in range(3)))
         assert stays == {name for name in before if name.startswith(wanted)} | {"objectives.bright.layer.bias"}
+    assert main(["inspect", str(tmp_path / f"run/checkpoints/step_{NUM_STEPS:08d}"), "--verify"]) == 0
+    for name in ("metrics.jsonl", "checkpoints/step_00000003"):
+        source, target = tmp_path / "run" / name, tmp_path / "other" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    run_distributed(walk, 1, {"other": {**run, "run_dir": str(tmp_path / "other"), "parallel": OVERLAP}})
+    assert_alike(figures(tmp_path / "other"), figures(tmp_path / "run"), 2e-5)
