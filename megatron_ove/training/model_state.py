@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -57,9 +58,27 @@ def keep_parts(
     """Returns the tensors of `sharded_model_state` whose weights have a wanted name (see `optim/parts.py`)."""
     kept = {}
     for index, chunk in enumerate(chunks):
-        offset, content = model_of(chunk).encoder.layer_offset, state[f"chunk{index}"]
+        offset, content = model_of(chunk).encoder.layer_offset, state.get(f"chunk{index}", {})
         kept[f"chunk{index}"] = {key: item for key, item in content.items() if is_wanted(_part_name(key, offset))}
     return kept
+
+
+def with_whole_stacks(
+    state: Mapping[str, Any], chunks: Sequence[DistributedDataParallel], is_wanted: Callable[[str], bool]
+) -> dict[str, Any]:
+    """As `keep_parts`, for reading: of layers that lie in one stack with a wanted one, other memory is filled, because
+    this rank's part of a stack is read as a whole."""
+    wanted = keep_parts(state, chunks, is_wanted)
+    stacks = {item.key for content in wanted.values() for item in content.values() if isinstance(item, ShardedTensor)}
+    whole = {}
+    for chunk, content in state.items():
+        beside = {
+            key: replace(item, data=torch.empty_like(item.data))
+            for key, item in content.items()
+            if key not in wanted[chunk] and isinstance(item, ShardedTensor) and item.key in stacks
+        }
+        whole[chunk] = {**wanted[chunk], **beside}
+    return whole
 
 
 def with_layers_apart(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

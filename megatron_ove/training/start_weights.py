@@ -28,6 +28,7 @@ from megatron_ove.training.model_state import (
     keep_parts,
     load_model_state,
     sharded_model_state,
+    with_whole_stacks,
     without_scaling_history,
 )
 
@@ -97,7 +98,11 @@ class StartWeights:
             self._compare_encoders(start, stored["encoder"], plain["encoder"])
         # FP8 scaling history belongs to the run that made it, and an imported model has none.
         state = without_scaling_history(sharded_model_state(self._chunks, self._topology))
-        template: dict[str, Any] = {"model": keep_parts(state, self._chunks, lambda name: is_in_any(name, start.parts))}
+
+        def is_wanted(name: str) -> bool:
+            return is_in_any(name, start.parts)
+
+        template: dict[str, Any] = {"model": with_whole_stacks(state, self._chunks, is_wanted)}
         tables = self._tables_in(start.parts)
         for name in self._of_all_ranks(tables):
             if name not in stored.get("objectives", {}):
@@ -122,7 +127,8 @@ class StartWeights:
             }
         loaded = load_start(path, template, given=start.path)
         # A rank may have been given nothing: other stages have these weights, or no row of a table is its own.
-        load_model_state(self._chunks, loaded.get("model", {}), strict=False)
+        model = keep_parts(loaded.get("model", {}), self._chunks, is_wanted)
+        load_model_state(self._chunks, model, strict=False)
         for name in tables:
             assert self._objectives is not None
             self._objectives[name].load_start(loaded.get("objectives", {}).get(name, {}))

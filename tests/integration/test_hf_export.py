@@ -178,7 +178,9 @@ def test_card_tells_the_truth(exported: Path, tmp_path: Path, monkeypatch: pytes
     """Its code runs as it is printed, and its facts are the run's."""
     card = (exported / "README.md").read_text()
     assert "20 of 20 steps, 160 samples (8 a step), fp32, seed 11" in card
-    assert "| image | image | 2 |" in card and "| video_labels | video | 7 | cosface 0.3 | 2 |" in card
+    assert (
+        "| image | image | 2 |" in card and "| video_labels | partial_fc | video | 7 classes, cosface 0.3 | 2 |" in card
+    )
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 40), "red").save("picture.jpg")
     scope: dict[str, Any] = {"frames": torch.randn(3, 3, 28, 28), "index": [0, 10, 99], "length": 100}

@@ -99,7 +99,7 @@ def config(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> P
         "train": {"num_steps": 1_000_000, "global_batch_size": 8, "log_interval_steps": 1},
         "checkpoint": {"interval_steps": 100_000, "save_initial": False},
         "tracking": {"tensorboard": False},
-        "parallel": {"timeout_s": 120},
+        "parallel": {"tensor_model_parallel_size": 2, "timeout_s": 120},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(data))
     return folder / "config.yaml"

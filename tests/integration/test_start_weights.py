@@ -119,7 +119,7 @@ def test_an_export_gives_encoder_and_class_centers(trained: Any, sources: dict[s
     [
         (["encoder.nose"], {}, "this run has no part encoder.nose; its parts are for instance encoder."),
         (["objectives.classes"], {"num_classes": 12}, "holds another head: objectives.classes.num_classes is 11 there"),
-        (["encoder"], {"hidden_size": 192}, "holds another encoder: encoder.hidden_size is 128 there and 192 here"),
+        (["encoder"], {"ffn_hidden_size": 256}, "another encoder: encoder.ffn_hidden_size is 192 there and 256 here"),
     ],
 )
 def test_what_does_not_fit_is_a_sentence(
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_a_sentence(
     tmp_path: Path,
 ) -> None:
     data = new_run(sources, tmp_path, [{"path": str(trained[0]), "parts": parts}])
-    section = data["encoder"] if "hidden_size" in change else data["objectives"]["classes"]
+    section = data["encoder"] if "ffn_hidden_size" in change else data["objectives"]["classes"]
     section |= change
     with pytest.raises(WorkerError) as error:
         run_distributed(start, 1, data)
