@@ -16,7 +16,7 @@ _SIZES = {"num_attention_heads": "heads", "ffn_hidden_size": "mlp"}
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from megatron_ove.data.packing_report import PackingFigures
+    from megatron_ove.planning.packing_report import PackingFigures
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -196,7 +196,7 @@ def _describe_packing(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from megatron_ove.data.build import build_source, open_shard_sets
-    from megatron_ove.data.packing_report import largest_sample, measure_packing, nearby_budgets
+    from megatron_ove.planning.packing_report import largest_sample, measure_packing, nearby_budgets
 
     shard_sets, patch = open_shard_sets(config), config.encoder.patch_size
     sources = [

@@ -23,8 +23,8 @@ from megatron_ove.data.assembly import Collate, assemble_batches, device_positio
 from megatron_ove.data.background import BackgroundSteps
 from megatron_ove.data.bad_samples import BadSample, record_bad_samples
 from megatron_ove.data.build import build_source
-from megatron_ove.data.mixture import MicrobatchPlan, length_multiple_of
 from megatron_ove.data.packing import Budget, pack_samples
+from megatron_ove.data.planner import MicrobatchPlan, length_multiple_of
 from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_decoder import DecodedShare, StepDecoder, places_of

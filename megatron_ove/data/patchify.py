@@ -27,22 +27,6 @@ def write_patches(picture: Tensor, target: Tensor, patch_size: int, chosen: np.n
         target.copy_(grid.reshape(rows * columns, -1)[places])
 
 
-def read_patches(patches: Tensor, rows: int, columns: int) -> Tensor:
-    """Puts patches together again: the inverse of `write_patches`.
-
-    Args:
-        patches: [rows * columns, 3 * p * p] uint8.
-        rows: patches from top to bottom, hp.
-        columns: patches from left to right, wp.
-
-    Returns:
-        [hp * p, wp * p, 3] uint8.
-    """
-    side = round((patches.shape[1] // 3) ** 0.5)
-    grid = patches.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)  # [hp, p, wp, p, 3]
-    return grid.reshape(rows * side, columns * side, 3)
-
-
 def grid_positions(rows: int, columns: int, *, frame: int = 0) -> np.ndarray:
     """Returns the (t, h, w), [rows * columns, 3] int32, of a full grid in row-major order.
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_ove.data.bad_samples import KnownBad
-from megatron_ove.data.mixture import MicrobatchPlan
 from megatron_ove.data.patchify import empty_patches
+from megatron_ove.data.planner import MicrobatchPlan
 from megatron_ove.data.read_ahead import MemberReader, ReadAhead, StepReads
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_share import StepShare, share_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ove.data.mixture import MicrobatchPlan
+from megatron_ove.data.planner import MicrobatchPlan
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,6 @@ class ParallelTopology:
         """Whether this rank is on the last pipeline stage, whatever the model chunk."""
         return self.pipeline_rank == self.pipeline_size - 1
 
-    @property
-    def num_chunks(self) -> int:
-        """Model chunks on this rank: 1 without a virtual pipeline."""
-        return self.virtual_pipeline_size or 1
-
     def is_first_chunk(self, vp_stage: int | None) -> bool:
         """Whether model chunk `vp_stage` of this rank holds the patch embedding."""
         return self.is_first_stage and not vp_stage

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_ove.config.data import SourceConfig
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.mixture import MicrobatchPlan, PlannedSource, planner_of
+from megatron_ove.data.planner import MicrobatchPlan, PlannedSource, planner_of
 from megatron_ove.data.sampler import draw_choice
 from megatron_ove.errors import DataError
 from megatron_ove.kinds import Kinds

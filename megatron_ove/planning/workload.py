@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.mixture import MicrobatchPlan, planner_of
+from megatron_ove.data.planner import MicrobatchPlan, planner_of
 from megatron_ove.planning.layout import Layout
 from megatron_ove.planning.stored_samples import StoredSamples, largest_samples
 

@@ -58,25 +58,6 @@ def draw_boxes(page: np.ndarray, boxes: Sequence[np.ndarray], is_tagged: Sequenc
     return np.asarray(Image.alpha_composite(base, layer).convert("RGB"))
 
 
-def light_patches(frame: np.ndarray, rows_and_columns: np.ndarray, patch_size: int) -> np.ndarray:
-    """Shows which patches of a frame are selected: they keep their colours, the rest turns pale and grey.
-
-    Args:
-        frame: [height, width, 3] uint8 RGB.
-        rows_and_columns: [n, 2] int, (h, w) of the selected patches.
-        patch_size: side of a patch in pixels.
-
-    Returns:
-        [height, width, 3] uint8.
-    """
-    grey = frame.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    result = (grey * 0.3 + 255 * 0.62).astype(np.uint8)
-    for row, column in rows_and_columns:
-        part = np.s_[row * patch_size : (row + 1) * patch_size, column * patch_size : (column + 1) * patch_size]
-        result[part] = frame[part]
-    return result
-
-
 def tile(frames: Sequence[np.ndarray], columns: int, gap: int = 3) -> np.ndarray:
     """Lays pictures [height, width, 3] uint8 of one size out row by row on white."""
     height, width = frames[0].shape[:2]

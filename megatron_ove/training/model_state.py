@@ -75,7 +75,10 @@ def with_whole_stacks(
         beside = {
             key: replace(item, data=torch.empty_like(item.data))
             for key, item in content.items()
-            if key not in wanted[chunk] and isinstance(item, ShardedTensor) and item.key in stacks
+            if key not in wanted[chunk]
+            and isinstance(item, ShardedTensor)
+            and item.key in stacks
+            and item.data is not None
         }
         whole[chunk] = {**wanted[chunk], **beside}
     return whole

@@ -2,7 +2,7 @@
 
 Key prefixes in the files: `model.` encoder, `modules.<objective>.` its dense weights, `optimizer.` moments and master
 weights of both, `average.` their moving average, `objectives.<name>.` class centers with moments, `rng` generators per
-rank. Plain values: step, config, train_state, sampler, schedule, layout. Beside them, as plain files: the words that
+rank. Plain values: step, config, train_state, sampler, layout. Beside them, as plain files: the words that
 OCR objectives' classes stand for.
 """
 
@@ -75,12 +75,11 @@ class RunCheckpoints:
         """Seconds that the last save took."""
         return self._manager.last_save_s
 
-    def save(self, state: TrainState, *, lr: float, source_sizes: Mapping[str, int]) -> Path:
+    def save(self, state: TrainState, *, source_sizes: Mapping[str, int]) -> Path:
         """Writes a checkpoint; returns its folder.
 
         Args:
             state: counters.
-            lr: rate of the next step; for information.
             source_sizes: source -> number of samples.
 
         Raises:
@@ -93,7 +92,6 @@ class RunCheckpoints:
             "config": self._plain_config,
             "train_state": state.state_dict(),
             "sampler": sampler_state(self._config, state.step, source_sizes),
-            "schedule": {"next_lr": lr},
             "layout": self._layout(),
             "initialized_from": self._initialized_from,
         }

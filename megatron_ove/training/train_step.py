@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ove.batch import Batch
-from megatron_ove.data.delivery import LoadedStep
+from megatron_ove.data.step_loader import LoadedStep
 from megatron_ove.objectives.objective_set import ObjectiveSet, StepPreparation
 from megatron_ove.optim.optimizer import DenseOptimizer
 from megatron_ove.optim.updates import Update

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.bad_samples import FOLDER_NAME, KnownBad, known_bad, read_bad_samples
 from megatron_ove.data.build import build_loader
-from megatron_ove.data.delivery import StepLoader
+from megatron_ove.data.step_loader import StepLoader
 from megatron_ove.errors import DataError, TrainingError
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.optim.optimizer import build_dense_optimizer
@@ -271,9 +271,7 @@ class Trainer:
         if self._lock:
             self._lock.beat()
         with self.timeout.lifted():
-            path = self.checkpoints.save(
-                self.state, lr=self._lr(self.state.step), source_sizes=self.loader.source_sizes
-            )
+            path = self.checkpoints.save(self.state, source_sizes=self.loader.source_sizes)
         if self._is_main:
             logger.info("Saved %s in %.1f s.", path, self.checkpoints.last_save_s)
 

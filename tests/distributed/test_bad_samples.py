@@ -118,7 +118,7 @@ def first_seen(data: dict[str, Any], source: str) -> int:
     import torch
 
     from megatron_ove.data.build import build_source, open_shard_sets
-    from megatron_ove.data.mixture import planner_of
+    from megatron_ove.data.planner import planner_of
 
     config = check(data)
     shards = open_shard_sets(config)

@@ -17,7 +17,9 @@ def _describe(rank: int, world_size: int, sizes: dict) -> dict:
     }
     ranks = (topology.tensor_rank, topology.data_rank, topology.pipeline_rank)
     sizes = (topology.tensor_size, topology.data_size, topology.pipeline_size)
-    chunks = [(topology.is_first_chunk(vp), topology.is_last_chunk(vp)) for vp in range(topology.num_chunks)]
+    chunks = [
+        (topology.is_first_chunk(vp), topology.is_last_chunk(vp)) for vp in range(topology.virtual_pipeline_size or 1)
+    ]
     return {"ranks": ranks, "sizes": sizes, "chunks": chunks, **groups}
 
 

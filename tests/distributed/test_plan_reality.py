@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_ove.data.delivery import StepLoader
+from megatron_ove.data.step_loader import StepLoader
 from megatron_ove.parallel import gradient_buckets
 from megatron_ove.planning.communication import plan_communication
 from megatron_ove.planning.devices import find_device

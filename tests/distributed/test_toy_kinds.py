@@ -132,7 +132,7 @@ def references(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 
 def test_a_budget_of_an_objective_is_kept(sources: dict[str, str], tmp_path: Path) -> None:
     from megatron_ove.data.build import build_source
-    from megatron_ove.data.mixture import planner_of
+    from megatron_ove.data.planner import planner_of
     from megatron_ove.data.shard_fit import open_shard_sets
 
     config = check(toy_config(sources, tmp_path, encoder="onevision"))

@@ -87,7 +87,7 @@ def assert_equal_checkpoints(first: Path, second: Path) -> None:
     assert any(name.startswith("optimizer.state.exp_avg_sq.model.") for name in tensors)
     unequal = [name for name in tensors if not torch.equal(tensors[name], other_tensors[name])]
     assert unequal == []
-    for name in ("step", "train_state", "sampler", "schedule", "layout"):
+    for name in ("step", "train_state", "sampler", "layout"):
         assert common[name] == other_common[name]
     assert repr(common["optimizer"]) == repr(other_common["optimizer"])  # step count and group settings
 

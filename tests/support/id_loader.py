@@ -12,8 +12,8 @@ from megatron_ove.batch import Batch, Samples
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.build import build_loader
-from megatron_ove.data.delivery import StepLoader
 from megatron_ove.data.sample_reader import SampleReader
+from megatron_ove.data.step_loader import StepLoader
 from tests.support.id_shards import NUM_CLASSES, sample_ids, write_id_shard_set
 
 KINDS = ("image", "ocr", "video")

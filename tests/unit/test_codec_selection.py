@@ -11,13 +11,14 @@ from PIL import Image
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.codec.clip_store import ClipSelector, load_clip
-from megatron_ove.preprocess.codec.mosaic import contact_sheet, make_mosaic, read_mosaic
+from megatron_ove.preprocess.codec.mosaic import contact_sheet, make_mosaic
 from megatron_ove.preprocess.codec.motion_chain import decode_chain, encode_chain, motion_field
 from megatron_ove.preprocess.codec.saliency import fit_camera, patch_scores
 from megatron_ove.preprocess.codec.selection import select_clip, select_patches
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from megatron_ove.preprocess.input_files import InputFile
 from tests.support.clips import moving_square, panning_camera, textured_background, write_video
+from tests.support.patch_pictures import read_mosaic
 
 _SETTINGS = CodecSettings(frame_height=112, frame_width=112, patch_budget=512)
 _FRAME = _SETTINGS.patches_per_frame

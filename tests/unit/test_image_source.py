@@ -15,11 +15,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from megatron_ove.config.data import ImageSourceConfig
-from megatron_ove.data.patchify import read_patches, write_patches
+from megatron_ove.data.patchify import write_patches
 from megatron_ove.data.picture_decoder import _chunks
 from megatron_ove.data.shard_index import ShardSet, ShardWriter
 from megatron_ove.data.sources.images import ImageSource, draw_sides, draw_windows
 from tests.support.id_shards import encode
+from tests.support.patch_pictures import read_patches
 
 CPU = torch.device("cpu")
 PATCH = 14

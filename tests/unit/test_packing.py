@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from megatron_ove.config.loader import config_from_dict, load_config
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.mixture import MicrobatchPlan, MicrobatchPlanner, planner_of
 from megatron_ove.data.native_size import native_grids
 from megatron_ove.data.packing import Budget, deal_longest_first, pack_first_fit_decreasing, pack_samples
-from megatron_ove.data.packing_report import measure_packing, nearby_budgets
+from megatron_ove.data.planner import MicrobatchPlan, MicrobatchPlanner, planner_of
 from megatron_ove.data.sampler import draw_choice, draw_uniform
 from megatron_ove.errors import ConfigError
+from megatron_ove.planning.packing_report import measure_packing, nearby_budgets
 from tests.support.distributed import repository_root
 
 MOST_PADDING = 0.03

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from megatron_ove.config.data import OcrSourceConfig
 from megatron_ove.data.native_size import native_grids
-from megatron_ove.data.patchify import read_patches
 from megatron_ove.data.shard_index import ShardSet, ShardWriter
 from megatron_ove.data.sources.pages import OcrSource
 from tests.support.id_shards import encode
+from tests.support.patch_pictures import read_patches
 
 
 @settings(max_examples=300, deadline=None)

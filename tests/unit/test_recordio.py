@@ -11,11 +11,12 @@ import nvidia.dali.fn as fn
 import pytest
 from nvidia.dali import Pipeline
 
-from megatron_ove.data.recordio import PictureRecord, RecordWriter, integer_labels, read_records
+from megatron_ove.data.recordio import PictureRecord, integer_labels, read_records
 from megatron_ove.data.shard_index import ShardSet, validate_shard_set
 from megatron_ove.errors import DataError
 from tests.support.distributed import repository_root
 from tests.support.id_shards import encode, id_picture
+from tests.support.record_writer import RecordWriter
 
 MAGIC = (0xCED7230A).to_bytes(4, "little")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_ove.errors import DataError
 from megatron_ove.rejects import RejectsFile
-from megatron_ove.report.pictures import draw_boxes, light_patches, save_jpeg, tile
+from megatron_ove.report.pictures import draw_boxes, save_jpeg, tile
 from megatron_ove.report.run_report import write_run_report
 from megatron_ove.report.sections import (
     GalleryBlock,
@@ -197,14 +197,6 @@ def test_report_errors_are_sentences(tmp_path: Path) -> None:
     (folder / "report/extras.json").write_text('{"sections": 3}')
     with pytest.raises(DataError, match=r"does not hold report extras \(sections: .*\); delete it to draw"):
         write_run_report(folder)
-
-
-def test_light_patches_keeps_the_selected_and_pales_the_rest() -> None:
-    frame = np.zeros((8, 8, 3), np.uint8)
-    frame[..., 0] = 90
-    lit = light_patches(frame, np.array([[0, 1]]), 4)
-    assert (lit[:4, 4:] == frame[:4, 4:]).all()
-    assert (lit[4:] == 167).all()  # (90 / 3) * 0.3 + 255 * 0.62, a grey
 
 
 def test_tile_lays_out_row_by_row() -> None:

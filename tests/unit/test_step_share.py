@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_ove.data.mixture import MicrobatchPlan
+from megatron_ove.data.planner import MicrobatchPlan
 from megatron_ove.data.step_decoder import find_known, places_of
 from megatron_ove.data.step_share import count_samples, share_of
 

@@ -19,8 +19,8 @@ from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.delivery import LoadedStep
 from megatron_ove.data.patchify import grid_positions, write_patches
+from megatron_ove.data.step_loader import LoadedStep
 from megatron_ove.model.encoder import build_encoder
 from megatron_ove.objectives.build import build_objectives
 from megatron_ove.optim.optimizer import build_dense_optimizer

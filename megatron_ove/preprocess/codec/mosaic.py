@@ -32,13 +32,6 @@ def make_mosaic(
     return np.ascontiguousarray(rows.reshape(num_rows * patch_size, columns * patch_size, 3))
 
 
-def read_mosaic(mosaic: np.ndarray, num_patches: int, patch_size: int, columns: int = MOSAIC_COLUMNS) -> np.ndarray:
-    """Returns the first `num_patches` patches of a mosaic as [num_patches, patch_size, patch_size, 3] uint8."""
-    num_rows = mosaic.shape[0] // patch_size
-    tiles = mosaic.reshape(num_rows, patch_size, columns, patch_size, 3).transpose(0, 2, 1, 3, 4)
-    return tiles.reshape(num_rows * columns, patch_size, patch_size, 3)[:num_patches]
-
-
 def contact_sheet(
     frames: np.ndarray, positions: np.ndarray, patch_size: int, columns: int = 8, *, frame_width: int | None = None
 ) -> np.ndarray:

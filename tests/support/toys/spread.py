@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from megatron_ove.batch import Batch
 from megatron_ove.config.objectives import ObjectiveConfig
-from megatron_ove.data.mixture import PlannedBudget
+from megatron_ove.data.planner import PlannedBudget
 from megatron_ove.kinds import ObjectiveKind
 from megatron_ove.objectives.base import Objective, ObjectiveContext
 from megatron_ove.outputs import LossTerms, VisionFeatures

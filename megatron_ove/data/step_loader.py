@@ -27,7 +27,7 @@ from megatron_ove.batch import Batch
 from megatron_ove.data.assembly import Collate, assemble_batches, device_positions, fill_in, room_for
 from megatron_ove.data.background import BackgroundSteps
 from megatron_ove.data.bad_samples import BadSample, KnownBad, record_bad_samples
-from megatron_ove.data.mixture import MicrobatchPlanner
+from megatron_ove.data.planner import MicrobatchPlanner
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_decoder import DecodedShare, StepDecoder, places_of
 from megatron_ove.data.step_share import StepShare, count_samples, share_of

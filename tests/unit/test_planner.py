@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ove.data.mixture import MicrobatchPlanner
+from megatron_ove.data.planner import MicrobatchPlanner
 from megatron_ove.errors import ConfigError, DataError
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.mixture import PlannedSource, planner_of
+from megatron_ove.data.planner import PlannedSource, planner_of
 
 _BUDGET_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 _BUDGET_MULTIPLE = 128
