@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a table per replica": {"class_group": "tensor", "interclass_filter_mode": "mask"},
     "a sampled table per replica": {"class_group": "tensor", "sample_rate": 0.4, "embedding_size": 12} | GROUPED,
     "a tiny table per replica": {"class_group": "tensor", "num_classes": 2},
+    "two sources": {"source": ("pages", "scans"), "sample_rate": 0.4},
     "clipped": {"sample_rate": 0.4, "optim": {"clip_grad_norm": 0.05}},
     "compact": {"sample_rate": 0.4, "optim": {"first_moment": "none", "second_moment": "row"}},
     "bf16 weights": {"sample_rate": 0.4, "embedding_size": 12, "optim": {"weight_dtype": "bfloat16"}},

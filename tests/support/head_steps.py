@@ -26,7 +26,7 @@ from tests.support.objective_steps import begin
 from tests.support.reference_heads import center_dense, dense_sample_losses
 
 SEED, NAME = 11, "tags"
-SOURCES = ("other", "pages")
+SOURCES = ("other", "pages", "scans")
 # A step's samples: replica -> microbatch -> sample indices. `-1` is a sample of another source.
 Layout = Sequence[Sequence[Sequence[int]]]
 EXACT_OPTIM = ClassCenterOptimConfig(
@@ -92,11 +92,12 @@ def make_batch(case: Case, samples: Sequence[int], names: Sequence[str] = (NAME,
     real = [index for index in samples if index >= 0]
     seeds = torch.tensor([int(case.seeds[index]) if index >= 0 else 5 for index in samples], dtype=torch.int64)
     positions = torch.zeros(len(samples) + 2, 3, dtype=torch.int32)
-    is_page = torch.tensor([int(index >= 0) for index in samples], dtype=torch.int32)
+    wanted = [SOURCES.index(name) for name in case.config.sources]  # of several, the samples come in turn
+    source = torch.tensor([wanted[index % len(wanted)] if index >= 0 else 0 for index in samples], dtype=torch.int32)
     known = Samples.of_one_source("pages", tuple(f"page-{index}" for index in samples), seeds)
     return Batch(
         {MAIN_PACK: PatchPack.of_whole_samples(positions, torch.arange(len(samples) + 1, dtype=torch.int32))},
-        replace(known, source_names=SOURCES, source=is_page),
+        replace(known, source_names=SOURCES, source=source),
         dict.fromkeys(names, case.labels[torch.tensor(real, dtype=torch.int64)]),
     )
 

@@ -22,6 +22,7 @@ from megatron_ove.errors import ConfigError, DataError
 from megatron_ove.objectives import label_fit
 from megatron_ove.objectives.label_fit import common_labels, count_classes, find_mismatches
 from megatron_ove.training.done_marker import mark_done
+from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 from tests.unit.test_config import changed
 
 SIX = np.array([np.random.default_rng(i).permutation(6).tolist() + [-1] * 4 for i in range(132)], np.int32)
@@ -55,6 +56,26 @@ def test_as_few_classes_as_labels_a_sample_are_a_sentence() -> None:
         "tools/clustering/2_cluster_descriptors.py"
     )
     assert unlearnable(SIX[:, :5], 6) == []
+
+
+def test_sources_of_one_head_must_have_the_same_classes(tmp_path: Path) -> None:
+    run, one, other = with_classes(6), shard_set(SIX[:, :5], 6), shard_set(SIX[:, :5], 5)
+    (sentence,) = find_mismatches(run, "clusters", {"images": one, "scans": other})
+    assert sentence == (
+        "objectives.clusters reads data.sources.images with 6 classes and data.sources.scans with 5, so equal labels "
+        "would mean different things; write both sets with one vocabulary or clustering, or give each an objective of "
+        "its own"
+    )
+    other.info, words = one.info, [f"word{number}" for number in range(6)]
+    for shards, last in ((one, "word5"), (other, "sixth")):
+        shards.directory = tmp_path / last
+        shards.directory.mkdir()
+        vocabulary = Vocabulary((*words[:5], last), (1,) * 6, {"num_pages": 3})
+        vocabulary.save(shards.directory / VOCABULARY_FILE)
+        shards.read_vocabulary = lambda vocabulary=vocabulary: vocabulary
+    (sentence,) = find_mismatches(run, "clusters", {"images": one, "scans": other})
+    assert sentence.startswith("objectives.clusters reads data.sources.images and data.sources.scans, whose words diff")
+    assert find_mismatches(run, "clusters", {"images": one, "scans": one}) == []
 
 
 @pytest.mark.parametrize(
