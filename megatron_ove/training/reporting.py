@@ -42,7 +42,7 @@ class RunReporter:
         self._loggers: list[MetricLogger] = build_loggers(config, resume_step=start_step) if is_main else []
         self._chance = ChanceWatch(config) if is_main else None
         self._display = ProgressDisplay(num_steps=config.train.num_steps, start_step=start_step) if is_main else None
-        if self._chance:
+        if self._chance and self._chance.losses:
             losses = ", ".join(f"{name} {loss:.2f}" for name, loss in self._chance.losses.items())
             logger.info("A head that knows nothing has the loss: %s.", losses)
 

@@ -115,5 +115,8 @@ class RunVocabularies:
 
 
 def _sources_of_pages(config: TrainConfig, objective: ObjectiveConfig) -> list[str]:
+    """Returns the sources whose words an objective's classes stand for; none of one without classes."""
+    if not hasattr(objective, "num_classes"):
+        return []
     kinds = config.kinds.sources
     return [name for name in objective.sources if kinds[config.data.sources[name].kind].shard_kind == "ocr"]

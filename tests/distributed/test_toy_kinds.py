@@ -44,6 +44,14 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "bright": {"kind": "brightness", "source": ["pictures", "pages"], "loss_weight": 3.0},
+    "spread": {"kind": "spread", "source": "pages"},
+    "bright_pages": {"kind": "brightness", "source": "pages"},
+}
+"""Beside a Partial-FC head."""
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return write_tiny_sources(tmp_path_factory.mktemp("sources"))
@@ -59,12 +67,7 @@ def toy_config(sources: dict[str, str], run_dir: Path | str, *, encoder: str, **
     pictures = {"kind": "halves", "path": sources["image"], "image_size": 28, "weight": 2.0}
     data["data"]["sources"] = {"pictures": pictures, "pages": data["data"]["sources"]["ocr"]}
     head = {**data["objectives"]["image_labels"], "source": "pictures"}
-    data["objectives"] = {
-        "classes": head,
-        "bright": {"kind": "brightness", "source": ["pictures", "pages"], "loss_weight": 3.0},
-        "spread": {"kind": "spread", "source": "pages"},
-        "bright_pages": {"kind": "brightness", "source": "pages"},
-    }
+    data["objectives"] = {"classes": head, **OBJECTIVES}
     data["optim"] = {"lr": 1e-3, "schedule": {"warmup_steps": 2}, **sections.get("optim", {})}
     data["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": 16, "ema_decay": 0.5, **sections.get("train", {})}
     return data
@@ -148,7 +151,7 @@ def test_a_budget_of_an_objective_is_kept(sources: dict[str, str], tmp_path: Pat
 def test_each_objective_learns_and_is_told_apart(references: dict[str, list[dict[str, float]]]) -> None:
     for rows in references.values():
         assert {name for name in rows[0] if name.startswith("loss/")} == {
-            *("loss/classes", "loss/bright", "loss/spread", "loss/bright_pages")
+            f"loss/{name}" for name in ("classes", *OBJECTIVES)
         }
         assert rows[-1]["loss/bright"] < 0.9 * rows[0]["loss/bright"]
         assert {name for name in rows[0] if name.startswith("grad_norm")} == {"grad_norm", "grad_norm/classes"}
