@@ -6,6 +6,7 @@ are two segments, and an encoder. A Partial-FC head learns from the same samples
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import shutil
@@ -67,7 +68,7 @@ def toy_config(sources: dict[str, str], run_dir: Path | str, *, encoder: str, **
     pictures = {"kind": "halves", "path": sources["image"], "image_size": 28, "weight": 2.0}
     data["data"]["sources"] = {"pictures": pictures, "pages": data["data"]["sources"]["ocr"]}
     head = {**data["objectives"]["image_labels"], "source": "pictures"}
-    data["objectives"] = {"classes": head, **OBJECTIVES}
+    data["objectives"] = {"classes": head, **copy.deepcopy(OBJECTIVES)}
     data["optim"] = {"lr": 1e-3, "schedule": {"warmup_steps": 2}, **sections.get("optim", {})}
     data["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": 16, "ema_decay": 0.5, **sections.get("train", {})}
     return data
