@@ -162,20 +162,21 @@ def load_kinds(plugins: tuple[str, ...] = ()) -> Kinds:
     Raises:
         ConfigError: a plugin cannot be imported, describes nothing, or a kind that exists already.
     """
-    found: dict[str, dict[str, Any]] = {"ENCODERS": {}, "OBJECTIVES": {}, "SOURCES": {}}
+    found: dict[str, dict[str, Any]] = {name: {} for name in _DESCRIPTIONS}
+    twice = [name for name in plugins if plugins.count(name) > 1 or name == CATALOG]
+    if twice:
+        raise ConfigError(f"plugins: {twice[0]} is there already; name each module once, and none of this package")
     for name in (CATALOG, *plugins):
-        described = 0
-        module = _import(name)
-        for dictionary, kinds in found.items():
-            for kind, description in getattr(module, dictionary, {}).items():
-                if kind in kinds:
+        described = _described_by(name)
+        for dictionary, kinds in described.items():
+            for kind, description in kinds.items():
+                if kind in found[dictionary]:
                     raise ConfigError(
                         f"plugins: {name} describes the kind '{kind}' in {dictionary}, which exists already; give it "
                         "another name"
                     )
-                kinds[kind] = description
-                described += 1
-        if not described:
+                found[dictionary][kind] = description
+        if not any(described.values()):
             raise ConfigError(
                 f"plugins: {name} has none of ENCODERS, OBJECTIVES and SOURCES, so it adds nothing; name the module "
                 "that describes the kinds"
@@ -192,6 +193,23 @@ def kinds_of(stored: Mapping[str, Any]) -> Kinds:
     return load_kinds(tuple(stored.get("plugins", ())))
 
 
+def _described_by(name: str) -> dict[str, Mapping[str, Any]]:
+    """Returns dictionary -> kind -> description, of a module.
+
+    Raises:
+        ConfigError: it cannot be imported, or what it describes is not of the form.
+    """
+    module, found = _import(name), {}
+    for dictionary, form in _DESCRIPTIONS.items():
+        found[dictionary] = kinds = getattr(module, dictionary, {})
+        if not isinstance(kinds, Mapping) or not all(isinstance(one, form) for one in kinds.values()):
+            raise ConfigError(
+                f"plugins: {dictionary} of {name} is not a dictionary of names and {form.__name__}s; write it as "
+                "CONTRIBUTING.md shows"
+            )
+    return found
+
+
 def _import(name: str) -> Any:
     if name != CATALOG and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # last, so that nothing in it takes the place of an installed module
@@ -202,3 +220,14 @@ def _import(name: str) -> Any:
             f"plugins: {name} cannot be imported ({error}); install it where this program runs, or start from the "
             "folder that holds it"
         ) from error
+    except Exception as error:  # whatever a module does when it is imported
+        raise ConfigError(
+            f"plugins: {name!r} cannot be imported ({type(error).__name__}: {error}); correct the name or the module"
+        ) from error
+
+
+_DESCRIPTIONS: Mapping[str, type[Any]] = {
+    "ENCODERS": EncoderKind,
+    "OBJECTIVES": ObjectiveKind,
+    "SOURCES": SourceKind,
+}

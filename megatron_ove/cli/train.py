@@ -132,6 +132,11 @@ def _check(config: TrainConfig, name: str) -> int:
         open_held_out_sets(config)
     except MegatronOveError as error:
         problems.append(str(error))
+    problems += [
+        f"init_from = {start.path} does not exist; name a run folder, a checkpoint or a HuggingFace folder"
+        for start in config.starts
+        if not Path(start.path).exists()
+    ]
     try:
         require_unlocked(Path(config.run_dir))
     except MegatronOveError as error:

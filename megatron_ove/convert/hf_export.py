@@ -26,7 +26,7 @@ def export_checkpoint(
 ) -> Path:
     """Writes the encoder of a checkpoint as a HuggingFace folder; no other process, GPU or class center is needed.
 
-    Weights keep their dtype: a bf16 run is exported in bf16, the precision it was trained to run in.
+    Weights keep their dtype: a bf16 run is exported in bf16, the precision it was trained to run in. Averages are fp32.
 
     Args:
         checkpoint_dir: a checkpoint folder.

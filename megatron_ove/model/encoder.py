@@ -95,6 +95,9 @@ class VisionEncoder(EncoderChunk):
         if self.training and self.encoder_config.drop_path:
             segments.branch_factors = self._branch_factors(pack)
         hidden = self._embed(pack) if self.pre_process else None
+        if hidden is not None and self.training and torch.is_grad_enabled() and not hidden.requires_grad:
+            # The embedding is frozen. Recomputed layers whose input wants no gradient would give their weights none.
+            hidden.requires_grad_(self.encoder_config.recompute == "full")
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=segments)  # [P(/tp), 1, h]
         return self._features(hidden, pack, segments) if self.post_process else hidden
 

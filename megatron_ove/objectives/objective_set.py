@@ -211,7 +211,7 @@ class ObjectiveSet:
                 else:
                     table.apply_update(lr * table.lr_multiplier)
         for objective in self._objectives.values():
-            objective.end_step(accepted=objective.name not in self._frozen)
+            objective.end_step(accepted=True)  # what else it keeps follows the encoder, also beside a frozen table
 
     def discard(self) -> None:
         """Ends the step as if it had never begun."""

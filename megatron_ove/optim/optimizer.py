@@ -52,6 +52,11 @@ class DenseOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
+    @property
+    def trains(self) -> bool:
+        """Whether any weight of this rank is trained; on all ranks alike."""
+        return any(group["params"] for group in self._optimizer.param_groups)
+
     def zero_grad(self) -> None:
         """Clears the gradient buffers before a step."""
         for chunk in self._chunks:

@@ -76,14 +76,23 @@ def _fits(name: str, wanted: str) -> bool:
     return name == wanted
 
 
-def missing_part_sentence(setting: str, parts: Sequence[str], names: Iterable[str]) -> str:
+def missing_part_sentence(
+    setting: str, parts: Sequence[str], names: Iterable[str], names_of_tables: Iterable[str] = ()
+) -> str:
     """Says that parts in a setting have no weights.
 
     Args:
         setting: place in the configuration.
         parts: that no weight belongs to.
-        names: of all weights.
+        names: of all weights that the setting may speak of.
+        names_of_tables: of tables, which it may not speak of.
     """
+    names_of_tables = list(names_of_tables)
+    if tables := [part for part in parts if any(is_in_part(name, part) for name in names_of_tables)]:
+        return (
+            f"{setting} names '{tables[0]}', which has class centers only; their rate is "
+            "optim.class_centers.lr_multiplier, so set that"
+        )
     listed = " and ".join(f"'{part}'" for part in parts)
     return (
         f"{setting} names {listed}, but no weight of this model begins so; parts are for instance "

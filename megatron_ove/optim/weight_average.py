@@ -16,6 +16,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
+from megatron_ove.errors import TrainingError
+
 _PREFIX = "average."
 
 
@@ -69,6 +71,12 @@ class WeightAverage:
         Args:
             model: chunk -> key -> sharded tensor, of the weights themselves.
         """
+        kept = {average for content in model.values() for _, _, average in self._averaged(content)}
+        if len(kept) < len(self._averages):
+            raise TrainingError(
+                f"train.ema_decay: {len(self._averages) - len(kept)} weights of this rank are stored in pieces, and "
+                "the average of such weights would be lost; set train.ema_decay: null"
+            )
         return {
             chunk: {
                 key: replace(item, key=_PREFIX + item.key, data=average, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""Do the parts that a configuration names exist, and has every rank something left to train?"""
+"""Do the parts that a configuration names exist, and have the ranks something left to train?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch.distributed as dist
 from torch import Tensor
@@ -35,20 +35,27 @@ def check_parts(
     gathered: list[tuple[list[str], list[str], bool]] = [([], [], False)] * topology.world_size
     # One replica's ranks have every weight; the others repeat them.
     dist.all_gather_object(gathered, (mine, tables, trains) if topology.data_rank == 0 else ([], [], trains))
-    dense = list(dict.fromkeys(name for part, _, _ in gathered for name in part))
-    everything = dense + list(dict.fromkeys(name for _, part, _ in gathered for name in part))
+    dense, all_tables = (list(dict.fromkeys(name for one in gathered for name in one[place])) for place in (0, 1))
     # Tables have an optimizer of their own, with its own rate and decay.
-    settings = (("freeze", config.freeze, everything), ("optim.parts", config.optim.parts, dense))
+    settings: tuple[tuple[str, Iterable[str], list[str], list[str]], ...] = (
+        ("freeze", config.freeze, dense + all_tables, []),
+        ("optim.parts", config.optim.parts, dense, all_tables),
+    )
     problems = [
-        missing_part_sentence(setting, missing, known)
-        for setting, parts, known in settings
+        missing_part_sentence(setting, missing, known, others)
+        for setting, parts, known, others in settings
         if (missing := parts_without_weights(parts, known))
     ]
-    if config.parallel.use_distributed_optimizer and not all(trains for _, _, trains in gathered):
+    training = [trains for _, _, trains in gathered]
+    if any(training) and not all(training):
         problems.append(
-            "freeze leaves a rank of the pipeline without any dense weight to train, which "
-            "parallel.use_distributed_optimizer cannot store; set it to false, use fewer pipeline stages, or freeze "
-            "less"
+            "freeze leaves a stage of the pipeline without any dense weight to train, so the optimizer's state could "
+            "not be put back; use fewer pipeline stages, or freeze less"
+        )
+    if config.parallel.use_distributed_optimizer and not any(training):
+        problems.append(
+            "freeze leaves no dense weight to train, so parallel.use_distributed_optimizer has nothing to share; set "
+            "it to false"
         )
     if problems:
         raise ConfigError("\n".join(problems), on_every_rank=True)

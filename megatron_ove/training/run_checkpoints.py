@@ -185,7 +185,7 @@ class RunCheckpoints:
         state: dict[str, Any] = {"model": model}
         if self._average is not None:
             state["average"] = self._average.sharded_state_dict(model)
-        if has_moments:
+        if has_moments and self._optimizer.trains:
             # Frozen layers have no moments, so those of the others cannot be one stack.
             weights = with_layers_apart(model) if self._config.freeze else model
             state["optimizer"] = self._optimizer.sharded_state_dict(weights, is_loading=is_loading)

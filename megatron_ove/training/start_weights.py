@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -112,13 +113,13 @@ class StartWeights:
                     on_every_rank=True,
                 )
             there, here = (one["objectives"][name] for one in (stored, plain))
-            kind = self._config.kinds.objectives[here["kind"]]
-            differences = list(kind.differences(name, there, here))
-            if differences or there["kind"] != here["kind"]:
+            differences = [f"objectives.{name}.kind is {there['kind']} there and {here['kind']} here"]
+            if there["kind"] == here["kind"]:
+                differences = list(self._config.kinds.objectives[here["kind"]].differences(name, there, here))
+            if differences:
                 raise CheckpointError(
-                    f"init_from = {start.path} holds another head: "
-                    f"{'; '.join(differences) or 'objectives.' + name + '.kind is ' + there['kind'] + ' there'}; leave "
-                    f"objectives.{name} out of parts, or set the fields as they are there",
+                    f"init_from = {start.path} holds another head: {'; '.join(differences)}; leave objectives.{name} "
+                    "out of parts, or set the fields as they are there",
                     on_every_rank=True,
                 )
         if tables and self._objectives is not None:
@@ -182,7 +183,15 @@ class StartWeights:
                 f"objectives.{name} out of parts"
             )
         assert self._objectives is not None
-        self._objectives[name].load_exported(load_file(file), origin=str(file))
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); export it again") from error
+        if "class_centers" not in tensors:
+            raise CheckpointError(
+                f"{file} has no tensor class_centers, so this program did not write it; export it again"
+            )
+        self._objectives[name].load_exported(tensors, origin=str(file))
 
     def _tables_in(self, parts: Iterable[str]) -> list[str]:
         """Returns the objectives on this rank whose tables are wanted."""
@@ -205,8 +214,15 @@ class StartWeights:
         return list(dict.fromkeys(name for part in gathered for name in part))
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
-        shared = [action() if self._topology.global_rank == 0 else None]
+        shared: list[Any] = [None, ""]
+        if self._topology.global_rank == 0:
+            try:
+                shared[0] = action()
+            except OSError as error:
+                shared[1] = f"init_from cannot be looked at ({error}); make it readable, or name another place"
         dist.broadcast_object_list(shared, src=0)
+        if shared[1]:
+            raise CheckpointError(shared[1], on_every_rank=True)
         return shared[0]
 
     def _together(self, action: Callable[[], Any]) -> None:
@@ -216,6 +232,8 @@ class StartWeights:
             action()
         except MegatronOveError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"init_from cannot be read ({error}); make it readable, or name another place"
         problems = [""] * self._topology.world_size
         dist.all_gather_object(problems, problem)
         if any(problems):

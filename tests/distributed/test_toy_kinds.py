@@ -20,7 +20,8 @@ import torch
 
 from megatron_ove.cli.main import main
 from megatron_ove.convert.checkpoint_files import read_tensors
-from tests.support.distributed import run_distributed
+from megatron_ove.convert.class_centers import load_class_head
+from tests.support.distributed import WorkerError, run_distributed
 from tests.support.tiny_run import check, tiny_config, write_tiny_sources
 
 TOYS = "tests.support.toys"
@@ -209,16 +210,23 @@ def test_a_run_goes_on_in_its_own_layout_and_in_another(
 
 
 def test_frozen_parts_stay_and_the_others_move(sources: dict[str, str], tmp_path: Path) -> None:
-    frozen = ["encoder.patch_embed", "encoder.layers.0-2", "encoder.head", "objectives.bright.layer.bias"]
+    """Also where layers are recomputed, whose input then wants no gradient."""
+    frozen = ["encoder.patch_embed", "encoder.layernorm_pre", "encoder.layers.0-2", "encoder.head"]
+    frozen += ["objectives.bright.layer.bias"]
     data = toy_config(sources, tmp_path / "run", encoder="onevision", parallel=OVERLAP)
     start = {**data, "run_dir": str(tmp_path / "start"), "train": {**data["train"], "stop_after_steps": 1}}
     start["optim"] = {**data["optim"], "lr": 1e-30}  # as initialised, for comparison
-    run = {**data, "freeze": frozen}
+    run = {**data, "freeze": frozen, "encoder": {**data["encoder"], "recompute": "full"}}
     half = {**run, "train": {**run["train"], "stop_after_steps": 3}}
     weights = run_distributed(walk, 2, {"start": start, "half": half, "run": run})
     for before, after in ((rank["start"], rank["run"]) for rank in weights):
         stays = {name for name in before if (before[name] - after[name]).abs().max() < 1e-20}
-        wanted = ("encoder.patch_embed", "encoder.head", *(f"encoder.layers.{layer}." for layer in range(3)))
+        wanted = (
+            "encoder.patch_embed",
+            "encoder.layernorm_pre",
+            "encoder.head",
+            *(f"encoder.layers.{layer}." for layer in range(3)),
+        )
         assert stays == {name for name in before if name.startswith(wanted)} | {"objectives.bright.layer.bias"}
     assert main(["inspect", str(tmp_path / f"run/checkpoints/step_{NUM_STEPS:08d}"), "--verify"]) == 0
     for name in ("metrics.jsonl", "checkpoints/step_00000003"):
@@ -227,3 +235,46 @@ def test_frozen_parts_stay_and_the_others_move(sources: dict[str, str], tmp_path
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
     run_distributed(walk, 1, {"other": {**run, "run_dir": str(tmp_path / "other"), "parallel": OVERLAP}})
     assert_alike(figures(tmp_path / "other"), figures(tmp_path / "run"), 2e-5)
+
+
+def test_only_a_table_learns(sources: dict[str, str], tmp_path: Path) -> None:
+    """Nothing dense is trained, so there is no optimizer to store; the head's mean follows the embeddings as always."""
+    frozen = ["encoder", "objectives.bright", "objectives.bright_pages"]
+    data = {**toy_config(sources, tmp_path / "straight", encoder="onevision"), "freeze": frozen}
+    data["objectives"]["classes"]["centering"] = "embeddings"
+    resumed = {**data, "run_dir": str(tmp_path / "resumed")}
+    half = {**resumed, "train": {**resumed["train"], "stop_after_steps": 3}}
+    run_distributed(walk, 1, {"straight": data, "half": half, "resumed": resumed})
+    assert figures(tmp_path / "resumed") == figures(tmp_path / "straight")
+    first, *_, last = (row["loss/classes"] for row in figures(tmp_path / "straight"))
+    assert last < first
+
+    frozen_table = {**toy_config(sources, tmp_path / "table", encoder="onevision"), "freeze": ["objectives.classes"]}
+    frozen_table["objectives"]["classes"]["centering"] = "embeddings"
+    run_distributed(walk, 1, {"table": frozen_table})
+    mean = load_class_head(tmp_path / f"table/checkpoints/step_{NUM_STEPS:08d}", "classes").mean
+    assert mean is not None and mean.any()
+
+
+@pytest.mark.parametrize(
+    ("freeze", "parallel", "sentence"),
+    [
+        (
+            ["encoder.patch_embed", "encoder.layernorm_pre", "encoder.layers.0-1"],
+            {"pipeline_model_parallel_size": 2},
+            "freeze leaves a stage of the pipeline without any dense weight to train, so the optimizer's state could n",
+        ),
+        (
+            ["encoder", "objectives.bright", "objectives.bright_pages"],
+            {"use_distributed_optimizer": True},
+            "freeze leaves no dense weight to train, so parallel.use_distributed_optimizer has nothing to share; set i",
+        ),
+    ],
+)
+def test_what_freezing_leaves_too_little_of_is_a_sentence(
+    freeze: list[str], parallel: dict[str, Any], sentence: str, sources: dict[str, str], tmp_path: Path
+) -> None:
+    data = toy_config(sources, tmp_path, encoder="onevision", parallel={"timeout_s": 60, **parallel})
+    with pytest.raises(WorkerError) as error:
+        run_distributed(walk, 2, {"run": {**data, "freeze": freeze}})
+    assert sentence in str(error.value)

@@ -95,13 +95,28 @@ def test_fields_of_a_plugin_are_checked_as_others(sources: dict[str, str], tmp_p
             "plugins: nowhere.to.be.found cannot be imported (No module named 'nowhere')",
         ),
         (["json"], "plugins: json has none of ENCODERS, OBJECTIVES and SOURCES, so it adds nothing; name the module"),
-        (
-            ["megatron_ove.catalog"],
-            "plugins: megatron_ove.catalog describes the kind 'onevision' in ENCODERS, ",
-        ),
+        (["megatron_ove.catalog"], "plugins: megatron_ove.catalog is there already; name each module once, and none"),
+        (["json", "json"], "plugins: json is there already; name each module once, and none of this package"),
+        ([""], "plugins: '' cannot be imported (ValueError: Empty module name); correct the name or the module"),
+        ([".x"], "plugins: '.x' cannot be imported (TypeError: "),
+        (["tests.support.toys.brightness", "same_kinds"], "plugins: same_kinds describes the kind 'brightness' in OBJ"),
+        (["failing_kinds"], "plugins: 'failing_kinds' cannot be imported (ZeroDivisionError: division by zero); corr"),
+        (["listed_kinds"], "plugins: ENCODERS of listed_kinds is not a dictionary of names and EncoderKinds; write it"),
+        (["other_kinds"], "plugins: SOURCES of other_kinds is not a dictionary of names and SourceKinds; write it as"),
     ],
 )
-def test_plugins_that_are_none(plugins: list[str], sentence: str, sources: dict[str, str], tmp_path: Path) -> None:
+def test_plugins_that_are_none(
+    plugins: list[str], sentence: str, sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = {
+        "same_kinds": "from tests.support.toys.brightness import OBJECTIVES",
+        "failing_kinds": "1 / 0",
+        "listed_kinds": "ENCODERS = ['a']",
+        "other_kinds": "SOURCES = {'a': 3}",
+    }
+    for name, content in modules.items():
+        (tmp_path / f"{name}.py").write_text(content + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
     data: dict[str, Any] = {**tiny_config(sources, tmp_path), "plugins": plugins}
     with pytest.raises(ConfigError) as error:
         config_from_dict(data, "run.yaml")
