@@ -151,7 +151,7 @@ class HeldOutSamples:
         decoder, decoding = None, None
         if topology.tensor_rank == 0:
             rows = enumerate(self._rows.tolist())
-            bad = frozenset((self.name, place) for place, row in rows if self.is_known_bad(row, step))
+            bad = frozenset((self._source_name, place) for place, row in rows if self.is_known_bad(row, step))
             decoder = StepDecoder(
                 self,
                 [source],

@@ -35,7 +35,8 @@ def check_parts(
     gathered: list[tuple[list[str], list[str], bool]] = [([], [], False)] * topology.world_size
     # One replica's ranks have every weight; the others repeat them.
     dist.all_gather_object(gathered, (mine, tables, trains) if topology.data_rank == 0 else ([], [], trains))
-    dense, all_tables = (list(dict.fromkeys(name for one in gathered for name in one[place])) for place in (0, 1))
+    dense = list(dict.fromkeys(name for part, _, _ in gathered for name in part))
+    all_tables = list(dict.fromkeys(name for _, part, _ in gathered for name in part))
     # Tables have an optimizer of their own, with its own rate and decay.
     settings: tuple[tuple[str, Iterable[str], list[str], list[str]], ...] = (
         ("freeze", config.freeze, dense + all_tables, []),
