@@ -120,8 +120,6 @@ def exactness_warnings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
     ]
     for path in (*_EXACTNESS_PATHS, *of_objectives):
         before, now = _lookup(saved, path), _lookup(current, path)
-        if path == "encoder.drop_path":  # which not every encoder has, and no earlier version
-            before, now = (one or 0.0 for one in (before, now))
         if before is None:
             continue  # a setting that the version which saved it did not have
         if path.endswith(".source"):

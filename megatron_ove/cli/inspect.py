@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,18 +109,19 @@ def _moment_problems(path: Path) -> list[str]:
     import torch
 
     from megatron_ove.checkpoint.compatibility import shifted_moments_clause
-    from megatron_ove.convert.checkpoint_files import read_tensors
+    from megatron_ove.convert.checkpoint_files import layer_in_stack, read_tensors
 
-    prefix, layer_number = "optimizer.state.param.", re.compile(r"(?<=layers\.)(\d+)\.")
-    for master_key in (name for name in _stored_sizes(path) if name.startswith(prefix)):
-        key = master_key.removeprefix(prefix)
-        # Where some layers are frozen the master weights of the others are apart, and the weights one stack as always.
-        layer, stack = layer_number.search(key), layer_number.sub("", key)
-        master, weights = read_tensors(path, master_key)[master_key], read_tensors(path, stack)[stack]
-        weights = weights[int(layer[1])] if layer else weights
-        if not torch.allclose(master.to(weights.dtype), weights, rtol=0, atol=0, equal_nan=True):
-            advice = f"a run cannot continue with it; start a new one with init_from: {path}"
-            return [f"{shifted_moments_clause(key.removeprefix('model.'))}; the weights are right, but {advice}"]
+    prefix = "optimizer.state.param."
+    masters = [name.removeprefix(prefix) for name in _stored_sizes(path) if name.startswith(prefix)]
+    # Where some layers are frozen the master weights of the others are apart, and the weights one stack as always.
+    places = sorted((*layer_in_stack(key), key) for key in masters)
+    for stack, of_stack in groupby(places, key=lambda place: place[0]):
+        stored = read_tensors(path, stack)[stack]
+        for _, layer, key in of_stack:
+            master, weights = read_tensors(path, prefix + key)[prefix + key], stored if layer is None else stored[layer]
+            if not torch.allclose(master.to(weights.dtype), weights, rtol=0, atol=0, equal_nan=True):
+                advice = f"a run cannot continue with it; start a new one with init_from: {path}"
+                return [f"{shifted_moments_clause(key.removeprefix('model.'))}; the weights are right, but {advice}"]
     return []
 
 

@@ -21,8 +21,8 @@ def upgrade_config(stored: Mapping[str, Any], version: int) -> dict[str, Any]:
         version: that they were stored with; 1 for those without one.
     """
     data = copy.deepcopy(dict(stored))
-    if version < 2 and isinstance(data.get("encoder"), dict):  # encoders have had kinds since then
-        data["encoder"] = {"kind": "onevision", **data["encoder"]}
+    if version < 2 and isinstance(data.get("encoder"), dict):  # encoders have had kinds, and dropped paths, since then
+        data["encoder"] = {"kind": "onevision", "drop_path": 0.0, **data["encoder"]}
     data["config_version"] = CONFIG_VERSION
     return data
 

@@ -226,9 +226,13 @@ def _one_process() -> Iterator[None]:
 
 def _stored_place(name: str) -> tuple[str, int | None]:
     """Returns the stored key of a parameter, and its index in the stack under this key (None = not stacked)."""
-    stored = _MODEL_PREFIX + transformer_engine_name(name)
-    match = _LAYER_NUMBER.search(stored)
-    return (stored, None) if match is None else (_LAYER_NUMBER.sub("", stored), int(match[1]))
+    return layer_in_stack(_MODEL_PREFIX + transformer_engine_name(name))
+
+
+def layer_in_stack(key: str) -> tuple[str, int | None]:
+    """Returns the key that layers are stacked under, and the layer; None for the layer of a key that names none."""
+    match = _LAYER_NUMBER.search(key)
+    return (key, None) if match is None else (_LAYER_NUMBER.sub("", key), int(match[1]))
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,12 @@ class ClassHead:
         embeddings = embeddings.float()
         if self.mean is not None:
             embeddings = embeddings - self.mean.to(embeddings.device)
-        return F.normalize(embeddings, dim=-1) @ F.normalize(self.centers.to(embeddings.device), dim=-1).T
+        return F.normalize(embeddings, dim=-1) @ self._directions.to(embeddings.device).T
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        """[c, e], centers of length 1: a head is asked about one picture after the other."""
+        return F.normalize(self.centers, dim=-1)
 
 
 def load_class_head(checkpoint_dir: str | Path, objective: str, *, verify: bool = True) -> ClassHead:

@@ -177,7 +177,7 @@ def read_pictures(reader: WordReader, files: Sequence[str | Path], *, top: int) 
         rows: dict[int, Tensor] = {}
         if shards is not None:
             embedded = embed_shard_set(reader.encode, shards, reader.settings, device=reader.device)
-            rows = dict(zip(map(int, embedded.keys), reader.head.cosines(embedded.embeddings), strict=True))
+            rows = dict(zip(map(int, embedded.keys), embedded.embeddings, strict=True))
             shards.close()
     return [
         PictureWords(str(file), (), problems[number])
@@ -305,9 +305,9 @@ def _store_pictures(files: Sequence[str | Path], folder: Path) -> tuple[ShardSet
     return (ShardSet.open(folder / "pictures") if len(writer) else None), problems
 
 
-def _best_words(reader: WordReader, cosines: Tensor, top: int) -> tuple[ScoredWord, ...]:
-    """`cosines`: [c], of one page."""
-    scores, classes = cosines.topk(min(top, len(reader.vocabulary)))
+def _best_words(reader: WordReader, embedding: Tensor, top: int) -> tuple[ScoredWord, ...]:
+    """`embedding`: [e], of one page."""
+    scores, classes = reader.head.cosines(embedding[None])[0].topk(min(top, len(reader.vocabulary)))
     words = reader.vocabulary.words
     pairs = zip(scores.tolist(), classes.tolist(), strict=True)
     return tuple(ScoredWord(words[index], index, score) for score, index in pairs)
