@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_ove.batch import PatchPack
 from megatron_ove.convert.class_centers import ClassHead, load_class_head
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.embedding import (
     EmbeddedSet,
     EncoderCallable,
@@ -32,6 +31,7 @@ from megatron_ove.evaluation.retrieval import (
     same_group,
 )
 from megatron_ove.parallel.topology import destroy_topology
+from megatron_ove.shards.shard_set import ShardSet
 
 _CLIP_NAME = r"^(.+?)(?:-cut\d+)?-[0-9a-f]{10}$"
 

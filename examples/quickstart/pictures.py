@@ -11,7 +11,6 @@ from measures import HeldOut, Model
 from torch import Tensor
 
 from megatron_ove.convert.class_centers import ClassHead
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.pages_read import choose_pages, draw_pages, read_pages
 from megatron_ove.evaluation.retrieval import average_precision, cosine_scores, labels_to_relevant
 from megatron_ove.preprocess.codec.clip_store import StoredClip, load_clip
@@ -31,6 +30,7 @@ from megatron_ove.report.sections import (
     WordBlock,
     WordColumn,
 )
+from megatron_ove.shards.shard_set import ShardSet
 
 STAGES = ("before training", "after training")
 _NUM_WORDS = 24

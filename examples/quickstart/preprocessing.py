@@ -12,8 +12,8 @@ from inputs import KINDS, NEW_TYPEFACES, SPLITS, Folders
 from phases import DemoError, run_tool, say
 from sizes import DemoSizes
 
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.preprocess.clustering.descriptor_sets import DescriptorSet
+from megatron_ove.shards.shard_set import ShardSet
 
 # Images are told apart by kind, so clusters hold several; clips one by one, so that cuts of a clip find one another.
 _SAMPLES_PER_CLUSTER = {"images": 3, "clips": 1}

@@ -21,12 +21,12 @@ from training import checkpoint_dir
 from megatron_ove import __version__
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.convert.hf_export import export_checkpoint
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.embedding import SampleSettings
 from megatron_ove.rejects import count_rejects
 from megatron_ove.report.metrics_log import MetricsLog, read_metrics
 from megatron_ove.report.run_report import write_run_report
 from megatron_ove.report.sections import EXTRAS_FILE, ReportExtras, Section, StepMarker, TableBlock, write_extras
+from megatron_ove.shards.shard_set import ShardSet
 
 MAX_EXPORT_DIFFERENCE = 1e-5  # fp32, absolute; embeddings are of order 1
 LOSS_WINDOW_STEPS = 20

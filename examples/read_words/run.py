@@ -134,12 +134,12 @@ def run(*command: str) -> None:
 def measure(run_dir: Path, steps: int) -> dict[str, dict[str, dict[str, float]]]:
     """Returns "untrained" and "trained" -> test set -> figures, and draws pages of two sets."""
     # Imported late: torch and megatron-core are not needed before.
-    from megatron_ove.data.shard_index import ShardSet
     from megatron_ove.evaluation.embedding import embed_shard_set
     from megatron_ove.evaluation.pages_read import choose_pages, draw_pages, read_pages
     from megatron_ove.evaluation.retrieval import label_retrieval, sample_retrieval
     from megatron_ove.evaluation.words import load_word_reader
     from megatron_ove.parallel.topology import destroy_topology
+    from megatron_ove.shards.shard_set import ShardSet
 
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for stage, step in (("untrained", 0), ("trained", steps)):

@@ -13,8 +13,8 @@ from megatron_ove.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_ove.convert.class_centers import ClassHead
-    from megatron_ove.data.shard_index import ShardSet
     from megatron_ove.evaluation.embedding import EmbeddedSet
+    from megatron_ove.shards.shard_set import ShardSet
     from megatron_ove.vocabulary import Vocabulary
 
 _DRAWN_PAGES = 24
@@ -58,10 +58,10 @@ def _check_device(name: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the figures; returns the exit status."""
     from megatron_ove.convert.class_centers import load_class_head, load_words
-    from megatron_ove.data.shard_index import ShardSet
     from megatron_ove.evaluation.embedding import SampleSettings, embed_shard_set
     from megatron_ove.evaluation.evaluate_shards import evaluate_embeddings, format_figures
     from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model
+    from megatron_ove.shards.shard_set import ShardSet
 
     for name in ("k", "image_size", "max_patches"):
         value = getattr(arguments, name)

@@ -25,8 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the pages; returns the exit status."""
-    from megatron_ove.data.shard_index import ShardSet
     from megatron_ove.evaluation.words import find_pages
+    from megatron_ove.shards.shard_set import ShardSet
 
     shards = ShardSet.open(arguments.shards)
     with open_reader(arguments) as reader:

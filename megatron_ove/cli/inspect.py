@@ -157,7 +157,8 @@ def _stored_sizes(path: Path) -> dict[str, Any]:
 
 def _describe_shard_set(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
     """Returns what to print and what is wrong."""
-    from megatron_ove.data.shard_index import ShardSet, validate_shard_set
+    from megatron_ove.shards.shard_set import ShardSet
+    from megatron_ove.shards.validation import validate_shard_set
 
     problems = validate_shard_set(path, deep=verify)
     if problems:

@@ -13,11 +13,11 @@ from torch import Tensor
 from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
 from megatron_ove.data.patchify import empty_patches
 from megatron_ove.data.sample_reader import SampleReader
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_decoder import DecodedShare
 from megatron_ove.data.step_share import StepShare
 from megatron_ove.parallel.row_blocks import concatenate_ranges
+from megatron_ove.shards.shard_set import ShardSet
 
 if TYPE_CHECKING:
     from megatron_ove.parallel.topology import ParallelTopology

@@ -10,12 +10,12 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.assembly import Collate
 from megatron_ove.data.bad_samples import KnownBad
 from megatron_ove.data.planner import planner_of
-from megatron_ove.data.shard_files import raise_file_limit
 from megatron_ove.data.shard_fit import find_doubts, open_shard_sets
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_loader import PrepareStep, StepLoader
 from megatron_ove.kinds import Kinds
+from megatron_ove.shards.files import raise_file_limit
+from megatron_ove.shards.shard_set import ShardSet
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.config.yaml_file import read_yaml_mapping
-from megatron_ove.data.shard_format import DatasetInfo
 from megatron_ove.errors import ConfigError, DataError
+from megatron_ove.shards.format import DatasetInfo
 
 
 def fill_in_class_counts(config: TrainConfig, name: str) -> TrainConfig:

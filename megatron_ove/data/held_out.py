@@ -25,11 +25,11 @@ from megatron_ove.data.bad_samples import BadSample, record_bad_samples
 from megatron_ove.data.build import build_source
 from megatron_ove.data.packing import Budget, pack_samples
 from megatron_ove.data.planner import MicrobatchPlan, length_multiple_of
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_decoder import DecodedShare, StepDecoder, places_of
 from megatron_ove.data.step_share import StepShare, share_of
 from megatron_ove.errors import DataError
+from megatron_ove.shards.shard_set import ShardSet
 
 if TYPE_CHECKING:
     from megatron_ove.parallel.topology import ParallelTopology

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
-from megatron_ove.data.shard_index import ReadError, ShardSet
+from megatron_ove.shards.shard_set import ReadError, ShardSet
 
 PAUSES_S = (0.1, 0.5, 2.0)
 """Before each new attempt to read a member; a disk that is briefly away is back after them or not soon."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_ove.batch import Samples
-from megatron_ove.data.shard_index import ShardSet
-from megatron_ove.data.shard_validation import bad_label, label_sentence
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.windows import Windows
 from megatron_ove.errors import DataError
+from megatron_ove.shards.opening import bad_label, label_sentence
+from megatron_ove.shards.shard_set import ShardSet
 
 
 class SampleReader:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.errors import ConfigError, DataError
 from megatron_ove.kinds import SourceKind
+from megatron_ove.shards.shard_set import ShardSet
 
 
 def open_shard_sets(config: TrainConfig) -> dict[str, ShardSet]:

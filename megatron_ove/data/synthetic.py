@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_ove.data.patchify import grid_positions
-from megatron_ove.data.shard_format import (
+from megatron_ove.shards.format import (
     MOSAIC_COLUMNS,
     MOSAIC_MEMBER,
     PICTURE_MEMBER,
@@ -23,7 +23,7 @@ from megatron_ove.data.shard_format import (
     frame_member,
     mosaic_size,
 )
-from megatron_ove.data.shard_writer import ShardWriter
+from megatron_ove.shards.writer import ShardWriter
 
 
 def write_synthetic_shard_set(

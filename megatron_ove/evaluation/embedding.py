@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.errors import ConfigError, DataError
 from megatron_ove.kinds import load_kinds
+from megatron_ove.shards.shard_set import ShardSet
 
 EncoderCallable = Callable[[Batch], Tensor]
 """Batch -> [b, e] pooled embeddings, replicated."""

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from megatron_ove.convert.class_centers import ClassHead
-from megatron_ove.data.shard_format import PICTURE_MEMBER
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.embedding import EmbeddedSet
 from megatron_ove.preprocess.text_render.typefaces import Typeface, typefaces
+from megatron_ove.shards.format import PICTURE_MEMBER
+from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.vocabulary import Vocabulary
 
 _MOST_WORDS = 8

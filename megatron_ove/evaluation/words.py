@@ -26,8 +26,6 @@ from megatron_ove.convert.checkpoint_files import read_checkpoint_facts
 from megatron_ove.convert.class_centers import ClassHead, load_class_head, load_words
 from megatron_ove.convert.encoder_inference import load_encoder_for_inference
 from megatron_ove.convert.hf_export import trained_image_size
-from megatron_ove.data.shard_format import PICTURE_MEMBER
-from megatron_ove.data.shard_index import ShardSet, ShardWriter
 from megatron_ove.errors import CheckpointError, ConfigError, DataError
 from megatron_ove.evaluation.embedding import EncoderCallable, SampleSettings, embed_shard_set
 from megatron_ove.evaluation.retrieval import average_precision, mean_over_queries
@@ -35,6 +33,9 @@ from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.words import segment_words
 from megatron_ove.preprocess.pictures import JpegPreparer
 from megatron_ove.rejects import RejectsFile, read_rejects
+from megatron_ove.shards.format import PICTURE_MEMBER
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.writer import ShardWriter
 from megatron_ove.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ def find_pages(reader: WordReader, shards: ShardSet, words: Sequence[str], *, to
         pages = tuple(
             FoundPage(
                 embedded.keys[i],
-                str(shards.shard_path(int(shards.columns["shard"][i])).relative_to(shards.directory)),
+                str(shards.shard_path(i).relative_to(shards.directory)),
                 float(of_word[i]),
                 None if holds is None else bool(holds[i]),
             )

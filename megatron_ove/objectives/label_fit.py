@@ -10,9 +10,9 @@ import numpy as np
 
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.shard_format import read_vocabulary
-from megatron_ove.data.shard_index import DatasetInfo, ShardSet
 from megatron_ove.errors import DataError
+from megatron_ove.shards.format import DatasetInfo, read_vocabulary
+from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.vocabulary import VOCABULARY_FILE, describe_difference
 
 _PROBED_ROWS = 64

@@ -104,7 +104,7 @@ def _open(name: str, source: SourceConfig, patch_size: int, kinds: Kinds) -> Pla
     import torch
 
     from megatron_ove.data.build import build_source
-    from megatron_ove.data.shard_index import ShardSet
+    from megatron_ove.shards.shard_set import ShardSet
 
     shards = ShardSet.open(source.path)
     wanted = kinds.sources[source.kind].shard_kind

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -60,6 +62,44 @@ def add_shard_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing shard set once the new one is whole"
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """Which part of the work this process does.
+
+    Attributes:
+        number: from 0.
+        count: tasks that share the work.
+    """
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Task:
+        """Reads "3/16", the third of 16; for argparse."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise argparse.ArgumentTypeError(
+                f"{text} is not of the form NUMBER/COUNT with 1 <= NUMBER <= COUNT, like 3/16 for the third of 16 tasks"
+            )
+        return cls(int(match[1]) - 1, int(match[2]))
+
+    def range_of(self, length: int) -> range:
+        """Returns the places of this task's inputs among `length` of them: neighbours, so that parts stay in order."""
+        return range(length * self.number // self.count, length * (self.number + 1) // self.count)
+
+
+def add_task_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --task."""
+    parser.add_argument(
+        "--task",
+        type=Task.parse,
+        metavar="NUMBER/COUNT",
+        help="do only this part of the work, e.g. 3/16, and write it below OUTPUT/parts; when all are there, "
+        "tools/shards/merge_parts.py OUTPUT joins them",
     )
 
 

@@ -24,12 +24,12 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.bad_samples import BadSample, read_bad_samples
 from megatron_ove.data.held_out import RECORD_PREFIX, HeldOutSamples
 from megatron_ove.data.shard_fit import open_held_out_sets
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.errors import MegatronOveError
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.optim.optimizer import DenseOptimizer
 from megatron_ove.optim.weight_average import WeightAverage
 from megatron_ove.parallel.topology import ParallelTopology
+from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.training.metrics import MetricAccumulator, Total, averages
 
 _COUNTS = ("samples", "bad_samples")

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from megatron_ove.config.objectives import ObjectiveConfig
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.shard_format import DatasetInfo, read_vocabulary
 from megatron_ove.errors import CheckpointError, DataError, MegatronOveError
+from megatron_ove.shards.format import DatasetInfo, read_vocabulary
 from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary, describe_difference, vocabulary_path
 
 logger = logging.getLogger(__name__)

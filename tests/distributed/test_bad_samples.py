@@ -43,8 +43,7 @@ class FailingReads:
     """Stands in for os.pread: fails `times` times where a member of a sample lies, on the ranks of one stage."""
 
     def __init__(self, shards: Any, row: int, member: str, times: float) -> None:
-        column = shards.info.members.index(member)
-        self.place = int(shards.columns["offsets"][row, column])
+        self.place = shards.index.place(row, member)[0]
         self.times = times
 
     def __call__(self, handle: int, size: int, offset: int) -> bytes:
@@ -60,26 +59,27 @@ def train(
     rank: int, world_size: int, data: dict[str, Any], failure: dict[str, Any] | None, kills: bool
 ) -> dict[str, Any] | None:
     """Trains; `failure` names source, row, member, times and stage. Returns what a rank saw of the bad step."""
-    from megatron_ove.data import read_ahead, shard_index
+    from megatron_ove.data import read_ahead
     from megatron_ove.parallel.topology import initialize_topology
+    from megatron_ove.shards.shard_set import ShardSet
     from megatron_ove.training.trainer import Trainer
 
     read_ahead.PAUSES_S = (0.0, 0.0, 0.0)
     config = check(data)
     topology = initialize_topology(config.parallel, seed=config.seed)
-    opened = shard_index.ShardSet.open
+    opened = ShardSet.open
 
-    def open_failing(directory: Any) -> Any:
-        shards = opened(directory)
+    def open_failing(directory: Any, **options: Any) -> Any:
+        shards = opened(directory, **options)
         if failure and Path(directory).name == failure["source"] and topology.pipeline_rank == failure["stage"]:
             shards.files.pread = FailingReads(shards, failure["row"], failure["member"], failure["times"])
         return shards
 
-    shard_index.ShardSet.open = open_failing  # type: ignore[method-assign]
+    ShardSet.open = open_failing  # type: ignore[method-assign]
     try:
         trainer = Trainer(config, topology)
     finally:
-        shard_index.ShardSet.open = opened  # type: ignore[method-assign]
+        ShardSet.open = opened  # type: ignore[method-assign]
     seen: dict[str, Any] = {}
     load_step = trainer.loader.load_step
 

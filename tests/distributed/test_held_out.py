@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_ove.data.bad_samples import read_bad_samples
-from megatron_ove.data.shard_format import Kind
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.synthetic import write_synthetic_shard_set
+from megatron_ove.shards.format import Kind
+from megatron_ove.shards.shard_set import ShardSet
 from tests.support.distributed import run_distributed
 from tests.support.layout_grid import grid_config
 from tests.support.tiny_run import NUM_CLASSES, check, write_tiny_sources
@@ -265,8 +265,8 @@ def test_a_sample_that_cannot_be_decoded_is_left_out_counted_and_recorded_once(
 ) -> None:
     held_out = write_held_out(tmp_path / "held_out")
     shards = ShardSet.open(held_out["ocr_labels"])
-    number, offset, size = (int(shards.columns[name][4].flat[0]) for name in ("shard", "offsets", "sizes"))
-    with shards.shard_path(number).open("r+b") as stream:
+    offset, size = shards.index.place(4, "jpg")
+    with shards.shard_path(4).open("r+b") as stream:
         stream.seek(offset)
         stream.write(bytes(size))
     layout = {"pipeline_model_parallel_size": 2}

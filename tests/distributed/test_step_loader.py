@@ -14,8 +14,8 @@ from megatron_ove.batch import Batch
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.data import read_ahead
 from megatron_ove.data.bad_samples import read_bad_samples
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.parallel.topology import initialize_topology
+from megatron_ove.shards.shard_set import ShardSet
 from tests.support.distributed import WorkerError, run_distributed
 from tests.support.id_loader import (
     assert_same_batches,
@@ -114,7 +114,7 @@ def lose_pages(rank: int, world_size: int, directory: Path) -> list[list[Batch]]
     topology = initialize_topology(ParallelConfig(tensor_model_parallel_size=2), seed=0)
     config = id_config(directory).model_copy(update={"run_dir": str(directory / "lost")})
     opened = ShardSet.open
-    with mock.patch.object(ShardSet, "open", lambda path: halved(opened(path)) if rank == 0 else opened(path)):
+    with mock.patch.object(ShardSet, "open", lambda path, **_: halved(opened(path)) if rank == 0 else opened(path)):
         loader = start_loader(config, topology)
     return take_steps(loader, 0, STEPS)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_ove.data.shard_index import ShardSet, validate_shard_set
 from megatron_ove.rejects import count_rejects
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.validation import validate_shard_set
 from tests.support.clips import moving_square, textured_background, write_sound, write_video
 from tests.support.tool_scripts import reject_reasons, run_script
 

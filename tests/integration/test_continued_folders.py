@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_ove.data.shard_index import ShardSet
+from megatron_ove.shards.shard_set import ShardSet
 from tests.support.clips import moving_square, textured_background, write_video
 from tests.support.tool_scripts import reject_reasons, run_script
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from megatron_ove.checkpoint.manager import read_common_state
 from megatron_ove.config.upgrade import CONFIG_VERSION, upgrade_config
 from megatron_ove.convert.exchange import exchange_of
-from megatron_ove.data.shard_index import ShardSet, validate_shard_set
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.validation import validate_shard_set
 from tests.golden.make_golden import CLASSES, LAYOUTS, SAVED_STEP, SHAPES, config_of, losses_after, train
 from tests.support.distributed import run_distributed
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ove.data.shard_index import ShardSet, validate_shard_set
 from megatron_ove.preprocess.text_render.looks import LOOKS
 from megatron_ove.preprocess.text_render.passages import draw_word_list
 from megatron_ove.preprocess.text_render.typefaces import typefaces
 from megatron_ove.preprocess.text_render.word_pages import WordPages
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.validation import validate_shard_set
 from tests.support.tool_scripts import run_script
 
 _TOOL = "text_render/make_word_pages.py"

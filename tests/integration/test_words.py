@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from megatron_ove.checkpoint.manifest import read_manifest
 from megatron_ove.cli.main import main
 from megatron_ove.convert.class_centers import load_class_head
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.evaluation.embedding import SampleSettings, embed_shard_set
 from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model
 from megatron_ove.evaluation.retrieval import cosine_scores
+from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.vocabulary import Vocabulary
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import NUM_CLASSES, check, tiny_config, write_tiny_sources, write_tiny_vocabulary

@@ -14,9 +14,9 @@ from PIL import Image
 
 from megatron_ove.batch import Batch
 from megatron_ove.data.patchify import grid_positions
-from megatron_ove.data.shard_format import Kind, frame_member
-from megatron_ove.data.shard_index import ShardWriter
 from megatron_ove.data.synthetic import build_mosaic
+from megatron_ove.shards.format import Kind, frame_member
+from megatron_ove.shards.writer import ShardWriter
 
 GRID = (16, 2, 3)
 """(frames, rows, columns) of the clips."""

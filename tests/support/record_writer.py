@@ -8,7 +8,8 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_ove.data.recordio import (
+from megatron_ove.errors import DataError
+from megatron_ove.shards.recordio import (
     _FIRST,
     _HEADER,
     _LAST,
@@ -19,7 +20,6 @@ from megatron_ove.data.recordio import (
     MAX_EXACT_LABEL,
     _inexact,
 )
-from megatron_ove.errors import DataError
 
 
 class RecordWriter:

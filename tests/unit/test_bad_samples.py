@@ -14,10 +14,10 @@ import pytest
 from megatron_ove.data import read_ahead
 from megatron_ove.data.bad_samples import BadSample, known_bad, read_bad_samples, record_bad_samples
 from megatron_ove.data.read_ahead import ReadAhead, read_patiently
-from megatron_ove.data.shard_files import ShardFiles
-from megatron_ove.data.shard_index import ReadError, ShardSet
 from megatron_ove.errors import DataError
 from megatron_ove.report.run_report import write_run_report
+from megatron_ove.shards.files import ShardFiles
+from megatron_ove.shards.shard_set import ReadError, ShardSet
 from tests.support.id_shards import write_id_shard_set
 
 

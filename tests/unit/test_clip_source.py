@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from megatron_ove.config.data import VideoSourceConfig
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.sources.clips import CODEC, COLLAGE, FRAME_SAMPLING, VideoSource
 from megatron_ove.data.synthetic import build_mosaic, write_synthetic_shard_set
 from megatron_ove.errors import DataError
+from megatron_ove.shards.shard_set import ShardSet
 from tests.support.patch_pictures import read_patches
 
 FRAMES, ROWS, COLUMNS = 64, 3, 4

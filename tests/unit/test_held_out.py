@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 
 from megatron_ove.data.bad_samples import BadSample
 from megatron_ove.data.held_out import HeldOutSamples
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.step_share import share_of
 from megatron_ove.errors import DataError
+from megatron_ove.shards.shard_set import ShardSet
 from tests.support.id_shards import write_id_shard_set
 from tests.support.tiny_run import check, tiny_config
 
@@ -61,11 +60,12 @@ def test_samples_are_spread_evenly_and_always_the_same(clips: ShardSet) -> None:
 
 
 def test_a_held_out_sample_without_patches_is_named(clips: ShardSet) -> None:
-    columns = {**clips.columns, "num_patches": np.where(np.arange(101) == 7, 0, clips.num_patches)}
+    damaged = ShardSet.open(clips.directory)
+    damaged.columns["num_patches"] = np.where(np.arange(101) == 7, 0, clips.num_patches)
     with pytest.raises(
         DataError, match=r"sample 7 of evaluation\.sets\.video_labels has 0 patches by its index, so the"
     ):
-        samples(ShardSet(Path(clips.directory), clips.info, columns))
+        samples(damaged)
 
 
 def test_a_record_counts_for_its_own_set_and_from_its_first_step_on(clips: ShardSet) -> None:

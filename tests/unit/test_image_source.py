@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from megatron_ove.config.data import ImageSourceConfig
 from megatron_ove.data.patchify import write_patches
 from megatron_ove.data.picture_decoder import _chunks
-from megatron_ove.data.shard_index import ShardSet, ShardWriter
 from megatron_ove.data.sources.images import ImageSource, draw_sides, draw_windows
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.writer import ShardWriter
 from tests.support.id_shards import encode
 from tests.support.patch_pictures import read_patches
 
@@ -225,7 +226,7 @@ def test_windows_cover_their_ranges() -> None:
 
 def test_an_undecodable_picture_is_named(tmp_path: Path) -> None:
     images = source(tmp_path / "set", [smooth_picture(i, 60, 60) for i in range(5)], config())
-    offset = int(images.shards.columns["offsets"][3, 0])
+    offset = images.shards.index.place(3, "jpg")[0]
     with (tmp_path / "set" / "shards" / "000000.tar").open("r+b") as stream:
         stream.seek(offset + 100)
         stream.write(b"\0" * 400)

@@ -15,9 +15,9 @@ import torch
 from megatron_ove.batch import Batch
 from megatron_ove.data.bad_samples import read_bad_samples
 from megatron_ove.data.build import open_shard_sets
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.synthetic import write_synthetic_shard_set
 from megatron_ove.errors import ConfigError, DataError
+from megatron_ove.shards.shard_set import ShardSet
 from tests.support.id_loader import (
     SIZES,
     assert_same_batches,
@@ -150,8 +150,8 @@ def damaged_copy(directory: Path, target: Path) -> Path:
     shutil.copytree(directory, target)
     shards = ShardSet.open(target / "ocr")
     for row in range(len(shards)):
-        with shards.shard_path(int(shards.columns["shard"][row])).open("r+b") as stream:
-            stream.seek(int(shards.columns["offsets"][row, 0]) + 30)
+        with shards.shard_path(row).open("r+b") as stream:
+            stream.seek(shards.index.place(row, "jpg")[0] + 30)
             stream.write(b"\0" * 60)
     return target
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_ove.config.data import OcrSourceConfig
 from megatron_ove.data.native_size import native_grids
-from megatron_ove.data.shard_index import ShardSet, ShardWriter
 from megatron_ove.data.sources.pages import OcrSource
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.writer import ShardWriter
 from tests.support.id_shards import encode
 from tests.support.patch_pictures import read_patches
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from megatron_ove.data.picture_check import PictureChecker, UnusablePictureError
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess import pictures
 from megatron_ove.preprocess.folders import list_inputs
@@ -21,6 +20,7 @@ from megatron_ove.preprocess.ocr.recognition import PageRecord
 from megatron_ove.preprocess.ocr.worded_pages import read_worded_pages
 from megatron_ove.preprocess.pictures import JpegPreparer, encode_jpeg, fit_longest_side, load_picture
 from megatron_ove.preprocess.record_files import as_record, input_of
+from megatron_ove.shards.picture_check import PictureChecker, UnusablePictureError
 
 
 def _photo(height: int = 40, width: int = 60) -> np.ndarray:

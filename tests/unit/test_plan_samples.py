@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_ove.cli.main import main
-from megatron_ove.data.shard_index import ShardWriter
 from megatron_ove.planning.devices import find_device
 from megatron_ove.planning.plan import make_plan
 from megatron_ove.planning.stored_samples import look_at_samples
 from megatron_ove.planning.units import device_time, duration, number, operations, parameters
+from megatron_ove.shards.writer import ShardWriter
 from tests.support.id_shards import encode, id_picture
 from tests.support.tiny_run import check, tiny_config, write_config
 

@@ -11,9 +11,10 @@ import nvidia.dali.fn as fn
 import pytest
 from nvidia.dali import Pipeline
 
-from megatron_ove.data.recordio import PictureRecord, integer_labels, read_records
-from megatron_ove.data.shard_index import ShardSet, validate_shard_set
 from megatron_ove.errors import DataError
+from megatron_ove.shards.recordio import PictureRecord, integer_labels, read_records
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.validation import validate_shard_set
 from tests.support.distributed import repository_root
 from tests.support.id_shards import encode, id_picture
 from tests.support.record_writer import RecordWriter

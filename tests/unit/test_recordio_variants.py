@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from megatron_ove.data import recordio
-from megatron_ove.data.recordio import PictureFile
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.errors import DataError
 from megatron_ove.rejects import read_rejects
+from megatron_ove.shards.recordio import PictureFile
+from megatron_ove.shards.shard_set import ShardSet
 from tests.support.distributed import repository_root
 from tests.support.id_shards import encode, id_picture
 

@@ -14,8 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_ove.batch import MAIN_PACK, Batch, PatchPack, Samples
-from megatron_ove.data.shard_index import ShardSet
-from megatron_ove.data.shard_writer import ShardWriter
 from megatron_ove.errors import ConfigError
 from megatron_ove.evaluation.embedding import (
     SampleSettings,
@@ -23,6 +21,8 @@ from megatron_ove.evaluation.embedding import (
     iterate_batches,
 )
 from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model, normalize_pixels
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.writer import ShardWriter
 
 PATCH = 14
 SETTINGS = SampleSettings(patch_size=PATCH, image_size=28, max_patches=6, tokens_per_batch=10)

@@ -11,7 +11,7 @@ import torch
 
 from megatron_ove.batch import Samples
 from megatron_ove.data.sample_reader import SampleReader
-from megatron_ove.data.shard_index import ShardSet
+from megatron_ove.shards.shard_set import ShardSet
 from tests.support.id_shards import write_id_shard_set
 
 WIDTHS = {"image": 2, "ocr": 4}

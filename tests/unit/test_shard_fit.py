@@ -17,10 +17,10 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.config.yaml_file import parse_yaml
 from megatron_ove.data.class_counts import fill_in_class_counts
 from megatron_ove.data.shard_fit import find_doubts
-from megatron_ove.data.shard_format import DatasetInfo, member_names
 from megatron_ove.errors import ConfigError, DataError
 from megatron_ove.objectives import label_fit
 from megatron_ove.objectives.label_fit import common_labels, count_classes, find_mismatches
+from megatron_ove.shards.format import DatasetInfo, member_names
 from megatron_ove.training.done_marker import mark_done
 from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 from tests.unit.test_config import changed

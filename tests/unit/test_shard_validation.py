@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ove.data.shard_index import ShardSet, validate_shard_set
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.ocr.vocabulary import build_vocabulary
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.validation import validate_shard_set
 from tests.support.id_shards import NUM_CLASSES, encode, id_picture, write_id_shard_set
+from tests.support.old_shards import to_first_format
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,12 @@ def copied(intact: Path, tmp_path: Path) -> Path:
 
 def change_column(directory: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
     path = directory / "index" / f"{name}.npy"
-    np.save(path, change(np.load(path)))
+    if path.exists():
+        np.save(path, change(np.load(path)))
+        return
+    rows = np.load(directory / "index" / "rows.npy")
+    rows[name] = change(rows[name])
+    np.save(directory / "index" / "rows.npy", rows)
 
 
 def swap_columns(directory: Path, first: str, second: str) -> None:
@@ -69,32 +76,22 @@ FAULTS = [
     (lambda d: (d / "shards" / "000002.tar").unlink(), r"shard .*000002\.tar is missing, but the index refers to it"),
     (lambda d: change_column(d, "labels", put(256)), r"label 256 of sample 'image6' in .* is outside 0\.\.255"),
     (lambda d: change_column(d, "labels", put(-2)), r"label -2 of sample 'image6' in .* is outside 0\.\.255"),
-    (lambda d: change_column(d, "width", lambda w: w[:-1]), r"unequal lengths \(offsets 10, .* width 9, .*rows do not"),
+    (
+        lambda d: change_column(d, "width", lambda w: w[:-1]),
+        r"unequal lengths \(.* 10, .*width 9, .*rows do not",
+    ),
     (lambda d: change_info(d, num_samples=11), "promises 11 samples, but the index has 10 rows"),
-    (lambda d: change_info(d, label_width=4), r"labels\.npy has shape \[10, 3\] instead of \[10, 4\]"),
-    (lambda d: change_info(d, format_version=9), "has format_version = 9, but this program reads version 1"),
+    (lambda d: change_info(d, format_version=9), "has format_version = 9, but this program reads versions 1 and 2"),
     (lambda d: change_info(d, colour="blue"), r"lacks or has unknown entries \(colour\)"),
     (lambda d: change_info(d, kind="sound"), "describes kind 'sound'"),
     (lambda d: (d / "dataset.json").write_text("{"), r"dataset\.json cannot be read as JSON"),
     (lambda d: (d / "dataset.json").unlink(), r"is not a shard set, because it holds no dataset\.json"),
-    (lambda d: (d / "index" / "sizes.npy").unlink(), r"index file .*sizes\.npy is missing or unreadable"),
-    (lambda d: (d / "index" / "sizes.npy").write_bytes(b"xx"), r"index file .*sizes\.npy is missing or unreadable"),
-    (lambda d: change_column(d, "shard", lambda s: s[::-1]), r"shard\.npy is not sorted"),
-    (
-        lambda d: change_column(d, "sizes", lambda s: s.astype(float)),
-        r"sizes\.npy holds float64 in 2 dimensions, which is not what a shard writer puts there, so the file is dam",
-    ),
-    (lambda d: change_column(d, "width", lambda w: w[:, None]), r"width\.npy holds int32 in 2 dimensions, which"),
-    (lambda d: change_column(d, "offsets", lambda o: np.array(3)), r"offsets\.npy holds int64 in 0 dimensions, which"),
-    (lambda d: change_column(d, "keys", lambda k: k.astype(str)), r"keys\.npy holds <U\d+ in 1 dimensions, which"),
-    (lambda d: swap_columns(d, "offsets", "sizes"), r"does not match its shard 000000\.tar: it places image0\.jpg"),
-    (lambda d: swap_columns(d, "width", "shard"), r"shard\.npy holds int32 in 1 dimensions|width\.npy holds uint32"),
-    (lambda d: swap_columns(d, "labels", "num_patches"), r"(labels|num_patches)\.npy holds int32 in [12] dimensions"),
-    (lambda d: change_column(d, "shard", lambda s: s + 10**9), r"shard\.npy names shard 1000000002, more than there"),
     (lambda d: change_info(d, num_classes="many"), r"has num_classes = 'many', which no shard set has; write the"),
     (lambda d: change_info(d, num_classes=0), r"has num_classes = 0, which no shard set has"),
     (lambda d: change_info(d, members=None), r"has members = None, which no shard set has"),
     (lambda d: change_info(d, patch_size=0), r"has patch_size = 0, which no shard set has"),
+    (lambda d: change_column(d, "width", lambda w: w[:, None]), r"width\.npy holds int32 in 2 dimensions, which"),
+    (lambda d: change_column(d, "keys", lambda k: k.astype(str)), r"keys\.npy holds <U\d+ in 1 dimensions, which"),
     (
         lambda d: change_column(d, "keys", lambda k: np.roll(k, 1)),
         r"does not match its shard 000000\.tar: it places image9\.jpg .* where the shard has image0\.jpg",
@@ -104,10 +101,61 @@ FAULTS = [
         r"does not match its shard 000001\.tar: it places image4\.jpg .* where the shard has no file header",
     ),
 ]
+FAULTS_OF_FORMAT_1 = [
+    (lambda d: change_info(d, label_width=4), r"labels\.npy has shape \[10, 3\] instead of \[10, 4\]"),
+    (lambda d: (d / "index" / "sizes.npy").unlink(), r"index file .*sizes\.npy is missing or unreadable"),
+    (lambda d: (d / "index" / "sizes.npy").write_bytes(b"xx"), r"index file .*sizes\.npy is missing or unreadable"),
+    (lambda d: change_column(d, "shard", lambda s: s[::-1]), r"shard\.npy is not sorted"),
+    (
+        lambda d: change_column(d, "sizes", lambda s: s.astype(float)),
+        r"sizes\.npy holds float64 in 2 dimensions, which is not what a shard writer puts there, so the file is dam",
+    ),
+    (lambda d: change_column(d, "offsets", lambda o: np.array(3)), r"offsets\.npy holds int64 in 0 dimensions, which"),
+    (lambda d: swap_columns(d, "offsets", "sizes"), r"does not match its shard 000000\.tar: it places image0\.jpg"),
+    (lambda d: swap_columns(d, "width", "shard"), r"shard\.npy holds int32 in 1 dimensions|width\.npy holds uint32"),
+    (lambda d: swap_columns(d, "labels", "num_patches"), r"(labels|num_patches)\.npy holds int32 in [12] dimensions"),
+    (lambda d: change_column(d, "shard", lambda s: s + 10**9), r"shard\.npy names shard 1000000002, more than there"),
+]
+FAULTS_OF_FORMAT_2 = [
+    (lambda d: change_info(d, label_width=4), r"rows\.npy holds .* in 1 dimensions, which is not what a shard writer"),
+    (lambda d: change_info(d, columns={"score": "text"}), r"has columns = \{'score': 'text'\}, which no shard set has"),
+    (lambda d: (d / "index" / "rows.npy").unlink(), r"index file .*rows\.npy is missing or unreadable"),
+    (lambda d: (d / "index" / "shards.npy").write_bytes(b"xx"), r"index file .*shards\.npy is missing or unreadable"),
+    (lambda d: change_column(d, "shards", lambda s: s[::-1]), r"shards\.npy is not in order, so it is damaged"),
+    (lambda d: change_column(d, "shards", lambda s: s[:0]), r"shards\.npy is not in order, so it is damaged"),
+    (lambda d: change_column(d, "rows", lambda r: r["sizes"]), r"rows\.npy holds uint32 in 2 dimensions, which is not"),
+    (
+        lambda d: change_column(d, "offset", lambda o: o + 512),
+        r"does not match its shard 000000\.tar: it places image0",
+    ),
+    (lambda d: swap_columns(d, "rows", "shards"), r"(rows|shards)\.npy holds .*, which is not what a shard writer"),
+]
 
 
+@pytest.mark.parametrize("first_format", [False, True])
 @pytest.mark.parametrize(("damage", "text"), FAULTS)
-def test_a_fault_found_at_open_is_a_sentence(copied: Path, damage: Callable[[Path], object], text: str) -> None:
+def test_a_fault_found_at_open_is_a_sentence(
+    copied: Path, damage: Callable[[Path], object], text: str, first_format: bool
+) -> None:
+    if first_format:
+        to_first_format(copied)
+    check_fault(copied, damage, text)
+
+
+@pytest.mark.parametrize(("damage", "text"), FAULTS_OF_FORMAT_1)
+def test_a_fault_of_an_index_of_format_1_is_a_sentence(
+    copied: Path, damage: Callable[[Path], object], text: str
+) -> None:
+    to_first_format(copied)
+    check_fault(copied, damage, text)
+
+
+@pytest.mark.parametrize(("damage", "text"), FAULTS_OF_FORMAT_2)
+def test_a_fault_of_an_index_is_a_sentence(copied: Path, damage: Callable[[Path], object], text: str) -> None:
+    check_fault(copied, damage, text)
+
+
+def check_fault(copied: Path, damage: Callable[[Path], object], text: str) -> None:
     damage(copied)
     with pytest.raises(DataError, match=text):
         ShardSet.open(copied)
@@ -146,7 +194,7 @@ def test_all_faults_are_told_at_once(copied: Path) -> None:
 
 
 def test_an_empty_index_is_refused(copied: Path) -> None:
-    for name in ("offsets", "sizes", "shard", "labels", "width", "height", "num_patches", "keys"):
+    for name in ("rows", "width", "height", "num_patches", "keys"):
         change_column(copied, name, lambda column: column[:0])
     change_info(copied, num_samples=0)
     with pytest.raises(DataError, match="holds no samples, so there is nothing to train on"):
@@ -154,7 +202,7 @@ def test_an_empty_index_is_refused(copied: Path) -> None:
 
 
 def offset_of(directory: Path, row: int, column: int) -> int:
-    return int(np.load(directory / "index" / "offsets.npy")[row, column])
+    return ShardSet.open(directory).index.place(row, ("jpg", "cls")[column])[0]
 
 
 DEEP_FAULTS = [

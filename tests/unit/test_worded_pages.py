@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.ocr.page_shards import check_origin
@@ -18,6 +17,7 @@ from megatron_ove.preprocess.ocr.tags import rank_words
 from megatron_ove.preprocess.ocr.vocabulary import build_vocabulary
 from megatron_ove.preprocess.ocr.worded_pages import read_worded_pages, unnamed_pictures
 from megatron_ove.preprocess.ocr.words import segmentation_name
+from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.vocabulary import Vocabulary
 from tests.support.tool_scripts import reject_reasons, run_script
 

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    from megatron_ove.data.shard_index import ShardWriter
+    from megatron_ove.shards.writer import ShardWriter
 
     labelled = LabelSet.load(arguments.labels)
     records = labelled.samples.records()

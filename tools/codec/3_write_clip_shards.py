@@ -59,7 +59,7 @@ def _require_same_file(
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    from megatron_ove.data.shard_index import ShardWriter
+    from megatron_ove.shards.writer import ShardWriter
 
     records = read_records(
         arguments.clips / "clips.jsonl", made_by="tools/codec/1_select_patches.py", fields=CLIP_FIELDS

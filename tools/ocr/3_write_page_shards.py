@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    from megatron_ove.data.shard_index import ShardWriter
+    from megatron_ove.shards.writer import ShardWriter
 
     vocabulary = Vocabulary.load(arguments.vocabulary)
     pages = sorted(read_pages(arguments.lines), key=lambda page: page.file)

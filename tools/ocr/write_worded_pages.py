@@ -107,7 +107,7 @@ def _read(arguments: argparse.Namespace) -> WordedPages:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    from megatron_ove.data.shard_index import ShardWriter
+    from megatron_ove.shards.writer import ShardWriter
 
     if arguments.build_vocabulary is not None:
         _require_replaceable(arguments.build_vocabulary, overwrite=arguments.overwrite)

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ove.data.recordio import PictureFile, integer_labels
-from megatron_ove.data.shard_format import Kind
-from megatron_ove.data.shard_index import ShardWriter
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.tool_arguments import run_tool, whole_number
 from megatron_ove.rejects import RejectsFile
+from megatron_ove.shards.format import Kind
+from megatron_ove.shards.recordio import PictureFile, integer_labels
+from megatron_ove.shards.writer import ShardWriter
 
 _LOOKED_AT = 1000
 

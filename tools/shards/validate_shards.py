@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_ove.data.shard_index import ShardSet, validate_shard_set
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.validation import validate_shard_set
 
 
 def main() -> int:

@@ -130,7 +130,7 @@ def _with_words_of_the_next(
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    from megatron_ove.data.shard_index import ShardWriter
+    from megatron_ove.shards.writer import ShardWriter
 
     given = Vocabulary.load(arguments.vocabulary) if arguments.vocabulary else None
     if given is None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_ove.data.patchify import grid_positions
 from megatron_ove.data.read_ahead import MemberReader
-from megatron_ove.data.shard_index import ShardSet
 from megatron_ove.data.windows import Windows
+from megatron_ove.shards.shard_set import ShardSet
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ from megatron_ove.data.patchify import grid_positions, write_patches
 from megatron_ove.data.picture_decoder import PictureDecoder
 from megatron_ove.data.read_ahead import MemberReader
 from megatron_ove.data.sampler import draw_choice, draw_uniform
-from megatron_ove.data.shard_format import MOSAIC_MEMBER, POSITIONS_MEMBER, frame_member, mosaic_size
-from megatron_ove.data.shard_index import DatasetInfo
-from megatron_ove.data.shard_writer import read_positions
 from megatron_ove.data.sources.base import DataSource, Segments
 from megatron_ove.errors import DataError
+from megatron_ove.shards.format import MOSAIC_MEMBER, POSITIONS_MEMBER, DatasetInfo, frame_member, mosaic_size
+from megatron_ove.shards.samples import read_positions
 
 CODEC, FRAME_SAMPLING, COLLAGE = range(3)
 _DRAW_STRATEGY = 0

@@ -12,9 +12,9 @@ from torch import Tensor
 from megatron_ove.data.patchify import write_patches
 from megatron_ove.data.picture_decoder import PictureDecoder
 from megatron_ove.data.read_ahead import MemberReader
-from megatron_ove.data.shard_format import PICTURE_MEMBER
 from megatron_ove.data.sources.base import DataSource, Segments
 from megatron_ove.data.windows import Windows
+from megatron_ove.shards.format import PICTURE_MEMBER
 
 
 class PictureSource(DataSource):

@@ -1,7 +1,8 @@
 """The shard set on disk: names, constants, `dataset.json`, tar headers. Byte layouts: docs/data_format.md.
 
-A shard set is a folder with tar shards (readable by plain tools, webdataset and DALI) and a memory-mapped index beside
-them. Samples have a fixed list of members, so the index is a rectangular table: one row a sample, one column a member.
+A shard set is a folder with tar shards (readable by plain tools, webdataset and DALI) and an index beside them: one row
+a sample, which says where its members lie. A sample has a fixed list of members, and a document pages besides, of which
+the index has a row each.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from megatron_ove.errors import DataError
 from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 INFO_FILE = "dataset.json"
 TAR_BLOCK = 512
 """Bytes of a tar header, and the alignment of member data."""
@@ -26,8 +30,26 @@ LABELS_MEMBER = "cls"
 MOSAIC_MEMBER = "codec.jpg"
 POSITIONS_MEMBER = "positions.npy"
 PICTURE_MEMBER = "jpg"
+DOCUMENT_MEMBER = "json"
+PAGES_MEMBER = "page*"
+"""Stands for all pages of a sample, of which each sample has its own number."""
+MAX_PAGES = 10_000
+"""Of a sample."""
+PARTS_FOLDER = "parts"
+"""Where the parts lie that tasks have written, before they are joined and after."""
 
-Kind = Literal["image", "ocr", "video"]
+Kind = Literal["image", "ocr", "video", "document"]
+
+
+def page_member(page: int) -> str:
+    """Returns the member name of one page of a document, e.g. "page0007.jpg"."""
+    return f"page{page:04d}.jpg"
+
+
+def page_of_member(member: str) -> int | None:
+    """Returns the page that a member is, or None if it is none."""
+    number = member.removeprefix("page").removesuffix(".jpg")
+    return int(number) if member == f"page{number}.jpg" and number.isdecimal() and number.isascii() else None
 
 
 def frame_member(frame: int) -> str:
@@ -35,10 +57,15 @@ def frame_member(frame: int) -> str:
     return f"frame{frame:02d}.jpg"
 
 
-def member_names(kind: str, frames: int) -> tuple[str, ...]:
-    """Returns a sample's members in the order in which they are stored; `frames` counts for clips only."""
+def member_names(kind: str, frames: int, *, has_labels: bool = True) -> tuple[str, ...]:
+    """Returns a sample's members in the order in which they are stored; `frames` counts for clips only.
+
+    `PAGES_MEMBER` stands for all pages of a document. Documents without labels have no labels' member.
+    """
     if kind == "video":
         return (MOSAIC_MEMBER, POSITIONS_MEMBER, *map(frame_member, range(frames)), LABELS_MEMBER)
+    if kind == "document":
+        return (DOCUMENT_MEMBER, PAGES_MEMBER, *([LABELS_MEMBER] if has_labels else []))
     return (PICTURE_MEMBER, LABELS_MEMBER)
 
 
@@ -77,16 +104,36 @@ def _is_list_of_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+_COLUMN_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "float32", "float64")
+_OWN_COLUMNS = frozenset(
+    {"offset", "offsets", "shard", "sizes", "labels", "keys", "width", "height", "num_patches", "num_pages"}
+)
+DOCUMENT_COLUMNS = {"characters": "int32", "boxes": "int32", "turns": "int32"}
+"""What the index knows of a document's text without reading it: characters, boxes of all units, turns and captions."""
+
+
+def are_columns(value: object) -> bool:
+    """Whether a value can be `DatasetInfo.columns`."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and name.isidentifier() and name not in _OWN_COLUMNS and kind in _COLUMN_TYPES
+        for name, kind in value.items()
+    )
+
+
 _ENTRY_CHECKS: Mapping[str, Callable[[object], bool]] = {
     "num_samples": _is_count,
-    "num_classes": lambda value: _is_count(value) and value != 0,
-    "label_width": lambda value: _is_count(value) and value != 0,
+    "num_classes": _is_count,
+    "label_width": _is_count,
     "patch_size": lambda value: _is_count(value) and value != 0,
     "frames": _is_count,
     "grid_height": lambda value: value is None or _is_count(value),
     "grid_width": lambda value: value is None or _is_count(value),
     "members": _is_list_of_names,
+    "num_pages": _is_count,
+    "num_parts": _is_count,
+    "columns": are_columns,
 }
+_SINCE_VERSION_2 = ("num_pages", "num_parts", "columns")
 
 
 @dataclass(frozen=True)
@@ -96,15 +143,18 @@ class DatasetInfo:
     Attributes:
         kind: what a sample is.
         num_samples: rows of the index.
-        num_classes: labels are 0 .. num_classes - 1, or -1 for none.
-        label_width: labels of a sample, L.
-        members: member names of every sample, in stored order.
+        num_classes: labels are 0 .. num_classes - 1, or -1 for none; 0 for documents without labels.
+        label_width: labels of a sample, L; 0 for documents without labels.
+        members: member names of every sample, in stored order; `PAGES_MEMBER` stands for as many as a sample has.
         patch_size: side of a patch in pixels; mosaics and frames are made of such patches.
         frames: frames of a clip's temporal grid; 0 for pictures.
         grid_height: patches of a frame from top to bottom; null for pictures.
         grid_width: patches of a frame from left to right; null for pictures.
         created_by: the program that wrote the shard set.
         format_version: version of the layout.
+        num_pages: of all documents together; 0 for other kinds.
+        num_parts: folders that hold the shards; 0 = they lie in this set's own.
+        columns: further columns of the index, name -> type of its one number a sample.
     """
 
     kind: Kind
@@ -118,6 +168,9 @@ class DatasetInfo:
     grid_width: int | None
     created_by: str
     format_version: int = FORMAT_VERSION
+    num_pages: int = 0
+    num_parts: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def clip_grid(self) -> tuple[int, int, int]:
@@ -125,6 +178,24 @@ class DatasetInfo:
         if self.grid_height is None or self.grid_width is None:
             raise ValueError(f"samples of kind {self.kind} have no clip grid")
         return self.frames, self.grid_height, self.grid_width
+
+    @property
+    def single_members(self) -> tuple[str, ...]:
+        """Members of which a sample has one, in stored order."""
+        return tuple(member for member in self.members if member != PAGES_MEMBER)
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether samples have pages, each its own number of them."""
+        return PAGES_MEMBER in self.members
+
+    @property
+    def row_type(self) -> np.dtype[Any]:
+        """What the index says of a sample besides its sizes: a record of `index/rows.npy`, without gaps."""
+        entries: list[Any] = [("offset", "<u8"), ("sizes", "<u4", (len(self.single_members),))]
+        if self.label_width:
+            entries.append(("labels", "<i4", (self.label_width,)))
+        return np.dtype([*entries, *((name, np.dtype(kind).newbyteorder("<")) for name, kind in self.columns.items())])
 
     def write(self, directory: Path) -> None:
         """Writes dataset.json into `directory`."""
@@ -141,35 +212,45 @@ class DatasetInfo:
         if not directory.is_dir():
             raise DataError(f"the shard set {directory} does not exist or is no folder; check the source's path")
         if not path.is_file():
+            parts = directory / PARTS_FOLDER
+            if parts.is_dir():
+                raise DataError(
+                    f"{directory} holds parts of a shard set, but no {INFO_FILE}, because they were not joined yet; "
+                    f"run python tools/shards/merge_parts.py {directory}"
+                )
             raise DataError(
                 f"{directory} is not a shard set, because it holds no {INFO_FILE}; give the folder that a shard writer "
                 "made, or build one with the scripts in tools/"
             )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read as JSON ({error}); write the shard set again") from error
         return cls._from_json(data, path)
 
     @classmethod
     def _from_json(cls, data: object, path: Path) -> DatasetInfo:
         version = data.get("format_version") if isinstance(data, dict) else None
-        if not isinstance(data, dict) or version != FORMAT_VERSION:
+        if not isinstance(data, dict) or version not in READABLE_VERSIONS:
             raise DataError(
-                f"{path} has format_version = {version}, but this program reads version {FORMAT_VERSION}; write the "
-                "shard set again with this version"
+                f"{path} has format_version = {version}, but this program reads versions "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; write the shard set again with this version"
             )
-        names = {field.name for field in fields(cls)}
-        if set(data) != names:
-            odd = sorted(set(data) ^ names)
+        expected = {field.name for field in fields(cls)} - (set(_SINCE_VERSION_2) if version == 1 else set())
+        if set(data) != expected:
+            odd = sorted(set(data) ^ expected)
             raise DataError(f"{path} lacks or has unknown entries ({', '.join(odd)}); write the shard set again")
-        wrong = [name for name, accepts in _ENTRY_CHECKS.items() if not accepts(data[name])]
+        wrong = [name for name, accepts in _ENTRY_CHECKS.items() if name in data and not accepts(data[name])]
+        if data["kind"] != "document":  # which may have none
+            wrong += [name for name in ("num_classes", "label_width") if data[name] == 0]
         if wrong:
             raise DataError(
                 f"{path} has {wrong[0]} = {data[wrong[0]]!r}, which no shard set has; write the shard set again"
             )
         info = cls(**{**data, "members": tuple(data["members"])})
-        if info.kind not in get_args(Kind) or info.members != member_names(info.kind, info.frames):
+        members = member_names(info.kind, info.frames, has_labels=info.label_width > 0)
+        kinds = get_args(Kind) if version > 1 else get_args(Kind)[:3]
+        if info.kind not in kinds or info.members != members:
             raise DataError(
                 f"{path} describes kind '{info.kind}' with members {', '.join(info.members[:3])}..., no layout "
                 "of this version; write the shard set again"

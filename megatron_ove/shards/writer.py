@@ -1,12 +1,11 @@
 """`ShardWriter`: tar shards and their index, written together; a bad picture or label never gets in.
 
 Everything goes to a temporary folder beside the target, which is renamed when complete (see `new_folder`): a shard set
-that can be seen is whole. Not for concurrent writers: each process writes its own shard set.
+that can be seen is whole. One process writes one set; many write a large one in parts, which `merge.py` joins.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import re
 from array import array
@@ -16,20 +15,21 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_ove.data import shard_format as layout
-from megatron_ove.data.picture_check import PictureChecker, UnusablePictureError
 from megatron_ove.errors import DataError
 from megatron_ove.new_folder import NewFolder
 from megatron_ove.rejects import RejectsFile
 from megatron_ove.sample_keys import MAX_KEY_LENGTH, is_valid_key
+from megatron_ove.shards import format as layout
+from megatron_ove.shards import index
+from megatron_ove.shards.samples import Measures, SampleChecker, UnusableSampleError
 
 _log = logging.getLogger(__name__)
 
 PARTS = ("shards", "index")
-COMPANIONS = ("codec_settings.json", "vocabulary.json")
+COMPANIONS = ("codec_settings.json", "vocabulary.json", "part.json")
 """Files that may lie beside a shard set's own."""
-INDEX_FILES = ("offsets", "sizes", "shard", "labels", "width", "height", "num_patches", "keys")
-_IN_PARTS = re.compile(rf"shards/\d{{6,}}\.tar(\.idx)?|index/({'|'.join(INDEX_FILES)})\.npy")
+_ALL_FILES = dict.fromkeys((*index.INDEX_FILES, *index.ColumnIndex.FILES))
+_IN_PARTS = re.compile(rf"shards/\d{{6,}}\.tar(\.idx)?|index/({'|'.join(_ALL_FILES)})\.npy")
 
 
 class ShardWriter:
@@ -40,8 +40,9 @@ class ShardWriter:
         directory: str | Path,
         *,
         kind: layout.Kind,
-        num_classes: int,
-        label_width: int,
+        num_classes: int = 0,
+        label_width: int = 0,
+        columns: Mapping[str, str] | None = None,
         rejects: RejectsFile | None = None,
         samples_per_shard: int = 4096,
         patch_size: int = 14,
@@ -49,14 +50,16 @@ class ShardWriter:
         grid_height: int | None = None,
         grid_width: int | None = None,
         overwrite: bool = False,
+        may_be_empty: bool = False,
     ) -> None:
         """Starts a shard set.
 
         Args:
             directory: target folder; must not exist or be empty, but see `overwrite`.
-            kind: image, ocr or video.
-            num_classes: label ids are 0 .. num_classes - 1; -1 = none.
+            kind: image, ocr, video or document.
+            num_classes: label ids are 0 .. num_classes - 1; -1 = none. Documents need no labels: 0, and no label_width.
             label_width: labels per sample.
+            columns: what else the index keeps of each sample, name -> type of the number; see `add`.
             rejects: where refused samples are recorded; without it they are logged.
             samples_per_shard: samples per tar file.
             patch_size: side of a patch in pixels.
@@ -64,6 +67,7 @@ class ShardWriter:
             grid_height: patches of a frame from top to bottom (video only).
             grid_width: patches of a frame from left to right (video only).
             overwrite: whether an earlier shard set may be replaced, once the new one is whole; never another folder.
+            may_be_empty: whether a set without samples is written, as a part of a larger one may have to be.
 
         Raises:
             DataError: the folder exists, or a value makes no shard set.
@@ -79,19 +83,24 @@ class ShardWriter:
             num_samples=0,
             num_classes=num_classes,
             label_width=label_width,
-            members=layout.member_names(kind, frames),
+            members=layout.member_names(kind, frames, has_labels=label_width > 0),
             patch_size=patch_size,
             frames=frames if is_video else 0,
             grid_height=grid_height if is_video else None,
             grid_width=grid_width if is_video else None,
             created_by="megatron_ove",
+            columns={**(layout.DOCUMENT_COLUMNS if kind == "document" else {}), **(columns or {})},
         )
         _check_settings(self._info, self.directory)
         self._rejects = rejects
         self._samples_per_shard = samples_per_shard
-        self._checker = PictureChecker()
+        self._may_be_empty = may_be_empty
+        self._checker = SampleChecker(self._info)
         self._keys: dict[str, None] = {}
-        self._columns = {name: array(code) for name, code in zip(INDEX_FILES[:-1], "QIIiiii", strict=True)}
+        self._rows = bytearray()  # records of `DatasetInfo.row_type`
+        names = (index.PAGE_COUNT, *index.PAGE_COLUMNS, index.PAGE_BYTES, *index.SIZE_COLUMNS)
+        self._sizes = {name: array("I" if name == index.PAGE_BYTES else "i") for name in names}
+        self._shards: list[tuple[int, int]] = []  # first row and end of each
         self._shard: _OpenShard | None = None
         self._first_reason = ""
         self._folder = NewFolder(self.directory, replace_if=is_shard_set if overwrite else None)
@@ -105,33 +114,39 @@ class ShardWriter:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def add(self, key: str, members: Mapping[str, bytes], labels: np.ndarray, *, source: str | None = None) -> bool:
+    def add(
+        self,
+        key: str,
+        members: Mapping[str, bytes],
+        labels: np.ndarray | None = None,
+        *,
+        source: str | None = None,
+        values: Mapping[str, float] | None = None,
+    ) -> bool:
         """Checks one sample and appends it.
 
         Args:
             key: unique name: letters, digits, `_`, `-`.
-            members: member name -> bytes, all but the labels ("cls"), which are made from `labels`.
-            labels: [label_width] integers, -1 = none.
+            members: member name -> bytes, all but the labels ("cls"), which are made from `labels`. A document has
+                "json" (`Document.encode`) and "page0000.jpg", "page0001.jpg", ...
+            labels: [label_width] integers, -1 = none; None = there are none.
             source: file named in the rejects instead of the key.
+            values: the sample's numbers in `columns`.
 
         Returns:
-            False when the sample was rejected (its pictures or positions are bad); the reason is recorded.
+            False when the sample was rejected (something in it is bad); the reason is recorded.
 
         Raises:
             DataError: a key used twice, a label out of range, a missing member: mistakes of the caller.
         """
-        values = self._check_call(key, members, labels)
+        own = self._check_call(key, members, labels, values or {})
         try:
-            width, height, num_patches = self._measure(members)
-        except UnusablePictureError as error:
-            name = [n for n in self._info.members if n.endswith(".jpg") or n == "jpg"][error.index]
-            return self._reject(source or key, f"{key}.{name}: {error}")
-        except DataError as error:
-            return self._reject(source or key, f"{key}: {error}")
-        self._write_sample(key, {**members, layout.LABELS_MEMBER: values.tobytes()})
-        self._columns["labels"].frombytes(values.tobytes())
-        for name, value in (("width", width), ("height", height), ("num_patches", num_patches)):
-            self._columns[name].append(value)
+            measures = self._checker.measure(members)
+        except UnusableSampleError as error:
+            return self._reject(source or key, f"{key}.{error.member}: {error}")
+        if self._info.label_width:
+            members = {**members, layout.LABELS_MEMBER: own.tobytes()}
+        self._write_sample(key, members, own, measures, {**measures.columns, **(values or {})})
         self._keys[key] = None
         return True
 
@@ -156,7 +171,7 @@ class ShardWriter:
             OSError: it cannot be written.
         """
         try:
-            if not self._keys:
+            if not self._keys and not self._may_be_empty:
                 first = self._first_reason or (self._rejects.first_reason if self._rejects is not None else "")
                 reason = f"; the first one was refused because: {first}" if first else ""
                 raise DataError(
@@ -197,7 +212,10 @@ class ShardWriter:
             _log.warning("rejected %s: %s", file, reason)
         return False
 
-    def _check_call(self, key: str, members: Mapping[str, bytes], labels: np.ndarray) -> np.ndarray:
+    def _check_call(
+        self, key: str, members: Mapping[str, bytes], labels: np.ndarray | None, values: Mapping[str, float]
+    ) -> np.ndarray:
+        """Returns the labels as they are stored."""
         info = self._info
         if not is_valid_key(key):
             raise DataError(
@@ -208,50 +226,71 @@ class ShardWriter:
             raise DataError(
                 f"key '{key}' is used twice in {self.directory}, and keys tell samples apart; make it unique"
             )
-        expected = set(info.members) - {layout.LABELS_MEMBER}
+        expected = set(info.single_members) - {layout.LABELS_MEMBER}
+        if info.has_pages:
+            count = len(members) - len(expected)
+            if not 1 <= count <= layout.MAX_PAGES:
+                raise DataError(
+                    f"document '{key}' has {max(count, 0)} pages, but one needs 1 to {layout.MAX_PAGES}; divide or "
+                    "leave it out"
+                )
+            expected |= set(map(layout.page_member, range(count)))
         if set(members) != expected:
             odd = ", ".join(sorted(set(members) ^ expected)[:3])
             raise DataError(f"sample '{key}' lacks or has unknown members for kind {info.kind}: {odd}; correct them")
-        values = np.asarray(labels)
-        if values.dtype.kind not in "iu" or values.shape != (info.label_width,):
+        measured = layout.DOCUMENT_COLUMNS if info.kind == "document" else {}
+        if set(values) != set(info.columns) - set(measured):
+            odd = ", ".join(sorted(set(values) ^ (set(info.columns) - set(measured)))[:3])
+            raise DataError(f"sample '{key}' lacks or has unknown values of columns: {odd}; correct them")
+        own = np.asarray(labels) if labels is not None else np.full(info.label_width, -1, np.int32)
+        if own.dtype.kind not in "iu" or own.shape != (info.label_width,):
             raise DataError(
-                f"labels of '{key}' are {values.dtype} of shape {list(values.shape)}, but {self.directory} has "
+                f"labels of '{key}' are {own.dtype} of shape {list(own.shape)}, but {self.directory} has "
                 f"label_width = {info.label_width}; give [{info.label_width}] integers, with -1 for none"
             )
-        bad = values[(values < -1) | (values >= info.num_classes)]
+        bad = own[(own < -1) | (own >= info.num_classes)]
         if bad.size:
             raise DataError(
                 f"label {bad[0]} of '{key}' is outside 0..{info.num_classes - 1} (num_classes = {info.num_classes}; "
                 "-1 = none); correct the label or num_classes"
             )
-        return np.ascontiguousarray(values, np.dtype("<i4"))
+        return np.ascontiguousarray(own, np.dtype("<i4"))
 
-    def _measure(self, members: Mapping[str, bytes]) -> tuple[int, int, int]:
-        """Returns (width, height, number of patches) after decoding every picture of the sample."""
-        info = self._info
-        if info.kind != "video":
-            ((height, width),) = self._checker.measure([members[layout.PICTURE_MEMBER]])
-            return width, height, -(-height // info.patch_size) * -(-width // info.patch_size)
-        positions = read_positions(members[layout.POSITIONS_MEMBER], info)
-        names = [name for name in info.members if name.endswith(".jpg")]
-        sizes = self._checker.measure([members[name] for name in names])
-        _, rows, columns = info.clip_grid
-        frame = (rows * info.patch_size, columns * info.patch_size)
-        wanted = [layout.mosaic_size(len(positions), info.patch_size), *[frame] * info.frames]
-        for name, size, want in zip(names, sizes, wanted, strict=True):
-            if size != want:
-                raise DataError(f"{name} has {size[1]} x {size[0]} pixels where the grid needs {want[1]} x {want[0]}")
-        return frame[1], frame[0], len(positions)
-
-    def _write_sample(self, key: str, members: Mapping[str, bytes]) -> None:
+    def _write_sample(
+        self,
+        key: str,
+        members: Mapping[str, bytes],
+        labels: np.ndarray,
+        measures: Measures,
+        values: Mapping[str, float],
+    ) -> None:
         number, place = divmod(len(self._keys), self._samples_per_shard)
         if self._shard is None or place == 0:
             self._close_shard()
             self._shard = _OpenShard(self._folder.path / "shards" / layout.shard_name(number))
-        for offset, size in self._shard.write(key, [(name, members[name]) for name in self._info.members]):
-            self._columns["offsets"].append(offset)
-            self._columns["sizes"].append(size)
-        self._columns["shard"].append(number)
+            self._shards.append((len(self._keys), 0))
+        info, pages = self._info, sorted(members.keys() - set(self._info.single_members))
+        order = [one for name in info.members for one in (pages if name == layout.PAGES_MEMBER else [name])]
+        places = self._shard.write(key, [(name, members[name]) for name in order])
+        self._shards[-1] = (self._shards[-1][0], sum(places[-1]))
+        row = np.zeros((), info.row_type)
+        row["offset"] = places[0][0]
+        row["sizes"] = [len(members[name]) for name in info.single_members]
+        if info.label_width:
+            row["labels"] = labels
+        for name, value in values.items():
+            row[name] = value
+        self._rows += row.tobytes()
+        if info.has_pages:
+            self._sizes[index.PAGE_COUNT].append(len(pages))
+            for name, (height, width) in zip(pages, measures.sizes, strict=True):
+                for column, value in (("page_height", height), ("page_width", width)):
+                    self._sizes[column].append(value)
+                self._sizes[index.PAGE_BYTES].append(len(members[name]))
+        else:
+            (height, width) = measures.sizes[0]
+            for column, value in (("width", width), ("height", height), ("num_patches", measures.num_patches)):
+                self._sizes[column].append(value)
 
     def _close_shard(self) -> None:
         shard, self._shard = self._shard, None
@@ -259,13 +298,19 @@ class ShardWriter:
             shard.close()
 
     def _write_index(self) -> None:
-        count, columns = len(self._keys), len(self._info.members)
-        shapes = {"offsets": (count, columns), "sizes": (count, columns), "labels": (count, self._info.label_width)}
-        for name, column in self._columns.items():
-            values = np.asarray(column).reshape(shapes.get(name, (count,)))
-            np.save(self._folder.path / "index" / f"{name}.npy", values)
-        np.save(self._folder.path / "index" / "keys.npy", np.array([key.encode() for key in self._keys]))
-        info = layout.DatasetInfo(**{**vars(self._info), "num_samples": count})
+        info = layout.DatasetInfo(
+            **{
+                **vars(self._info),
+                "num_samples": len(self._keys),
+                "num_pages": len(self._sizes[index.PAGE_BYTES]),
+            }
+        )
+        arrays: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in self._sizes.items()}
+        arrays[index.ROWS] = np.frombuffer(bytes(self._rows), info.row_type)
+        arrays[index.KEYS] = np.array([key.encode() for key in self._keys], dtype=None if self._keys else "S1")
+        arrays[index.SHARDS] = np.array(self._shards, dtype=index.SHARD_TYPE)
+        for name in index.index_files(info):
+            np.save(self._folder.path / "index" / f"{name}.npy", arrays[name])
         info.write(self._folder.path)
 
 
@@ -281,10 +326,16 @@ def is_shard_set(directory: Path) -> bool:
 
 
 def _check_settings(info: layout.DatasetInfo, directory: Path) -> None:
-    if min(info.num_classes, info.label_width, info.patch_size) < 1:
+    has_labels = info.kind != "document" or max(info.num_classes, info.label_width) != 0
+    if info.patch_size < 1 or (has_labels and min(info.num_classes, info.label_width) < 1):
         raise DataError(
             f"num_classes = {info.num_classes}, label_width = {info.label_width} and patch_size = {info.patch_size} "
             f"must all be at least 1; correct them for {directory}"
+        )
+    if not layout.are_columns(dict(info.columns)):
+        raise DataError(
+            f"the columns {dict(info.columns)} of {directory} are not names and types of numbers like "
+            "{'score': 'float32'}, or have a name of the index's own; correct them"
         )
     if info.kind == "video" and (not info.grid_height or not info.grid_width or not 1 <= info.frames <= 100):
         raise DataError(
@@ -318,29 +369,3 @@ class _OpenShard:
             self._tar.write(b"\0" * (2 * layout.TAR_BLOCK))
         text = "\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""])
         self._index_path.write_text(text, encoding="ascii")
-
-
-def read_positions(data: bytes, info: layout.DatasetInfo) -> np.ndarray:
-    """Reads a clip's positions.npy.
-
-    Returns:
-        [K, 3] int32 (t, h, w), strictly increasing, inside the clip's grid.
-
-    Raises:
-        DataError: anything else.
-    """
-    try:
-        positions = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"positions.npy cannot be read ({error})") from error
-    if positions.dtype != np.int32 or positions.ndim != 2 or positions.shape[1] != 3 or not len(positions):
-        raise DataError(
-            f"positions.npy holds {positions.dtype} {list(positions.shape)} instead of int32 [K, 3], K >= 1"
-        )
-    grid = info.clip_grid
-    if (positions < 0).any() or (positions >= np.array(grid)).any():
-        raise DataError(f"positions.npy leaves the grid of {' x '.join(map(str, grid))} (frames, rows, columns)")
-    flat = np.ravel_multi_index(tuple(positions.T), grid)
-    if (np.diff(flat) <= 0).any():
-        raise DataError("positions.npy is not sorted by (t, h, w), or holds a patch twice")
-    return positions
