@@ -53,8 +53,8 @@ def is_done(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
     if found != json.loads(json.dumps(settings)):
         odd = sorted(name for name in settings if (found or {}).get(name) != json.loads(json.dumps(settings[name])))
         raise DataError(
-            f"{folder} was written with another {odd[0] if odd else 'tool'} (see its {PART_FILE}), so it is not part of "
-            "what this command makes; give --overwrite to all tasks, or another output"
+            f"{folder} was written with another {odd[0] if odd else 'tool'} (see its {PART_FILE}), so it is not part "
+            "of what this command makes; give --overwrite to all tasks, or another output"
         )
     report(f"{folder} is there already: {count} samples; nothing to do")
     return True

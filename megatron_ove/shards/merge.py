@@ -221,12 +221,11 @@ def _settings_problems(parts: Sequence[_Part]) -> Iterator[str]:
     for part in parts[1:]:
         here = read_part_settings(part.path)
         if here != first:
-            odd = sorted(
-                name for name in {**(first or {}), **(here or {})} if (first or {}).get(name) != (here or {}).get(name)
-            )
+            one, other = first or {}, here or {}
+            odd = sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
             yield (
-                f"{part.path} was written with another {odd[0]} than {parts[0].path} (see their {PART_FILE}), so samples "
-                "may be missing or double"
+                f"{part.path} was written with another {odd[0]} than {parts[0].path} (see their {PART_FILE}), so "
+                "samples may be missing or double"
             )
             return
 
