@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_ove.config.data import ImageSourceConfig, OcrSourceConfig, VideoSourceConfig
+from megatron_ove.config.data import DocumentSourceConfig, ImageSourceConfig, OcrSourceConfig, VideoSourceConfig
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.kinds import EncoderKind, ObjectiveKind, SourceKind, lazily
@@ -62,6 +62,13 @@ SOURCES = {
         whole_samples=lambda path, image_size, max_patches: OcrSourceConfig(
             kind="ocr", path=path, max_patches=max_patches
         ),
+    ),
+    "document": SourceKind(
+        config=DocumentSourceConfig,
+        build=lazily("megatron_ove.data.sources.documents:DocumentSource"),
+        shard_kind="document",
+        find_mismatches=lazily("megatron_ove.data.sources.documents:find_mismatches"),
+        whole_samples=lazily("megatron_ove.data.sources.documents:whole_samples"),
     ),
     "video": SourceKind(
         config=VideoSourceConfig,

@@ -223,6 +223,8 @@ def _describe_packing(arguments: argparse.Namespace) -> int:
     console = Console()
     console.print(Text(f"{config.name}: the first {steps} steps, largest sample {largest:,} patches"))
     console.print(_packing_table(figures[budgets.index(own)]))
+    if len(figures[0][0].fullness) > 1:
+        console.print(_fullness_table(figures[budgets.index(own)]))
     console.print(_budget_table(figures, own))
     return 0
 
@@ -237,6 +239,19 @@ def _packing_table(figures: Sequence[PackingFigures]) -> Table:
         shares = (one.padding, one.worst_padding, one.attention_imbalance)
         counts = (str(one.replicas), f"{one.microbatches:.1f}", f"{one.length:,.0f}")
         table.add_row(*counts, *(f"{share:.1%}" for share in shares))
+    return table
+
+
+def _fullness_table(figures: Sequence[PackingFigures]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="how full microbatches are of each budget", title_justify="left")
+    table.add_column("budget")
+    for one in figures:
+        table.add_column(f"{one.replicas} replica{'s' if one.replicas > 1 else ''}", justify="right")
+    for name in figures[0].fullness:
+        table.add_row(name, *(f"{one.fullness[name]:.1%}" for one in figures))
+    table.caption = "the fullest one decides how many microbatches a step has"
     return table
 
 

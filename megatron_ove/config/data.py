@@ -60,14 +60,60 @@ def list_choices(value: Choice) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def _form_of_path(value: Any) -> str:
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
+SetPath = Annotated[
+    Annotated[str, Tag("one")] | Annotated[Annotated[tuple[str, ...], Field(min_length=1)], Tag("several")],
+    Discriminator(_form_of_path),
+]
+"""A folder, or a list of folders."""
+
+
+class BlockOrder(StrictModel):
+    """A random order that a slow disk reads well: blocks of neighbours in random order, mixed within a window.
+
+    An epoch still takes every sample once. Samples of a step come from `window / block` places of the set.
+    """
+
+    block: Annotated[int, Field(gt=1)] = 256
+    """Neighbouring samples that stay together; they are read one after the other from a shard."""
+    window: Annotated[int, Field(gt=1)] = 16384
+    """Samples that are mixed with one another, a multiple of `block`; should be many times a step's."""
+
+    def _check_window(self) -> Iterator[str]:
+        if self.window % self.block:
+            yield (
+                f"window = {self.window} is no multiple of block = {self.block}, but a window mixes whole blocks; use "
+                f"{max(1, self.window // self.block) * self.block}"
+            )
+
+
 class SourceConfig(StrictModel):
     """What every kind of source has."""
 
     kind: str
-    path: str
-    """Folder of a shard set (holds dataset.json); relative paths are relative to the working folder."""
+    path: SetPath
+    """Folder of a shard set (holds dataset.json), or a list of some whose samples come one set after the other;
+    relative paths are relative to the working folder."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of a step's samples that come from this source, relative to the other sources' weights."""
+
+    order: BlockOrder | None = None
+    """null = samples come in fully random order, every one a read somewhere else; blocks = neighbours stay together,
+    for slow disks."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The folders."""
+        return self.path if isinstance(self.path, tuple) else (self.path,)
+
+    @property
+    def where(self) -> str:
+        """What messages call the folders."""
+        more = len(self.paths) - 1
+        return self.paths[0] + (f" and {more} more" if more else "")
 
     def list_budgets(self, patch_size: int) -> tuple[int, ...]:
         """Returns the most patches of a sample, for each draw."""
@@ -178,6 +224,27 @@ class OcrSourceConfig(SourceConfig):
         return self.model_copy(update={"max_patches": max(list_choices(self.max_patches))})
 
 
+class DocumentSourceConfig(SourceConfig):
+    """Documents of one or more pages: every page whole, its aspect kept, as a segment of its own."""
+
+    kind: Literal["document"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    max_patches: Choice = 1024
+    """Most patches of a page; a larger page is scaled down to fit. A list is drawn from per document."""
+    max_pages: Annotated[int, Field(gt=0)] = 1
+    """Most pages of a document; a set with longer ones is refused."""
+
+    def list_page_budgets(self) -> tuple[int, ...]:
+        """Returns the most patches of a page, for each draw."""
+        return list_choices(self.max_patches)
+
+    def list_budgets(self, patch_size: int) -> tuple[int, ...]:
+        return tuple(self.max_pages * budget for budget in self.list_page_budgets())
+
+    def without_chance(self) -> Self:
+        """Returns the section with the largest budget."""
+        return self.model_copy(update={"max_patches": max(self.list_page_budgets())})
+
+
 class VideoStrategies(StrictModel):
     """How a clip becomes patches: shares of clips per strategy, drawn per sample. They must add up to 1."""
 
@@ -227,6 +294,8 @@ class DataConfig(StrictModel):
     """Source name -> source."""
     tokens_per_microbatch: Annotated[int, Field(gt=0)] = 8192
     """Most patches of a microbatch, padding included; a step has as few microbatches as its samples need."""
+    text_tokens_per_microbatch: Annotated[int, Field(gt=0)] | None = None
+    """Most text tokens of a microbatch, for objectives that read texts; null = there is none."""
     trim_padding: bool = True
     """Whether the microbatches of a step are cut to its fullest one; false = they always have tokens_per_microbatch
     patches, for kernels that are made for one shape (CUDA graphs, torch.compile)."""

@@ -34,6 +34,9 @@ class ObjectiveConfig(StrictModel):
     reads_pooled: ClassVar[bool] = False
     """Whether it needs an embedding of every sample from the encoder."""
 
+    reads_texts: ClassVar[bool] = False
+    """Whether it reads texts of samples, for which `data.text_tokens_per_microbatch` has room."""
+
     from_shards: ClassVar[tuple[str, ...]] = ()
     """Fields that are taken from the shard sets of its sources where they are null."""
 

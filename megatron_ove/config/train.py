@@ -227,6 +227,19 @@ class TrainConfig(StrictModel):
                     f"data.tokens_per_microbatch = {budget}; raise the budget or make samples smaller"
                 )
 
+    def _check_text_budget(self) -> Iterator[str]:
+        budget = self.data.text_tokens_per_microbatch
+        readers = [name for name, objective in self.objectives.items() if objective.reads_texts]
+        if readers and budget is None:
+            yield (
+                f"data.text_tokens_per_microbatch is not set, but objectives.{readers[0]} reads texts, of which a "
+                "microbatch has limited room; set it to a multiple of a sample's longest text, e.g. 8192"
+            )
+        if budget is not None and not readers:
+            yield (
+                f"data.text_tokens_per_microbatch = {budget} has no effect, because no objective reads texts; remove it"
+            )
+
     def _check_warmup_ends(self) -> Iterator[str]:
         warmup, num_steps = self.optim.schedule.warmup_steps, self.train.num_steps
         if warmup >= num_steps:

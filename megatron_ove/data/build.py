@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
 
 from megatron_ove.config.data import SourceConfig
 from megatron_ove.config.train import TrainConfig
@@ -13,6 +15,7 @@ from megatron_ove.data.planner import planner_of
 from megatron_ove.data.shard_fit import find_doubts, open_shard_sets
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.step_loader import PrepareStep, StepLoader
+from megatron_ove.errors import MegatronOveError
 from megatron_ove.kinds import Kinds
 from megatron_ove.shards.files import raise_file_limit
 from megatron_ove.shards.shard_set import ShardSet
@@ -51,8 +54,9 @@ def build_loader(
         ConfigError: shard sets that do not fit the configuration; every mistake, one sentence a line.
     """
     raise_file_limit()
-    shard_sets = open_shard_sets(config)
-    if topology.is_first_stage and topology.tensor_rank == topology.data_rank == 0:  # rank 0
+    is_main = topology.is_first_stage and topology.tensor_rank == topology.data_rank == 0  # rank 0
+    shard_sets = _open_for_all(config, topology, is_main=is_main)
+    if is_main:
         for sentence in find_doubts(config, shard_sets, counts_samples=False):
             logger.warning("%s", sentence)
     sources = [
@@ -83,6 +87,23 @@ def build_loader(
         prepare=prepare,
         last_stage_has_pixels=last_stage_has_pixels,
     )
+
+
+def _open_for_all(config: TrainConfig, topology: ParallelTopology, *, is_main: bool) -> dict[str, ShardSet]:
+    """Opens every source; only rank 0 looks at the shard files, and its error is everybody's. Collective."""
+    if topology.tensor_size * topology.pipeline_size * topology.data_size == 1:
+        return open_shard_sets(config)
+    found: list[Any] = [None, {}]
+    if is_main:
+        try:
+            found[1] = open_shard_sets(config)
+        except MegatronOveError as error:
+            found[0] = error
+    shared = [found[0]]
+    dist.broadcast_object_list(shared, src=0)
+    if shared[0] is not None:
+        raise type(shared[0])(str(shared[0]), on_every_rank=True)
+    return found[1] if is_main else open_shard_sets(config, looks_at_shards=False)
 
 
 def build_source(

@@ -32,7 +32,7 @@ def fill_in_class_counts(config: TrainConfig, name: str) -> TrainConfig:
         infos = []
         for source in objective.sources if needs_shard_sets(objective) else ():
             try:
-                infos.append(DatasetInfo.read(Path(config.data.sources[source].path)))
+                infos += [DatasetInfo.read(Path(path)) for path in config.data.sources[source].paths]
             except DataError as error:
                 problems.append(
                     f"data.sources.{source}: {error}; objectives.{key}.num_classes is taken from this set, so write "

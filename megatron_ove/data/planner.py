@@ -8,7 +8,7 @@ laid out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor, lcm
@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_ove.config.data import BlockOrder
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.packing import Budget, pack_samples
 from megatron_ove.data.sampler import SourceSampler
@@ -125,12 +126,18 @@ def planner_of(config: TrainConfig, sources: Sequence[PlannedSource], *, data_si
         tokens_per_microbatch=config.data.tokens_per_microbatch,
         microbatch_multiple=data_size * group,
         length_multiple=length_multiple_of(config),
-        budgets=[
-            budget
-            for name, objective in config.objectives.items()
-            for budget in config.kinds.objectives[objective.kind].budgets(config, name)
-        ],
+        budgets=budgets_of(config),
+        orders={name: source.order for name, source in config.data.sources.items()},
     )
+
+
+def budgets_of(config: TrainConfig) -> list[PlannedBudget]:
+    """Returns what microbatches of a run have limited room for besides patches."""
+    return [
+        budget
+        for name, objective in config.objectives.items()
+        for budget in config.kinds.objectives[objective.kind].budgets(config, name)
+    ]
 
 
 def length_multiple_of(config: TrainConfig) -> int | None:
@@ -151,6 +158,7 @@ class MicrobatchPlanner:
         microbatch_multiple: int,
         length_multiple: int | None = None,
         budgets: Sequence[PlannedBudget] = (),
+        orders: Mapping[str, BlockOrder | None] | None = None,
     ) -> None:
         """Prepares planning.
 
@@ -164,12 +172,15 @@ class MicrobatchPlanner:
             length_multiple: a step's microbatches are cut to the fullest one, rounded up to a multiple of this but
                 within the budget; None = they always have as many patches as the budget.
             budgets: what else microbatches have limited room for.
+            orders: source -> order of its samples; fully random where there is none.
 
         Raises:
             ConfigError: a step is too small to hold every source's share.
         """
         self._sources = tuple(sources)
-        self._samplers = [SourceSampler(seed, source.name, source.size) for source in self._sources]
+        self._samplers = [
+            SourceSampler(seed, source.name, source.size, (orders or {}).get(source.name)) for source in self._sources
+        ]
         self._batch_size = global_batch_size
         self._tokens = tokens_per_microbatch
         self._multiple = microbatch_multiple

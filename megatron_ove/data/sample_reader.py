@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -12,8 +13,13 @@ from megatron_ove.batch import Samples
 from megatron_ove.data.sources.base import DataSource
 from megatron_ove.data.windows import Windows
 from megatron_ove.errors import DataError
+from megatron_ove.shards.documents import Document
 from megatron_ove.shards.opening import bad_label, label_sentence
 from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.token_cache import SourceTexts
+
+_READING_THREADS = 8
+"""For texts of a microbatch, which are small: what takes time is the way to the disk."""
 
 
 class SampleReader:
@@ -57,6 +63,24 @@ class SampleReader:
             seeds: [m] int64, of the samples.
         """
         return self._sources[source].windows(rows.numpy(), seeds.numpy())
+
+    def documents(self, source: str, rows: Tensor) -> list[Document]:
+        """Returns what is written in documents; some are read at a time.
+
+        Args:
+            source: name.
+            rows: [m] int64, of the source's index.
+
+        Raises:
+            DataError: one cannot be read; names the sample.
+        """
+        shards = self._sources[source].shards
+        with ThreadPoolExecutor(_READING_THREADS) as pool:
+            return list(pool.map(shards.read_document, rows.tolist()))
+
+    def texts(self, source: str, fingerprint: str) -> SourceTexts:
+        """Returns the texts of a source as token ids of the tokenizer with this fingerprint."""
+        return self._sources[source].texts(fingerprint)
 
     def shards(self, source: str) -> ShardSet:
         """Returns the shard set of a source, for its members and columns."""

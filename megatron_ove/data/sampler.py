@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ove.config.data import BlockOrder
 from megatron_ove.parallel.random import mix64, stateless_seed, unit_interval
 
 MAX_SOURCE_SIZE = 1 << 40
@@ -72,6 +73,39 @@ def draw_choice(choices: Sequence[int], seeds: np.ndarray, draw: int) -> np.ndar
     return values[(draw_uniform(seeds, draw) * len(values)).astype(np.int64)]
 
 
+def permute_blocks(positions: np.ndarray, size: int, key: int, *, block: int, window: int) -> np.ndarray:
+    """Maps positions through a keyed permutation of 0 .. size - 1 that keeps neighbours near one another.
+
+    Blocks of `block` neighbours are put in random order; then positions are mixed within windows of `window`. The
+    blocks begin somewhere else under each key, so that not always the same samples are neighbours. What is left over
+    behind the last whole block makes a shorter one, which comes last and is mixed with its window.
+
+    Args:
+        positions: [n] integers in 0 .. size - 1.
+        size: number of items.
+        key: which of the permutations; any integer.
+        block: items that stay together.
+        window: items that are mixed, a multiple of `block`.
+
+    Returns:
+        [n] int64.
+    """
+    positions = np.asarray(positions, dtype=np.int64)
+    windows, places = np.divmod(positions, window)
+    mixed = np.empty_like(positions)
+    for number in np.unique(windows).tolist():
+        chosen = windows == number
+        length = min(window, size - number * window)
+        mixed[chosen] = number * window + permute(places[chosen], length, int(mix64(key, 2 + number)))
+    whole = size // block
+    blocks, inside = np.divmod(mixed, block)
+    is_whole = blocks < whole
+    if whole:
+        blocks[is_whole] = permute(blocks[is_whole], whole, int(mix64(key, 0)))
+    shift = int(mix64(key, 1)) % size
+    return (blocks * block + inside + shift) % size
+
+
 @dataclass(frozen=True)
 class SourceSampler:
     """Order and sample seeds of one source.
@@ -80,11 +114,13 @@ class SourceSampler:
         seed: the run's seed.
         source: the source's name.
         size: samples of the source.
+        order: of its samples; None = fully random.
     """
 
     seed: int
     source: str
     size: int
+    order: BlockOrder | None = None
 
     def rows(self, ordinals: np.ndarray) -> np.ndarray:
         """Returns the sample, [n] int64 in 0 .. size - 1, at each ordinal, [n] int64."""
@@ -92,9 +128,12 @@ class SourceSampler:
         rows = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            rows[chosen] = permute(
-                places[chosen], self.size, stateless_seed(self.seed, self.source, "order", int(epoch))
-            )
+            key = stateless_seed(self.seed, self.source, "order", int(epoch))
+            if self.order is not None:
+                block, window = self.order.block, self.order.window
+                rows[chosen] = permute_blocks(places[chosen], self.size, key, block=block, window=window)
+            else:
+                rows[chosen] = permute(places[chosen], self.size, key)
         return rows
 
     def seeds(self, ordinals: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError, DataError
@@ -10,8 +10,12 @@ from megatron_ove.kinds import SourceKind
 from megatron_ove.shards.shard_set import ShardSet
 
 
-def open_shard_sets(config: TrainConfig) -> dict[str, ShardSet]:
+def open_shard_sets(config: TrainConfig, *, looks_at_shards: bool = True) -> dict[str, ShardSet]:
     """Opens every source's shard set and checks it against the configuration.
+
+    Args:
+        config: the run.
+        looks_at_shards: whether the shard files are looked at, which one of many ranks does.
 
     Returns:
         Source name -> shard set.
@@ -37,8 +41,14 @@ def open_shard_sets(config: TrainConfig) -> dict[str, ShardSet]:
             )
         ]
 
-    paths = {name: source.path for name, source in config.data.sources.items()}
-    return _open_fitting(paths, place="data.sources", problems_of=problems_of, further=problems_of_objectives)
+    paths = {name: source.paths for name, source in config.data.sources.items()}
+    return _open_fitting(
+        paths,
+        place="data.sources",
+        problems_of=problems_of,
+        further=problems_of_objectives,
+        looks_at_shards=looks_at_shards,
+    )
 
 
 def open_held_out_sets(config: TrainConfig) -> dict[str, ShardSet]:
@@ -52,7 +62,7 @@ def open_held_out_sets(config: TrainConfig) -> dict[str, ShardSet]:
         ConfigError: shard sets that do not fit; every mistake, one sentence a line.
     """
     return _open_fitting(
-        config.evaluation.sets,
+        {name: (path,) for name, path in config.evaluation.sets.items()},
         place="evaluation.sets",
         problems_of=lambda name, shards: _held_out_mismatches(config, name, shards),
     )
@@ -76,26 +86,28 @@ def find_doubts(config: TrainConfig, shard_sets: Mapping[str, ShardSet], *, coun
 
 
 def _open_fitting(
-    paths: Mapping[str, str],
+    paths: Mapping[str, Sequence[str]],
     *,
     place: str,
     problems_of: Callable[[str, ShardSet], list[str]],
     further: Callable[[], list[str]] = list,
+    looks_at_shards: bool = True,
 ) -> dict[str, ShardSet]:
     """Opens sets; raises everything that is wrong with any of them at once, one sentence a line.
 
     Args:
-        paths: name -> folder.
+        paths: name -> folders.
         place: section of the configuration that names them.
         problems_of: says how a set does not fit.
         further: says how sets together do not fit, after all were opened.
+        looks_at_shards: see `ShardSet.open`.
     """
     opened: dict[str, ShardSet] = {}
     data_problems: list[str] = []
     config_problems: list[str] = []
     for name, path in paths.items():
         try:
-            opened[name] = ShardSet.open(path)
+            opened[name] = ShardSet.open_all(path, looks_at_shards=looks_at_shards)
         except DataError as error:
             data_problems += [f"{place}.{name}: {line}" for line in str(error).split("\n")]
         else:
@@ -121,7 +133,7 @@ def _source_mismatches(config: TrainConfig, name: str, shards: ShardSet) -> list
     source, kind = config.data.sources[name], _source_kind(config, name)
     if shards.info.kind != kind.shard_kind:
         return [
-            f"data.sources.{name}.kind = {source.kind}, but {source.path} holds samples of kind {shards.info.kind}; "
+            f"data.sources.{name}.kind = {source.kind}, but {source.where} holds samples of kind {shards.info.kind}; "
             "change the kind or the path"
         ]
     return kind.find_mismatches(config, name, shards.info)
@@ -139,8 +151,8 @@ def _held_out_mismatches(config: TrainConfig, name: str, shards: ShardSet) -> li
         ]
     if info.kind != kind.shard_kind:
         return [
-            f"{place}: {path} holds samples of kind {info.kind}, but objectives.{name} trains on {source.path} of kind "
-            f"{kind.shard_kind}, and they become patches in another way; name a set of kind {kind.shard_kind}"
+            f"{place}: {path} holds samples of kind {info.kind}, but objectives.{name} trains on {source.where} of "
+            f"kind {kind.shard_kind}, and they become patches in another way; name a set of kind {kind.shard_kind}"
         ]
     problems = compare(config, name, shards)
     if info.frames and info.patch_size != config.encoder.patch_size:

@@ -22,3 +22,37 @@ class Windows:
     extent: np.ndarray
     size: np.ndarray
     mirror: np.ndarray
+
+    def move_boxes(self, i: int, corners: np.ndarray) -> np.ndarray:
+        """Returns where boxes of picture i are in what is made of it.
+
+        Args:
+            i: number of the picture.
+            corners: [k, 4] float, (left, top, right, bottom) in pixels of the picture; right and bottom exclusive.
+
+        Returns:
+            [k, 4] float64, likewise, in pixels of the window after resizing and mirroring. Not cut at its edges: what
+            lies outside of 0 .. size is not seen, see `visible_share`.
+        """
+        top, left = self.corner[i].tolist()
+        height, width = self.extent[i].tolist()
+        new_height, new_width = self.size[i].tolist()
+        moved = (np.asarray(corners, dtype=np.float64).reshape(-1, 4) - [left, top, left, top]) * np.array(
+            [new_width / width, new_height / height] * 2
+        )
+        if self.mirror[i]:
+            moved[:, [0, 2]] = new_width - moved[:, [2, 0]]
+        return moved
+
+
+def visible_share(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns which part of the area of each box lies in a picture, [k] float64 in 0..1.
+
+    Args:
+        corners: [k, 4] float, (left, top, right, bottom) in pixels.
+        size: (height, width) of the picture.
+    """
+    edges = np.array([size[1], size[0]], dtype=np.float64)
+    inside = np.clip(corners[:, 2:], 0, edges) - np.clip(corners[:, :2], 0, edges)
+    whole = corners[:, 2:] - corners[:, :2]
+    return inside.prod(axis=1) / np.maximum(whole.prod(axis=1), np.finfo(np.float64).tiny)

@@ -152,23 +152,23 @@ def find_held_out_mismatches(run: TrainConfig, name: str, shards: ShardSet) -> l
     if common_labels(shards.labels) == []:
         problems.append(f"{place}: no sample of {path} has a label, so there is nothing to find; name a labelled set")
     try:
-        trained = DatasetInfo.read(Path(source.path))
+        trained = DatasetInfo.read(Path(source.paths[0]))
     except DataError:
         return problems  # has its own sentence
     consequence = "so equal labels mean different things; write both sets with one vocabulary or clustering"
     if info.num_classes != trained.num_classes:
         problems.append(
-            f"{place}: {path} has {info.num_classes} classes, but {source.path}, which objectives.{name} trains on, "
+            f"{place}: {path} has {info.num_classes} classes, but {source.where}, which objectives.{name} trains on, "
             f"has {trained.num_classes}, {consequence}"
         )
         return problems
     try:
-        difference = _word_difference(Path(source.path), trained, shards)
+        difference = _word_difference(Path(source.paths[0]), trained, shards)
     except DataError as error:
         return [*problems, f"{place}: {error}"]
     if difference:
         problems.append(
-            f"{place}: {path} has other words than {source.path}, which objectives.{name} trains on ({difference}), "
+            f"{place}: {path} has other words than {source.where}, which objectives.{name} trains on ({difference}), "
             f"{consequence}"
         )
     return problems
@@ -185,7 +185,8 @@ def _word_difference(folder: Path, info: DatasetInfo, shards: ShardSet) -> str:
 
 def class_count_of(section: PartialFCConfig, infos: Sequence[DatasetInfo]) -> Mapping[str, Any]:
     """Returns the number of classes that the shard sets of a head's sources have, where it is not given."""
-    return {} if section.num_classes is not None else {"num_classes": max(info.num_classes for info in infos)}
+    most = max(info.num_classes for info in infos)
+    return {"num_classes": most} if section.num_classes is None and most else {}  # sets without labels are refused
 
 
 def stored_differences(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.planner import PlannedSource, planner_of
+from megatron_ove.data.planner import MicrobatchPlan, PlannedBudget, PlannedSource, budgets_of, planner_of
 
 _BUDGET_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 _BUDGET_MULTIPLE = 128
@@ -25,6 +25,8 @@ class PackingFigures:
         length: patches of a microbatch, mean over steps.
         padding: share of padding, mean over steps.
         worst_padding: the same, of the step that has most.
+        fullness: name of a budget -> how full the microbatches are of it on average; patches first, whose limit is the
+            token budget.
         attention_imbalance: what replicas wait for one another in attention, as a share of its time, if they compute
             their i-th microbatches together; mean over steps. Attention grows with the square of a sample's length.
     """
@@ -35,6 +37,7 @@ class PackingFigures:
     length: float
     padding: float
     worst_padding: float
+    fullness: Mapping[str, float]
     attention_imbalance: float
 
 
@@ -61,6 +64,12 @@ def measure_packing(
         squares = np.bincount(plan.microbatch_index, plan.num_tokens.astype(float) ** 2, plan.num_microbatches)
         imbalances.append(squares.reshape(-1, replicas).max(axis=1).sum() * replicas / squares.sum() - 1)
     padding = [plan.padding_share for plan in plans]
+    fullness = {
+        "data.tokens_per_microbatch": float(np.mean([_fullness(plan, plan.num_tokens, budget) for plan in plans]))
+    }
+    for other in budgets_of(config):
+        shares = [_fullness(plan, _sizes(plan, other, sources), other.capacity) for plan in plans]
+        fullness[other.name] = float(np.mean(shares))
     return PackingFigures(
         replicas=replicas,
         budget=budget,
@@ -68,8 +77,23 @@ def measure_packing(
         length=float(np.mean([plan.tokens_per_microbatch for plan in plans])),
         padding=float(np.mean(padding)),
         worst_padding=max(padding),
+        fullness=fullness,
         attention_imbalance=float(np.mean(imbalances)),
     )
+
+
+def _fullness(plan: MicrobatchPlan, sizes: np.ndarray, capacity: int) -> float:
+    """Returns how much of a budget the microbatches of a step have filled."""
+    return float(sizes.sum()) / (plan.num_microbatches * capacity)
+
+
+def _sizes(plan: MicrobatchPlan, budget: PlannedBudget, sources: Sequence[PlannedSource]) -> np.ndarray:
+    """Returns what each sample of a step takes of a budget, [B] int64."""
+    sizes = np.zeros(len(plan.rows), dtype=np.int64)
+    for index, source in enumerate(sources):
+        mine = plan.source_index == index
+        sizes[mine] = budget.measure(source.name, plan.rows[mine], plan.seeds[mine])
+    return sizes
 
 
 def largest_sample(config: TrainConfig, sources: Sequence[PlannedSource], *, num_steps: int) -> int:

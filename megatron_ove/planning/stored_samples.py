@@ -106,10 +106,10 @@ def _open(name: str, source: SourceConfig, patch_size: int, kinds: Kinds) -> Pla
     from megatron_ove.data.build import build_source
     from megatron_ove.shards.shard_set import ShardSet
 
-    shards = ShardSet.open(source.path)
+    shards = ShardSet.open_all(source.paths)
     wanted = kinds.sources[source.kind].shard_kind
     if shards.info.kind != wanted:
-        raise DataError(f"{source.path} holds samples of kind {shards.info.kind}, not {wanted}")
+        raise DataError(f"{source.where} holds samples of kind {shards.info.kind}, not {wanted}")
     return build_source(
         name, source, shards, kinds=kinds, patch_size=patch_size, device=torch.device("cpu"), num_threads=1
     )

@@ -130,10 +130,11 @@ _ENTRY_CHECKS: Mapping[str, Callable[[object], bool]] = {
     "grid_width": lambda value: value is None or _is_count(value),
     "members": _is_list_of_names,
     "num_pages": _is_count,
+    "most_pages": _is_count,
     "num_parts": _is_count,
     "columns": are_columns,
 }
-_SINCE_VERSION_2 = ("num_pages", "num_parts", "columns")
+_SINCE_VERSION_2 = ("num_pages", "most_pages", "num_parts", "columns")
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class DatasetInfo:
         created_by: the program that wrote the shard set.
         format_version: version of the layout.
         num_pages: of all documents together; 0 for other kinds.
+        most_pages: of one document.
         num_parts: folders that hold the shards; 0 = they lie in this set's own.
         columns: further columns of the index, name -> type of its one number a sample.
     """
@@ -169,6 +171,7 @@ class DatasetInfo:
     created_by: str
     format_version: int = FORMAT_VERSION
     num_pages: int = 0
+    most_pages: int = 0
     num_parts: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
 

@@ -201,6 +201,7 @@ def _common_info(parts: Sequence[_Part]) -> DatasetInfo:
             **vars(first.info),
             "num_samples": count,
             "num_pages": sum(part.info.num_pages for part in parts),
+            "most_pages": max(part.info.most_pages for part in parts),
             "num_parts": sum(part.info.num_samples > 0 for part in parts),
             "format_version": layout.FORMAT_VERSION,
         }

@@ -7,6 +7,7 @@ sent to another process.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_ove.shards.documents import Document
 from megatron_ove.shards.files import ShardFiles
 from megatron_ove.shards.format import DatasetInfo
 from megatron_ove.shards.index import ShardIndex, index_of, load_arrays
+from megatron_ove.shards.joined import JoinedIndex
 from megatron_ove.shards.opening import array_problems, content_problems, index_problems
 from megatron_ove.vocabulary import Vocabulary
 
@@ -30,15 +32,17 @@ class ShardSet:
     """A shard set opened for reading.
 
     Attributes:
-        directory: its folder.
+        directory: its folder, the first of several.
+        directories: its folders.
         info: dataset.json.
         index: where samples lie.
         files: its open shards.
     """
 
-    def __init__(self, directory: Path, info: DatasetInfo, index: ShardIndex) -> None:
+    def __init__(self, directory: Path, info: DatasetInfo, index: ShardIndex, directories: Sequence[Path] = ()) -> None:
         """Use `ShardSet.open`, which checks what it reads."""
         self.directory = directory
+        self.directories = tuple(directories) or (directory,)
         self.info = info
         self.index = index
         self.files = ShardFiles(index.shard_path)
@@ -67,6 +71,26 @@ class ShardSet:
             if not problems:
                 return cls(path, info, index)
         raise DataError("\n".join(problems))
+
+    @classmethod
+    def open_all(cls, directories: Sequence[str | Path], *, looks_at_shards: bool = True) -> ShardSet:
+        """Opens several sets as one whose samples come one set after the other; `directory` is that of the first.
+
+        Raises:
+            DataError: one sentence a line for everything that is wrong with any, or if they are no one set.
+        """
+        opened, problems = [], []
+        for directory in directories:
+            try:
+                opened.append(cls.open(directory, looks_at_shards=looks_at_shards))
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            raise DataError("\n".join(problems))
+        if len(opened) == 1:
+            return opened[0]
+        index = JoinedIndex([shards.index for shards in opened])
+        return cls(index.directory, index.info, index, tuple(shards.directory for shards in opened))
 
     def __len__(self) -> int:
         return self.info.num_samples
@@ -186,10 +210,10 @@ class ShardSet:
         self.files.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": self.directory}
+        return {"directories": self.directories}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(vars(ShardSet.open(state["directory"], looks_at_shards=False)))
+        self.__dict__.update(vars(ShardSet.open_all(state["directories"], looks_at_shards=False)))
 
     def __del__(self) -> None:
         if hasattr(self, "files"):

@@ -303,6 +303,7 @@ class ShardWriter:
                 **vars(self._info),
                 "num_samples": len(self._keys),
                 "num_pages": len(self._sizes[index.PAGE_BYTES]),
+                "most_pages": max(self._sizes[index.PAGE_COUNT], default=0),
             }
         )
         arrays: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in self._sizes.items()}

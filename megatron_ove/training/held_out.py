@@ -68,7 +68,7 @@ class HeldOutEvaluation:
         known = self._check(config) if config.evaluation.sets else []
         self._samples: dict[str, HeldOutSamples] = {}
         for name, path in config.evaluation.sets.items():
-            self._samples[name] = HeldOutSamples(name, config, ShardSet.open(path), topology)
+            self._samples[name] = HeldOutSamples(name, config, ShardSet.open(path, looks_at_shards=False), topology)
             self._samples[name].know_bad(known)
 
     def is_due(self, step: int) -> bool:

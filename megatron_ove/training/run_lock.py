@@ -121,8 +121,8 @@ class RunLock:
         self._writing = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
-        while not self._create():
-            self._clear_dead()
+        while not self._create() and not self._take_over():
+            pass
 
     def __enter__(self) -> RunLock:
         self._thread.start()
@@ -197,17 +197,25 @@ class RunLock:
 
     def _put(self, path: Path) -> bool:
         """Makes a file with this launch's content, unless there is one; returns whether it was made."""
-        partial = self._path.with_name(f"{LOCK_FILE_NAME}.{self._holder.token}.tmp")
-        partial.write_text(self._holder.to_text(), encoding="utf-8")
+        partial = self._write_partial()
         try:
             return _link(partial, path)
         finally:
             partial.unlink()
 
-    def _clear_dead(self) -> None:
-        """Removes the lock of a dead holder; raises for one that may be alive.
+    def _write_partial(self) -> Path:
+        partial = self._path.with_name(f"{LOCK_FILE_NAME}.{self._holder.token}.tmp")
+        partial.write_text(self._holder.to_text(), encoding="utf-8")
+        return partial
 
-        Of several newcomers one at a time may do that, and looks again: the others' lock may be there by now.
+    def _take_over(self) -> bool:
+        """Puts this launch's lock in the place of a dead holder's; raises for one that may be alive.
+
+        Of several newcomers one at a time may do that, and looks again: the others' lock may be there by now. The dead
+        lock gives way in one move, so that nobody finds the place empty and makes a lock that would then be replaced.
+
+        Returns:
+            Whether it was done; else there was nothing to replace any more, or another one is about to.
         """
         require_unlocked(self._run_dir, self._holder)
         guard = self._path.with_name(f"{LOCK_FILE_NAME}.takeover")
@@ -216,12 +224,21 @@ class RunLock:
                 if time.time() - guard.stat().st_mtime > _GUARD_DEAD_AFTER_S:
                     guard.unlink()
             time.sleep(_GUARD_PAUSE_S)
-            return
+            return False
         try:
-            require_unlocked(self._run_dir, self._holder)
-            self._path.unlink(missing_ok=True)
+            if require_unlocked(self._run_dir, self._holder) is None and not self._is_no_lock():
+                return False
+            self._write_partial().replace(self._path)
+            return True
         finally:
             guard.unlink(missing_ok=True)
+
+    def _is_no_lock(self) -> bool:
+        """Whether something else than a lock lies in its place."""
+        try:
+            return _parse(self._path.read_text(encoding="utf-8", errors="replace")) is None
+        except FileNotFoundError:
+            return False
 
     def _is_own(self) -> bool:
         found = _read(self._path)

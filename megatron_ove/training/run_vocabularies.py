@@ -22,6 +22,9 @@ from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary, describe_differ
 
 logger = logging.getLogger(__name__)
 
+_WORDED = ("ocr", "document")
+"""Kinds of shard sets whose labels are words."""
+
 
 @dataclass(frozen=True)
 class _StoredWords:
@@ -45,7 +48,7 @@ class RunVocabularies:
         """
         self._is_main = is_main
         self._sources = {
-            name: (source, Path(config.data.sources[source].path))
+            name: (source, Path(config.data.sources[source].paths[0]))
             for name, objective in config.objectives.items()
             for source in _sources_of_pages(config, objective)[:1]  # all of them have the same words
         }
@@ -119,4 +122,4 @@ def _sources_of_pages(config: TrainConfig, objective: ObjectiveConfig) -> list[s
     if not hasattr(objective, "num_classes"):
         return []
     kinds = config.kinds.sources
-    return [name for name in objective.sources if kinds[config.data.sources[name].kind].shard_kind == "ocr"]
+    return [name for name in objective.sources if kinds[config.data.sources[name].kind].shard_kind in _WORDED]

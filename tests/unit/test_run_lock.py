@@ -300,3 +300,22 @@ def test_asking_changes_nothing(tmp_path: Path) -> None:
     write_lock(tmp_path, dead)
     assert require_unlocked(tmp_path) == dead
     assert token(tmp_path) == "other" and names(tmp_path) == ["lock"]
+
+
+def test_a_lock_that_appears_during_a_takeover_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lock(tmp_path, holder(beat=0.0))
+    looks: list[Path] = []
+
+    def look(run_dir: Path, newcomer: Any = None) -> Any:
+        found = require_unlocked(run_dir, newcomer)
+        looks.append(run_dir)
+        if len(looks) == 2:  # under the guard: the lock goes, and another launch makes its own before this one acts
+            (run_dir / "lock").unlink()
+            found = require_unlocked(run_dir, newcomer)
+            write_lock(run_dir, holder(token="other", beat=time.time()))
+        return found
+
+    monkeypatch.setattr("megatron_ove.training.run_lock.require_unlocked", look)
+    with pytest.raises(ConfigError, match="is in use by process"):
+        RunLock(tmp_path)
+    assert token(tmp_path) == "other" and names(tmp_path) == ["lock"]

@@ -14,6 +14,7 @@ from megatron_ove.data.patchify import grid_positions
 from megatron_ove.data.read_ahead import MemberReader
 from megatron_ove.data.windows import Windows
 from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.token_cache import SourceTexts
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,21 @@ class DataSource(ABC):
         self.patch_size = patch_size
         self.device = device
         self.num_threads = num_threads
+        self._texts: dict[str, SourceTexts] = {}
 
     @property
     def size(self) -> int:
         return len(self.shards)
+
+    def texts(self, fingerprint: str) -> SourceTexts:
+        """Returns the samples' texts as cached token ids of a tokenizer.
+
+        Raises:
+            DataError: a set of the source has no such cache; one sentence a line.
+        """
+        if fingerprint not in self._texts:
+            self._texts[fingerprint] = SourceTexts.open(self.shards.directories, fingerprint)
+        return self._texts[fingerprint]
 
     @abstractmethod
     def segments(self, rows: np.ndarray, seeds: np.ndarray) -> Segments:

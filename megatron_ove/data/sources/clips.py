@@ -169,14 +169,14 @@ def find_mismatches(config: TrainConfig, name: str, info: DatasetInfo) -> list[s
     problems = []
     if info.patch_size != config.encoder.patch_size:
         problems.append(
-            f"encoder.patch_size = {config.encoder.patch_size}, but the clips of {source.path} are stored as patches "
+            f"encoder.patch_size = {config.encoder.patch_size}, but the clips of {source.where} are stored as patches "
             f"of {info.patch_size} pixels and are not resized; use patch_size: {info.patch_size} or write the shard "
             "set again"
         )
     frames = getattr(config.encoder, "rope_temporal_size", info.frames)  # of encoders that have a grid of time
     if info.frames != frames:
         problems.append(
-            f"encoder.rope_temporal_size = {frames}, but the clips of {source.path} lie on "
+            f"encoder.rope_temporal_size = {frames}, but the clips of {source.where} lie on "
             f"a time grid of {info.frames} frames, so an exported model would place frames elsewhere than training "
             f"did; set it to {info.frames} or write the shard set again"
         )
@@ -186,7 +186,7 @@ def find_mismatches(config: TrainConfig, name: str, info: DatasetInfo) -> list[s
     for count in dict.fromkeys(list_choices(source.num_frames)):
         if info.frames % count:
             problems.append(
-                f"{place}.num_frames = {count} does not divide the {info.frames} stored frames of {source.path}, so "
+                f"{place}.num_frames = {count} does not divide the {info.frames} stored frames of {source.where}, so "
                 f"the bins that frames are drawn from would be unequal; use a divisor of {info.frames}"
             )
         tokens = count * rows * columns

@@ -1,0 +1,91 @@
+"""Room for texts in a microbatch: what their cached lengths take of `data.text_tokens_per_microbatch`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.data.planner import PlannedBudget
+from megatron_ove.shards.token_cache import SourceTexts, TextTokenizer, View
+
+SETTING = "data.text_tokens_per_microbatch"
+
+
+@dataclass(frozen=True)
+class TextCounts:
+    """What becomes of a source's texts in a run.
+
+    Attributes:
+        samples: of the source.
+        empty: that have no text of the view, and teach nothing.
+        cut: that have more tokens than are used of a sample.
+        lost_tokens: of those that are cut.
+    """
+
+    samples: int
+    empty: int
+    cut: int
+    lost_tokens: int
+
+
+def open_texts(config: TrainConfig, sources: Sequence[str], tokenizer: TextTokenizer) -> dict[str, SourceTexts]:
+    """Opens the token caches of sources.
+
+    Raises:
+        DataError: one is missing or does not fit its set.
+    """
+    return {name: SourceTexts.open(config.data.sources[name].paths, tokenizer.fingerprint) for name in sources}
+
+
+def text_budget(
+    config: TrainConfig, texts: dict[str, SourceTexts], view: View, *, most: int, extra: int = 0
+) -> PlannedBudget:
+    """Returns the budget that an objective's texts share a microbatch by.
+
+    Args:
+        config: the run.
+        texts: source -> its texts, of the sources that the objective reads.
+        view: which of the texts it reads.
+        most: tokens of a sample that are used; longer texts are cut, see `count_texts`.
+        extra: tokens that the objective puts around the texts of a sample, as its image tokens.
+    """
+    assert config.data.text_tokens_per_microbatch is not None, "TrainConfig asks for it"
+
+    def measure(source: str, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        del seeds
+        if source not in texts:
+            return np.zeros(len(rows), dtype=np.int64)
+        return np.minimum(texts[source].lengths(view)[rows].astype(np.int64), most) + extra
+
+    return PlannedBudget(SETTING, config.data.text_tokens_per_microbatch, measure)
+
+
+def count_texts(texts: SourceTexts, view: View, *, most: int) -> TextCounts:
+    """Counts what is empty or cut, so that nothing is lost in silence."""
+    lengths = texts.lengths(view)
+    is_cut = lengths > most
+    return TextCounts(
+        samples=len(lengths),
+        empty=int((lengths == 0).sum()),
+        cut=int(is_cut.sum()),
+        lost_tokens=int((lengths[is_cut].astype(np.int64) - most).sum()),
+    )
+
+
+def describe_counts(source: str, counts: TextCounts, *, most: int) -> list[str]:
+    """Returns a sentence for everything of a source's texts that a run does not use."""
+    doubts = []
+    if counts.cut:
+        doubts.append(
+            f"{counts.cut:,} of {counts.samples:,} samples of data.sources.{source} have more than {most:,} tokens and "
+            f"are cut: {counts.lost_tokens:,} tokens are not used; raise the limit, or do not mind it"
+        )
+    if counts.empty:
+        doubts.append(
+            f"{counts.empty:,} of {counts.samples:,} samples of data.sources.{source} have no text to learn from; "
+            "leave them out of the set, or do not mind it"
+        )
+    return doubts
