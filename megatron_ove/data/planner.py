@@ -54,11 +54,19 @@ class PlannedBudget:
         name: of the setting that limits it.
         capacity: of a microbatch.
         measure: (source, rows [n], seeds [n]) -> what each sample takes of it, [n] int64; decodes nothing.
+        largest: source -> the most that a sample can take of it, for plans of samples that are not there.
     """
 
     name: str
     capacity: int
     measure: Callable[[str, np.ndarray, np.ndarray], np.ndarray]
+    largest: Callable[[str], int]
+
+    def sizes(self, source: PlannedSource, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """Returns what samples of a source take, [n] int64; the most that they can of a source that is only assumed."""
+        if getattr(source, "is_assumed", False):
+            return np.full(len(rows), self.largest(source.name), dtype=np.int64)
+        return self.measure(source.name, rows, seeds)
 
 
 @dataclass(frozen=True)
@@ -242,7 +250,7 @@ class MicrobatchPlanner:
         Raises:
             ConfigError: a sample takes more than a microbatch has.
         """
-        parts = [budget.measure(s.name, r, d) for s, r, d in zip(self._sources, rows, seeds, strict=True)]
+        parts = [budget.sizes(s, r, d) for s, r, d in zip(self._sources, rows, seeds, strict=True)]
         for source, part in zip(self._sources, parts, strict=True):
             if part.size and part.max() > budget.capacity:
                 raise ConfigError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.planner import PlannedBudget
-from megatron_ove.shards.token_cache import SourceTexts, TextTokenizer, View
+from megatron_ove.shards.token_cache import SourceTexts, View
 
 SETTING = "data.text_tokens_per_microbatch"
 
@@ -31,36 +31,43 @@ class TextCounts:
     lost_tokens: int
 
 
-def open_texts(config: TrainConfig, sources: Sequence[str], tokenizer: TextTokenizer) -> dict[str, SourceTexts]:
+def open_texts(config: TrainConfig, sources: Sequence[str], fingerprint: str) -> dict[str, SourceTexts]:
     """Opens the token caches of sources.
 
     Raises:
         DataError: one is missing or does not fit its set.
     """
-    return {name: SourceTexts.open(config.data.sources[name].paths, tokenizer.fingerprint) for name in sources}
+    return {name: SourceTexts.open(config.data.sources[name].paths, fingerprint) for name in sources}
 
 
 def text_budget(
-    config: TrainConfig, texts: dict[str, SourceTexts], view: View, *, most: int, extra: int = 0
+    config: TrainConfig, sources: Sequence[str], fingerprint: str, view: View, *, most: int, extra: int = 0
 ) -> PlannedBudget:
-    """Returns the budget that an objective's texts share a microbatch by.
+    """Returns the budget that an objective's texts share a microbatch by; caches are opened when it first measures.
 
     Args:
         config: the run.
-        texts: source -> its texts, of the sources that the objective reads.
+        sources: that the objective reads.
+        fingerprint: of the tokenizer.
         view: which of the texts it reads.
         most: tokens of a sample that are used; longer texts are cut, see `count_texts`.
         extra: tokens that the objective puts around the texts of a sample, as its image tokens.
     """
     assert config.data.text_tokens_per_microbatch is not None, "TrainConfig asks for it"
+    texts: dict[str, SourceTexts] = {}
 
     def measure(source: str, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         del seeds
-        if source not in texts:
+        if source not in sources:
             return np.zeros(len(rows), dtype=np.int64)
+        if source not in texts:
+            texts.update(open_texts(config, [source], fingerprint))
         return np.minimum(texts[source].lengths(view)[rows].astype(np.int64), most) + extra
 
-    return PlannedBudget(SETTING, config.data.text_tokens_per_microbatch, measure)
+    def largest(source: str) -> int:
+        return most + extra if source in sources else 0
+
+    return PlannedBudget(SETTING, config.data.text_tokens_per_microbatch, measure, largest)
 
 
 def count_texts(texts: SourceTexts, view: View, *, most: int) -> TextCounts:

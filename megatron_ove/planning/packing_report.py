@@ -92,7 +92,7 @@ def _sizes(plan: MicrobatchPlan, budget: PlannedBudget, sources: Sequence[Planne
     sizes = np.zeros(len(plan.rows), dtype=np.int64)
     for index, source in enumerate(sources):
         mine = plan.source_index == index
-        sizes[mine] = budget.measure(source.name, plan.rows[mine], plan.seeds[mine])
+        sizes[mine] = budget.sizes(source, plan.rows[mine], plan.seeds[mine])
     return sizes
 
 

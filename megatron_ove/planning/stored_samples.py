@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class LargestSamples:
     weight: float
     budgets: tuple[int, ...]
     size: int = _ANY_SIZE
+    is_assumed: ClassVar[bool] = True
 
     def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         return draw_choice(self.budgets, seeds, 0)
@@ -51,6 +53,7 @@ class _Remembering:
 
     def __init__(self, source: PlannedSource) -> None:
         self.name, self.weight, self.size = source.name, source.weight, source.size
+        self.is_assumed = getattr(source, "is_assumed", False)
         self._source = source
         self._counts: dict[bytes, np.ndarray] = {}
 

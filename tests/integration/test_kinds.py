@@ -17,7 +17,9 @@ from megatron_ove.config.loader import config_from_dict
 from megatron_ove.errors import ConfigError
 from megatron_ove.kinds import load_kinds
 from tests.distributed.test_toy_kinds import toy_config
+from tests.support.documents import write_documents, write_tokenizer
 from tests.support.tiny_run import tiny_config, write_config, write_tiny_sources
+from tests.support.tool_scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +40,28 @@ def command(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+def add_documents(data: dict[str, Any], folder: Path) -> None:
+    """Adds one set of documents in two folders that serves a head of classes and an objective that reads texts."""
+    paths = [write_documents(folder / name, rows, num_classes=5) for name, rows in SETS.items()]
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    for path in paths:
+        assert run_script("documents/cache_tokens.py", path, "--tokenizer", tokenizer) == 0
+    data["plugins"] = [*data["plugins"], "tests.support.toys.text_length"]
+    data["data"]["sources"]["documents"] = {
+        "kind": "document",
+        "path": [str(path) for path in paths],
+        "max_patches": [4, 6],
+        "max_pages": 3,
+        "order": {"block": 2, "window": 8},
+    }
+    data["data"]["text_tokens_per_microbatch"] = 30
+    data["objectives"]["document_classes"] = {**data["objectives"]["classes"], "source": "documents", "num_classes": 5}
+    data["objectives"]["texts"] = {"kind": "text_length", "source": "documents", "tokenizer": str(tokenizer)}
+
+
+SETS = {"first": range(7), "second": range(7, 12)}
+
+
 @pytest.mark.parametrize("encoder", ["onevision", "mixer"])
 def test_every_kind_walks_through_a_run(encoder: str, sources: dict[str, str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
@@ -45,6 +69,7 @@ def test_every_kind_walks_through_a_run(encoder: str, sources: dict[str, str], t
     data["checkpoint"] = {"interval_steps": 2}
     data["data"]["sources"]["clips"] = tiny_config(sources, run_dir)["data"]["sources"]["video"]
     data["objectives"]["clip_classes"] = {**data["objectives"]["classes"], "source": "clips", "num_classes": 7}
+    add_documents(data, tmp_path)
     kinds = load_kinds(tuple(data["plugins"]))
     assert {one["kind"] for one in data["objectives"].values()} == set(kinds.objectives)
     seen = {one["kind"] for one in data["data"]["sources"].values()}
@@ -56,7 +81,8 @@ def test_every_kind_walks_through_a_run(encoder: str, sources: dict[str, str], t
     assert str(run_dir) in command("train", config, "--check")
     command("plan", config, "--world-size", "2", "--json", str(tmp_path / "plan.json"))
     assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True
-    assert "padding" in command("inspect", config, "--replicas", "2", "--steps", "2")
+    packing = command("inspect", config, "--replicas", "2", "--steps", "2")
+    assert "padding" in packing and "data.text_tokens_per_microbatch" in packing
     command("train", config, "--set", "train.stop_after_steps=2")
     assert "Resumed" in command("train", config)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -82,7 +108,10 @@ def test_fields_of_a_plugin_are_checked_as_others(sources: dict[str, str], tmp_p
     assert "run.yaml has 3 errors" in text
     assert "unknown key 'objectives.bright.loss_wieght'; did you mean 'loss_weight'?" in text
     assert "encoder.ffn_hidden_size = 'wide' is a text, but a whole number is needed" in text
-    assert "data.sources.pictures.kind = 'thirds' is not one of the known values; use image, ocr, video, halves" in text
+    assert (
+        "data.sources.pictures.kind = 'thirds' is not one of the known values; use image, ocr, document, video, halves"
+        in text
+    )
     fields = set(field_paths(load_kinds(tuple(data["plugins"])).train_config))
     assert any(field.startswith("objectives.<name>[spread].loss_weight") for field in fields)
 
@@ -128,6 +157,5 @@ def test_a_kind_without_its_plugin_is_a_sentence(sources: dict[str, str], tmp_pa
     data["plugins"] = yaml.safe_load("[]")
     with pytest.raises(ConfigError) as error:
         config_from_dict(data, "run.yaml")
-    assert "data.sources.pictures.kind = 'halves' is not one of the known values; use image, ocr, video" in str(
-        error.value
-    )
+    text = "data.sources.pictures.kind = 'halves' is not one of the known values; use image, ocr, document, video"
+    assert text in str(error.value)

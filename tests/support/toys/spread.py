@@ -54,7 +54,10 @@ def budgets(run, name):
     def measure(source: str, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         return np.full(len(rows), int(source in section.sources))
 
-    return [PlannedBudget(f"objectives.{name}.samples_per_microbatch", section.samples_per_microbatch, measure)]
+    setting = f"objectives.{name}.samples_per_microbatch"
+    return [
+        PlannedBudget(setting, section.samples_per_microbatch, measure, lambda source: int(source in section.sources))
+    ]
 
 
 OBJECTIVES = {"spread": ObjectiveKind(config=SpreadConfig, build=Spread, footprint=ObjectiveFootprint, budgets=budgets)}
