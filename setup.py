@@ -24,6 +24,7 @@ REQUIRED = [
     "tensorboard==2.21.0",
     "transformers==4.57.3",
     "safetensors==0.8.0",
+    "fsspec==2026.9.0",  # comes with torch; shard sets on object stores
     # preprocessing
     "pillow==13.0.0",
     "av==18.1.0",

@@ -58,6 +58,14 @@ class ShardFiles:
         finally:
             self._give_back(file)
 
+    def size(self, number: int) -> int:
+        """Returns the bytes of a file.
+
+        Raises:
+            OSError: it is not there, or cannot be looked at.
+        """
+        return self._path_of(number).stat().st_size
+
     def forget(self, number: int) -> None:
         """Closes a file, so that the next read opens it anew: a handle of a network disk can go stale."""
         with self._lock:

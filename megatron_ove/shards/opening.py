@@ -6,7 +6,6 @@ each part, all of a set that is not divided, and at a few headers; `validation.p
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 
 from megatron_ove.shards import format as layout
 from megatron_ove.shards import index as files
+from megatron_ove.shards.files import ShardFiles
 from megatron_ove.shards.index import ColumnIndex, MappedIndex, ShardIndex
 
 _MAX_SHARDS_PROBED = 256
@@ -132,11 +132,11 @@ def index_problems(index: ShardIndex) -> list[str]:
     return []
 
 
-def content_problems(index: ShardIndex) -> list[str]:
+def content_problems(index: ShardIndex, shard_files: ShardFiles) -> list[str]:
     """Returns what is wrong between the index and labels and shard files."""
     if isinstance(index, ColumnIndex) and not _is_sorted(index.columns["shard"]):
         return [f"{index.directory}/index/shard.npy is not sorted, so it is damaged; write the shard set again"]
-    return label_problems(index, every=False) + _shard_problems(index)
+    return label_problems(index, every=False) + _shard_problems(index, shard_files)
 
 
 def label_problems(index: ShardIndex, *, every: bool) -> list[str]:
@@ -176,7 +176,7 @@ def label_sentence(label: int, key: str, directory: Path, num_classes: int) -> s
     )
 
 
-def _shard_problems(index: ShardIndex) -> list[str]:
+def _shard_problems(index: ShardIndex, shard_files: ShardFiles) -> list[str]:
     """Returns what is wrong between the index and the shard files: missing, truncated, or other contents."""
     ranges = index.shard_rows()
     numbers = list(ranges)
@@ -185,10 +185,10 @@ def _shard_problems(index: ShardIndex) -> list[str]:
 
     def look(place: int) -> list[str]:
         number = numbers[place]
-        problems = _file_problems(index, number)
+        problems = _file_problems(index, shard_files, number)
         if not problems and place in probed:
             rows = ranges[number]
-            problems = header_problems(index, number, {rows[0], rows[-1]})
+            problems = header_problems(index, shard_files, number, {rows[0], rows[-1]})
         return problems
 
     with ThreadPoolExecutor(_LOOKING_THREADS) as pool:
@@ -207,10 +207,10 @@ def _chosen_shards(index: ShardIndex, count: int) -> list[int]:
     return np.unique(places).tolist()
 
 
-def _file_problems(index: ShardIndex, number: int) -> list[str]:
+def _file_problems(index: ShardIndex, shard_files: ShardFiles, number: int) -> list[str]:
     path, end = index.shard_path(number), index.shard_end(number)
     try:
-        size = path.stat().st_size
+        size = shard_files.size(number)
     except (FileNotFoundError, NotADirectoryError):
         return [f"the shard {path} is missing, but the index refers to it; copy it again"]
     except OSError as error:
@@ -229,30 +229,25 @@ def _is_sorted(values: np.ndarray) -> bool:
     return not any((chunk[1:] < chunk[:-1]).any() for chunk in chunks)
 
 
-def header_problems(index: ShardIndex, number: int, rows: Iterable[int]) -> list[str]:
+def header_problems(index: ShardIndex, shard_files: ShardFiles, number: int, rows: Iterable[int]) -> list[str]:
     """Compares tar headers of one shard with the index; returns a sentence for the first that differs."""
     path = index.shard_path(number)
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        return [f"the shard {path} cannot be opened ({error.strerror}); check its permissions"]
-    try:
-        for row in rows:
-            key = index.key(row)
-            for member in index.stored_members(row):
-                offset, size = index.place(row, member)
-                want = (f"{key}.{member}", size)
-                block = os.pread(handle, layout.TAR_BLOCK, max(0, offset - layout.TAR_BLOCK))
-                try:
-                    found = layout.parse_tar_header(block)
-                except (tarfile.HeaderError, UnicodeDecodeError):
-                    found = ("no file header", 0)
-                if found != want:
-                    return [
-                        f"the index of {index.directory} does not match its shard {path.name}: it places "
-                        f"{want[0]} ({want[1]} bytes) at byte {offset}, where the shard has {found[0]} ({found[1]} "
-                        "bytes); index and shards are from different runs: copy both again"
-                    ]
-    finally:
-        os.close(handle)
+    for row in rows:
+        key = index.key(row)
+        for member in index.stored_members(row):
+            offset, size = index.place(row, member)
+            want = (f"{key}.{member}", size)
+            try:
+                block = shard_files.read(number, layout.TAR_BLOCK, max(0, offset - layout.TAR_BLOCK))
+                found = layout.parse_tar_header(block)
+            except OSError as error:
+                return [f"the shard {path} cannot be read ({error.strerror}); check the disk and its permissions"]
+            except (tarfile.HeaderError, UnicodeDecodeError):
+                found = ("no file header", 0)
+            if found != want:
+                return [
+                    f"the index of {index.directory} does not match its shard {path.name}: it places {want[0]} "
+                    f"({want[1]} bytes) at byte {offset}, where the shard has {found[0]} ({found[1]} bytes); index and "
+                    "shards are from different runs: copy both again"
+                ]
     return []

@@ -21,7 +21,25 @@ from megatron_ove.shards.format import DatasetInfo
 from megatron_ove.shards.index import ShardIndex, index_of, load_arrays
 from megatron_ove.shards.joined import JoinedIndex
 from megatron_ove.shards.opening import array_problems, content_problems, index_problems
+from megatron_ove.shards.remote import RemoteSettings, RemoteShardFiles
 from megatron_ove.vocabulary import Vocabulary
+
+
+def files_of(index: ShardIndex, directories: Sequence[Path]) -> ShardFiles:
+    """Returns how the shards of sets are read: here, or, of a mirror, where they are.
+
+    Raises:
+        DataError: a mirror's description is wrong, or one of several sets is one.
+    """
+    remote = [settings for directory in directories if (settings := RemoteSettings.read(directory)) is not None]
+    if remote and len(directories) > 1:
+        raise DataError(
+            f"{remote[0].url} is read through a mirror, which is not done for one of several sets of a source; make a "
+            "source of it"
+        )
+    if remote:
+        return RemoteShardFiles(index.shard_path, directories[0], remote[0])
+    return ShardFiles(index.shard_path)
 
 
 class ReadError(DataError):
@@ -45,7 +63,7 @@ class ShardSet:
         self.directories = tuple(directories) or (directory,)
         self.info = info
         self.index = index
-        self.files = ShardFiles(index.shard_path)
+        self.files = files_of(index, self.directories)
 
     @classmethod
     def open(cls, directory: str | Path, *, looks_at_shards: bool = True) -> ShardSet:
@@ -66,10 +84,11 @@ class ShardSet:
         if not problems:
             index = index_of(info, path, arrays)
             problems = index_problems(index)
+            opened = cls(path, info, index)
             if looks_at_shards and not problems:
-                problems = content_problems(index)
+                problems = content_problems(index, opened.files)
             if not problems:
-                return cls(path, info, index)
+                return opened
         raise DataError("\n".join(problems))
 
     @classmethod

@@ -1,0 +1,240 @@
+"""Shard sets on object stores and other disks that fsspec reaches: the index lies here, shards are read from there.
+
+A mirror is a folder with everything of a set but its shards, and a file that says where those are. It is opened as any
+set is. What is read of a shard is kept in a cache on the node, in blocks of some mebibytes, which all processes of a
+node share; the oldest blocks give way. With `order: {block, window}` neighbours are read soon after one another, so a
+block serves many samples; in fully random order it serves one, and small blocks are better.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ove.errors import DataError
+from megatron_ove.new_folder import new_folder
+from megatron_ove.shards.files import ShardFiles
+from megatron_ove.shards.format import INFO_FILE, DatasetInfo
+
+REMOTE_FILE = "remote.json"
+_MIB = 1 << 20
+_LOOK_AFTER = 64
+"""The cache is looked through whenever a process has added this part of its size."""
+_KEEPS = 0.9
+"""Share of the cache's size that is left after old blocks were removed."""
+_NOT_MIRRORED = ("shards", "parts", "rejects")
+
+
+@dataclass(frozen=True)
+class RemoteSettings:
+    """`remote.json`.
+
+    Attributes:
+        url: of the set, as fsspec reads it, e.g. s3://bucket/set.
+        cache: folder on each node; variables of the environment like $TMPDIR are filled in there.
+        max_gib: most that the cache holds.
+        block_mib: what is read and kept in one go.
+    """
+
+    url: str
+    cache: str
+    max_gib: float
+    block_mib: int
+
+    @classmethod
+    def read(cls, directory: Path) -> RemoteSettings | None:
+        """Returns those of a mirror; None of a set whose shards lie in its folder.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        path = directory / REMOTE_FILE
+        try:
+            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            if found.block_mib < 1 or found.max_gib * 1024 < found.block_mib:
+                raise ValueError("a cache holds at least one block of 1 MiB")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{path} does not say where shards are ({error}); make the mirror again") from error
+        return found
+
+
+def file_system_of(url: str) -> tuple[Any, str]:
+    """Returns the fsspec file system of a URL and the path on it.
+
+    Raises:
+        DataError: nothing that is installed reads such URLs.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            f"{url} cannot be read ({error}); install what fsspec needs for it, or correct the URL"
+        ) from error
+
+
+def make_mirror(settings: RemoteSettings, directory: str | Path) -> DatasetInfo:
+    """Copies everything of a remote set but its shards.
+
+    Args:
+        settings: where it is and how it is read.
+        directory: new folder.
+
+    Raises:
+        DataError: it cannot be read, is no shard set, or refers to shards outside of its folder.
+    """
+    files, root = file_system_of(settings.url)
+    with new_folder(directory) as folder:
+        try:
+            for path, target in _files_below(files, root, folder):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(path, str(target))
+        except OSError as error:
+            raise DataError(f"{settings.url} cannot be read ({error}); check the URL and what it needs") from error
+        if not (folder / INFO_FILE).is_file():
+            raise DataError(f"{settings.url} is not a shard set, because it holds no {INFO_FILE}; give a set's URL")
+        info = DatasetInfo.read(folder)
+        (folder / REMOTE_FILE).write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+    return info
+
+
+def _files_below(files: Any, root: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yields (remote file, its place here) of all but shards; folders of shards are not even listed."""
+    for entry in files.ls(root, detail=True):
+        path = str(entry["name"])
+        name = path.rstrip("/").rsplit("/", 1)[-1]
+        if entry["type"] == "directory":
+            if name not in _NOT_MIRRORED and not name.startswith("."):
+                yield from _files_below(files, path, folder / name)
+        elif not name.startswith("."):
+            yield path, folder / name
+
+
+class RemoteShardFiles(ShardFiles):
+    """Shards read through fsspec, a block at a time, with a cache on this node."""
+
+    def __init__(self, path_of: Callable[[int], Path], directory: Path, settings: RemoteSettings) -> None:
+        """
+        Args:
+            path_of: returns the file that a number would have in `directory`.
+            directory: of the mirror.
+            settings: of the mirror.
+        """
+        super().__init__(path_of)
+        self._directory, self._settings = directory, settings
+        self._block = settings.block_mib * _MIB
+        name = hashlib.sha256(settings.url.encode()).hexdigest()[:16]
+        self.cache = Path(os.path.expandvars(settings.cache)).expanduser() / name
+        self._cleaner = _Cleaner(self.cache, round(settings.max_gib * 1024 * _MIB))
+        self._opened: tuple[Any, str] | None = None
+        self.num_fetched = 0
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        parts = []
+        for block in range(offset // self._block, (offset + max(size, 1) - 1) // self._block + 1):
+            start = block * self._block
+            parts.append(self._read_block(number, block, max(0, offset - start), offset + size - start))
+        return b"".join(parts)
+
+    def size(self, number: int) -> int:
+        files, path = self._place(number)
+        return int(self._guarded(lambda: files.size(path)))
+
+    def forget(self, number: int) -> None:
+        """Removes the shard's blocks, in case one of them is bad."""
+        for path in self.cache.glob(f"{self._name(number)}.*"):
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Keeps nothing open."""
+
+    def _read_block(self, number: int, block: int, begin: int, end: int) -> bytes:
+        path = self.cache / f"{self._name(number)}.{block}"
+        try:
+            with path.open("rb") as stream:
+                stream.seek(begin)
+                return stream.read(min(end, self._block) - begin)
+        except FileNotFoundError:
+            content = self._fetch(number, block)
+        self._keep(path, content)
+        return content[begin:end]
+
+    def _fetch(self, number: int, block: int) -> bytes:
+        files, path = self._place(number)
+        self.num_fetched += 1
+        start = block * self._block
+        return bytes(self._guarded(lambda: files.cat_file(path, start=start, end=start + self._block)))
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        """Puts a block into the cache, whole or not at all; a full disk costs speed and nothing else."""
+        partial = path.with_name(f".{secrets.token_hex(8)}.writing")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+            partial.replace(path)
+            self._cleaner.added(len(content))
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+    def _place(self, number: int) -> tuple[Any, str]:
+        if self._opened is None:
+            self._opened = file_system_of(self._settings.url)
+        files, root = self._opened
+        return files, f"{root.rstrip('/')}/{self._relative(number)}"
+
+    def _relative(self, number: int) -> str:
+        return self._path_of(number).relative_to(self._directory).as_posix()
+
+    def _name(self, number: int) -> str:
+        return self._relative(number).replace("/", "_")
+
+    @staticmethod
+    def _guarded(call: Callable[[], Any]) -> Any:
+        """Turns whatever a file system raises into an OSError, after which a read is tried again."""
+        try:
+            return call()
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+class _Cleaner:
+    """Keeps a folder of blocks within a size; any number of processes do so at the same time."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._limit = folder, limit
+        self._added = limit  # looks at once: there may be blocks of an earlier run
+
+    def added(self, num_bytes: int) -> None:
+        """Says that a block was added; removes the oldest ones now and then."""
+        self._added += num_bytes
+        if self._added < self._limit / _LOOK_AFTER:
+            return
+        self._added = 0
+        found = []
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:
+                    continue
+                found.append((status.st_mtime_ns, status.st_size, entry.path))
+        total = sum(size for _, size, _ in found)
+        if total <= self._limit:
+            return
+        for _, size, path in sorted(found):
+            Path(path).unlink(missing_ok=True)
+            total -= size
+            if total <= self._limit * _KEEPS:
+                return
