@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,10 +14,14 @@ from megatron_ove.vocabulary import VOCABULARY_FILE, vocabulary_path
 _SIZES = {"num_attention_heads": "heads", "ffn_hidden_size": "mlp"}
 """Fields of encoders that are worth a word, where they have them."""
 
+_SAMPLES = 24
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from megatron_ove.planning.packing_report import PackingFigures
+    from megatron_ove.report.set_statistics import Distribution, SetStatistics
+    from megatron_ove.shards.shard_set import ShardSet
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -31,6 +36,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "path", help="checkpoint (holds manifest.json), run folder, shard set (holds dataset.json), or YAML file"
     )
     parser.add_argument("--verify", action="store_true", help="also read every file and check its content")
+    parser.add_argument(
+        "--page",
+        metavar="FILE.html",
+        help="of a shard set: also write a page with samples, their labels, texts and boxes, and statistics; it needs "
+        "no other file",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help=f"of the page: samples, drawn evenly over the set (default: {_SAMPLES}, or none where --key names some)",
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="of the page: draws other samples (default: 0)")
+    parser.add_argument("--key", nargs="+", metavar="KEY", help="of the page: show the samples of these keys, first")
     parser.add_argument(
         *("--replicas", "-r"),
         **{"type": int, "nargs": "+", "default": [1, 2, 4, 8], "metavar": "N"},
@@ -54,10 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not path.exists():
         raise DataError(f"{path} does not exist, so there is nothing to describe; check the path")
+    _check_page_options(arguments)
+    if (path / "dataset.json").exists():
+        return _describe_shard_set(arguments)
+    if arguments.page is not None:
+        raise DataError(f"--page shows samples, and {path} is no shard set (it holds no dataset.json); leave it out")
     if path.suffix in (".yaml", ".yml"):
         return _describe_packing(arguments)
-    if (path / "dataset.json").exists():
-        return _print(f"shard set {path}", *_describe_shard_set(path, verify=arguments.verify))
     if not (path / MANIFEST_NAME).exists():
         checkpoints = [folder for folder in checkpoints_at(path) if folder != path]
         if not checkpoints:
@@ -155,32 +177,115 @@ def _stored_sizes(path: Path) -> dict[str, Any]:
     return {name: item.size for name, item in metadata.items() if isinstance(item, TensorStorageMetadata)}
 
 
-def _describe_shard_set(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
-    """Returns what to print and what is wrong."""
+def _check_page_options(arguments: argparse.Namespace) -> None:
+    """Raises DataError for options of the page that cannot be, or that nothing would read."""
+    from megatron_ove.errors import DataError
+    from megatron_ove.report.set_page import MAX_SAMPLES
+
+    of_page = {"--samples": arguments.samples, "--seed": arguments.seed, "--key": arguments.key}
+    given = [name for name, value in of_page.items() if value is not None]
+    if arguments.page is None:
+        if given:
+            raise DataError(f"{given[0]} says what a page shows, and no page is asked for; add --page FILE.html")
+        return
+    if Path(arguments.page).suffix.lower() not in (".html", ".htm"):
+        raise DataError(f"--page {arguments.page} does not end in .html, as a page does; give another name")
+    count = len(arguments.key or ()) + (arguments.samples or 0)
+    if count > MAX_SAMPLES or (arguments.samples or 0) < 0:
+        raise DataError(
+            f"--samples and --key ask for {count:,} samples, but a page that a browser can show has 0 to "
+            f"{MAX_SAMPLES:,}; ask for fewer"
+        )
+    if (arguments.seed or 0) < 0:
+        raise DataError(f"--seed {arguments.seed} is below 0; give a whole number from 0 on")
+
+
+def _describe_shard_set(arguments: argparse.Namespace) -> int:
+    """Prints a table, or what is wrong, and writes the page if one is asked for."""
+    from megatron_ove.errors import DataError
+    from megatron_ove.report.set_statistics import measure_shard_set
     from megatron_ove.shards.shard_set import ShardSet
     from megatron_ove.shards.validation import validate_shard_set
 
-    problems = validate_shard_set(path, deep=verify)
-    if problems:
-        return {}, problems
-    shards = ShardSet.open(path)
+    path = Path(arguments.path)
+    problems = validate_shard_set(path, deep=arguments.verify)
+    if problems and arguments.page is None:
+        return _print(f"shard set {path}", {}, problems)
+    try:
+        shards = ShardSet.open(path)
+    except DataError:  # then this is what the problems are
+        left_out = f"{arguments.page} was not written, because the set cannot be opened"
+        return _print(f"shard set {path}", {}, [*problems, left_out])
+    try:
+        vocabulary = shards.read_vocabulary()
+    except DataError:  # it is among the problems
+        vocabulary = None
+    words, statistics = None if vocabulary is None else vocabulary.words, measure_shard_set(shards)
+    if arguments.page is not None:
+        _write_page(arguments, shards, statistics, words, problems)
+    rows = {} if problems else _rows_of_set(shards, statistics, words)
+    return _print(f"shard set {path}", rows, problems)
+
+
+def _write_page(
+    arguments: argparse.Namespace,
+    shards: ShardSet,
+    statistics: SetStatistics,
+    words: Sequence[str] | None,
+    problems: Sequence[str],
+) -> None:
+    from megatron_ove.report.set_page import draw_rows, find_rows, write_set_page
+
+    named = find_rows(shards, arguments.key or ())
+    count = arguments.samples if arguments.samples is not None else (0 if named else _SAMPLES)
+    drawn = draw_rows(len(shards), count, arguments.seed or 0)
+    page = write_set_page(
+        shards,
+        arguments.page,
+        statistics=statistics,
+        rows=list(dict.fromkeys([*named, *drawn])),
+        words=words,
+        problems=problems,
+        was_verified=arguments.verify,
+    )
+    sys.stdout.write(f"{page}\n")
+
+
+def _rows_of_set(shards: ShardSet, statistics: SetStatistics, words: Sequence[str] | None) -> dict[str, str]:
+    from megatron_ove.report.set_page import share_sentences
+    from megatron_ove.report.set_samples import label_word
+
     info = shards.info
-    files = [file for file in path.rglob("*") if file.is_file()]
-    words = shards.read_vocabulary()
-    named = {} if words is None else {"words": f"{len(words):,} ({VOCABULARY_FILE})"}
-    if words is None and info.kind == "ocr":
-        named = {"words": f"not known: it holds no {VOCABULARY_FILE}"}
-    patches, labels = shards.num_patches, (shards.labels >= 0).sum(axis=1)
-    return {
-        "kind": info.kind,
-        "samples": f"{info.num_samples:,}",
-        "classes": f"{info.num_classes:,}",
-        **named,
-        "labels per sample": f"{labels.min()} to {labels.max()} of {info.label_width}",
-        "patches per sample": f"{patches.min()} to {patches.max()}, mean {patches.mean():.1f}",
-        "members": ", ".join(info.members) if len(info.members) < 8 else f"{len(info.members)} files per sample",
-        "size": _size(sum(file.stat().st_size for file in files), len(files)),
-    }, []
+    files = [file for file in shards.directory.rglob("*") if file.is_file()]
+    rows = {"kind": info.kind, "samples": f"{info.num_samples:,}"}
+    if info.has_pages:
+        rows["pages"] = f"{info.num_pages:,}"
+    if info.num_classes:
+        rows["classes"] = f"{info.num_classes:,}"
+    if words is not None:
+        rows["words"] = f"{len(words):,} ({VOCABULARY_FILE})"
+    elif info.kind == "ocr":
+        rows["words"] = f"not known: it holds no {VOCABULARY_FILE}"
+    if info.label_width:
+        rows["label slots"] = f"{info.label_width} a sample"
+    where = f", in {statistics.num_parts:,} parts" if statistics.num_parts else ""
+    rows["shards"] = f"{statistics.num_shards:,}, {statistics.shard_bytes / 2**20:,.1f} MiB{where}"
+    rows["members"] = ", ".join(info.members) if len(info.members) < 8 else f"{len(info.members)} files per sample"
+    rows["size"] = _size(sum(file.stat().st_size for file in files), len(files))
+    rows |= {one.name: _spread(one) for one in statistics.distributions}
+    if statistics.labels and statistics.labels.most_common:
+        common = [f"{label_word(label, words)} ({n:,})" for label, n in statistics.labels.most_common[:10]]
+        rows["most common classes"] = ", ".join(common)
+    rows["shares"] = " ".join(share_sentences(statistics))
+    rows["statistics"] = statistics.basis
+    return {name: text for name, text in rows.items() if text}
+
+
+def _spread(one: Distribution) -> str:
+    from megatron_ove.report.curves import format_number
+
+    low, middle, mean, high = map(format_number, (one.minimum, one.median, one.mean, one.maximum))
+    return low if low == high else f"{low} to {high}, median {middle}, mean {mean}"
 
 
 def _describe_packing(arguments: argparse.Namespace) -> int:

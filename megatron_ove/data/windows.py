@@ -1,4 +1,4 @@
-"""`Windows`: which part of each picture is seen, how large, and whether mirrored."""
+"""Which part of each picture is seen, how large, and whether mirrored; which patches of it boxes touch."""
 
 from __future__ import annotations
 
@@ -56,3 +56,38 @@ def visible_share(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     inside = np.clip(corners[:, 2:], 0, edges) - np.clip(corners[:, :2], 0, edges)
     whole = corners[:, 2:] - corners[:, :2]
     return inside.prod(axis=1) / np.maximum(whole.prod(axis=1), np.finfo(np.float64).tiny)
+
+
+def boxes_to_patches(corners: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """Returns which patches of a picture are touched by a box, [rows, columns] bool.
+
+    The grid divides the picture evenly, so a picture that is stretched to whole patches keeps its patches. A box
+    touches a patch if they share some area; what of a box lies outside the picture touches nothing.
+
+    Args:
+        corners: [k, 4], (left, top, right, bottom) in pixels of the picture; right and bottom exclusive.
+        size: (height, width) of the picture in pixels; of a picture whose last patches are filled up, with the filling.
+        grid: (rows, columns) of patches.
+    """
+    rows, columns = grid
+    left, top, right, bottom = corners.astype(np.float64).reshape(-1, 4).T
+    first_row, last_row = _touched(top, bottom, rows, size[0])
+    first_column, last_column = _touched(left, right, columns, size[1])
+    is_there = (first_row < last_row) & (first_column < last_column)
+    # Each box adds 1 from its first corner on and takes it away behind the others, so sums count boxes, however many.
+    steps = np.zeros((rows + 1, columns + 1), dtype=np.int64)
+    for row, column, step in (
+        (first_row, first_column, 1),
+        (first_row, last_column, -1),
+        (last_row, first_column, -1),
+        (last_row, last_column, 1),
+    ):
+        np.add.at(steps, (row[is_there], column[is_there]), step)
+    return steps.cumsum(axis=0).cumsum(axis=1)[:rows, :columns] > 0
+
+
+def _touched(start: np.ndarray, stop: np.ndarray, count: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first patch of a row or column that each piece [start, stop) touches, and the one behind the last."""
+    first = np.clip(np.floor(start * count / pixels), 0, count).astype(np.int64)
+    last = np.clip(np.ceil(stop * count / pixels), 0, count).astype(np.int64)
+    return first, np.where(start < stop, last, first)

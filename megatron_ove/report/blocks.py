@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import assert_never
 
+from megatron_ove import __version__
 from megatron_ove.errors import DataError
 from megatron_ove.report.pictures import data_uri, picture_size
 from megatron_ove.report.sections import (
@@ -17,6 +20,32 @@ from megatron_ove.report.sections import (
     WordBlock,
     WordColumn,
 )
+
+
+def draw_page(title: str, parts: Sequence[str], *, head: str = "") -> str:
+    """Returns a whole page.
+
+    Args:
+        title: of the window.
+        parts: HTML of the body; "" is left out.
+        head: HTML that goes before the title.
+    """
+    style = resources.files("megatron_ove.report").joinpath("style.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"{head}<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"{chr(10).join(part for part in parts if part)}\n"
+        f"<footer>megatron_ove {escape(__version__)}</footer>\n</body>\n</html>\n"
+    )
+
+
+def draw_header(title: str, introduction: str = "", highlights: Sequence[tuple[str, str]] = ()) -> str:
+    """Returns the head of a page; `highlights` are (figure, what it is), shown large."""
+    paragraph = f"<p>{escape(introduction)}</p>" if introduction else ""
+    figures = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(figure)}</dd></div>" for figure, what in highlights)
+    listing = f'<dl class="highlights">{figures}</dl>' if figures else ""
+    return f"<header><h1>{escape(title)}</h1>{paragraph}{listing}</header>"
 
 
 def draw_section(section: Section, folder: Path) -> str:

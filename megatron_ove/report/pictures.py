@@ -15,8 +15,12 @@ TAGGED, UNTAGGED = (20, 120, 90), (150, 150, 150)
 
 def data_uri(path: Path) -> str:
     """Returns the file at `path` as a data URI, so that the page needs no other file."""
-    content = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f"data:{_MIME_TYPES[path.suffix.lower()]};base64,{content}"
+    return content_uri(path.read_bytes(), _MIME_TYPES[path.suffix.lower()])
+
+
+def content_uri(content: bytes, mime_type: str) -> str:
+    """Returns the content of a file as a data URI."""
+    return f"data:{mime_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def picture_size(path: Path) -> tuple[int, int]:

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 
-from megatron_ove import __version__
 from megatron_ove.data.bad_samples import FOLDER_NAME as BAD_SAMPLES_FOLDER
 from megatron_ove.data.bad_samples import read_bad_samples
 from megatron_ove.rejects import count_rejects
-from megatron_ove.report.blocks import draw_section, draw_table
+from megatron_ove.report.blocks import draw_header, draw_page, draw_section, draw_table
 from megatron_ove.report.curves import Level, Marker, format_number, line_chart
 from megatron_ove.report.metrics_log import (
     CHANCE_PREFIX,
@@ -65,30 +63,18 @@ def write_run_report(run_dir: str | Path, output: str | Path | None = None) -> P
     folder = Path(run_dir)
     log, extras = read_metrics(folder / "metrics.jsonl"), read_extras(folder)
     title = extras.title or f"Run {folder.resolve().name}"
-    parts = [_header(title, extras), _curves(log, extras), _held_out(log, extras), time_use(log)]
+    parts = [
+        draw_header(title, extras.introduction, extras.highlights),
+        _curves(log, extras),
+        _held_out(log, extras),
+        time_use(log),
+    ]
     parts += [draw_section(section, (folder / EXTRAS_FILE).parent) for section in extras.sections]
     parts += [_rejects(folder), _configuration(folder)]
-    style = resources.files("megatron_ove.report").joinpath("style.css").read_text(encoding="utf-8")
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"{chr(10).join(part for part in parts if part)}\n"
-        f"<footer>megatron_ove {escape(__version__)}</footer>\n</body>\n</html>\n"
-    )
     target = Path(output) if output else folder / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    target.write_text(draw_page(title, parts), encoding="utf-8")
     return target.resolve()
-
-
-def _header(title: str, extras: ReportExtras) -> str:
-    introduction = f"<p>{escape(extras.introduction)}</p>" if extras.introduction else ""
-    highlights = "".join(
-        f"<div><dt>{escape(what)}</dt><dd>{escape(figure)}</dd></div>" for figure, what in extras.highlights
-    )
-    listing = f'<dl class="highlights">{highlights}</dl>' if highlights else ""
-    return f"<header><h1>{escape(title)}</h1>{introduction}{listing}</header>"
 
 
 def _curves(log: MetricsLog, extras: ReportExtras) -> str:
