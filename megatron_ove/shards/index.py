@@ -1,8 +1,8 @@
 """The index of a shard set: what is known of a sample without reading it, and where its members lie.
 
-What plans are made of (sizes in pixels, patches, pages) is read into memory, at most 20 bytes for a sample with one
-page: a step takes samples from all over a set, and each would be a cold page of a network disk. All else is mapped,
-one record a sample, so that reading a sample takes one page of it. How it lies on disk: docs/data_format.md.
+What plans are made of (sizes in pixels, patches, where pages begin) is read into memory, 16 bytes for a sample with one
+page: a step takes samples from all over a set, and each would be a cold page of a network disk. All else is mapped, one
+record a sample, so that reading a sample takes one page of it. How it lies on disk: docs/data_format.md.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ PAGE_COUNT = "num_pages"
 PAGE_COLUMNS = {"page_width": "<i4", "page_height": "<i4"}
 """What is in memory of pages, one number a page; `PAGE_COUNT` says how many a sample has."""
 PAGE_BYTES = "page_bytes"
+_CHUNK = 1 << 20
 SHARD_TYPE = np.dtype([("first_row", "<u8"), ("end", "<u8")])
 """Of a shard: its first sample, and the byte behind its last member's data."""
 INDEX_FILES = (ROWS, KEYS, SHARDS, PARTS, *SIZE_COLUMNS, PAGE_COUNT, *PAGE_COLUMNS, PAGE_BYTES)
@@ -130,10 +131,12 @@ class MappedIndex(ShardIndex):
         sizes = (PAGE_COUNT,) if info.has_pages else tuple(SIZE_COLUMNS)
         super().__init__(info, directory, {**columns, **{name: arrays[name] for name in (KEYS, *sizes)}})
         self._arrays = arrays
-        self._shards = np.array(arrays[SHARDS])  # 16 bytes for some thousand samples
+        # Some bytes for thousands of samples; as plain arrays, which a search need not convert each time.
+        self._shard_firsts = arrays[SHARDS]["first_row"].astype(np.int64)
+        self._shard_ends = arrays[SHARDS]["end"].astype(np.int64)
         self._first_page = np.zeros(1, dtype=np.int64)
         if info.has_pages:
-            self._first_page = np.concatenate([self._first_page, np.cumsum(arrays[PAGE_COUNT], dtype=np.int64)])
+            self._first_page = _summed_up(arrays[PAGE_COUNT])
 
     @property
     def first_page(self) -> np.ndarray:
@@ -142,7 +145,7 @@ class MappedIndex(ShardIndex):
     @property
     def shard_firsts(self) -> np.ndarray:
         """[shards] int64: the first sample of each."""
-        return self._shards["first_row"].astype(np.int64)
+        return self._shard_firsts
 
     @property
     def page_widths(self) -> np.ndarray:
@@ -156,7 +159,7 @@ class MappedIndex(ShardIndex):
         return range(int(self.first_page[row]), int(self.first_page[row + 1]))
 
     def shard_of(self, row: int) -> int:
-        return int(np.searchsorted(self._shards["first_row"], row, side="right")) - 1
+        return int(np.searchsorted(self._shard_firsts, row, side="right")) - 1
 
     def shard_path(self, shard: int) -> Path:
         parts = self._arrays.get(PARTS)
@@ -172,32 +175,47 @@ class MappedIndex(ShardIndex):
         return self._arrays[PARTS]["first_shard"].astype(np.int64)
 
     def shard_end(self, shard: int) -> int:
-        return int(self._shards["end"][shard])
+        return int(self._shard_ends[shard])
 
     def shard_rows(self) -> Mapping[int, range]:
-        bounds = [*self._shards["first_row"].tolist(), self.info.num_samples]
+        bounds = [*self._shard_firsts.tolist(), self.info.num_samples]
         return {i: range(first, stop) for i, (first, stop) in enumerate(pairwise(bounds))}
 
     def place(self, row: int, member: str) -> tuple[int, int]:
-        offset, number = int(self.columns["offset"][row]), 0
-        sizes = self.columns["sizes"][row]
+        record = self._arrays[ROWS][row]
+        offset, sizes = int(record["offset"]), iter(record["sizes"].tolist())
         for name in self.info.members:
-            if name == layout.PAGES_MEMBER:
-                pages = self._page_bytes(row)
-                page = layout.page_of_member(member)
-                if page is not None and page < len(pages):
-                    return offset + int(padded(pages[:page]).sum()), int(pages[page])
-                offset += int(padded(pages).sum())
+            if name != layout.PAGES_MEMBER:
+                size = next(sizes)
+                if name == member:
+                    return offset, size
+                offset += _stride(size)
                 continue
-            if name == member:
-                return offset, int(sizes[number])
-            offset += int(padded(sizes[number]))
-            number += 1
+            wanted = layout.page_of_member(member)
+            for page, size in enumerate(self._page_bytes(row)):
+                if page == wanted:
+                    return offset, size
+                offset += _stride(size)
         raise KeyError(f"samples of {self.directory} have no member {member}")
 
-    def _page_bytes(self, row: int) -> np.ndarray:
+    def _page_bytes(self, row: int) -> list[int]:
         pages = self.page_range(row)
-        return self._arrays[PAGE_BYTES][pages.start : pages.stop]
+        return self._arrays[PAGE_BYTES][pages.start : pages.stop].tolist()
+
+
+def _summed_up(counts: np.ndarray) -> np.ndarray:
+    """Returns 0 and the sum up to each count, [n + 1] int64; a piece at a time, or numpy would take as much again."""
+    sums = np.zeros(len(counts) + 1, dtype=np.int64)
+    for start in range(0, len(counts), _CHUNK):
+        own = sums[start + 1 : start + 1 + _CHUNK]
+        np.cumsum(counts[start : start + _CHUNK], out=own)
+        own += sums[start]
+    return sums
+
+
+def _stride(size: int) -> int:
+    """Returns `padded` of one size."""
+    return -(-size // layout.TAR_BLOCK) * layout.TAR_BLOCK + layout.TAR_BLOCK
 
 
 class ColumnIndex(ShardIndex):
@@ -241,7 +259,7 @@ def load_arrays(info: DatasetInfo, directory: Path) -> dict[str, np.ndarray]:
         DataError: one of them is missing or unreadable.
     """
     return {
-        name: _load(directory / "index" / f"{name}.npy", in_memory=name in (*SIZE_COLUMNS, PAGE_COUNT, *PAGE_COLUMNS))
+        name: _load(directory / "index" / f"{name}.npy", in_memory=name in (*SIZE_COLUMNS, *PAGE_COLUMNS))
         for name in index_files(info)
     }
 

@@ -77,7 +77,7 @@ class JoinedIndex(ShardIndex):
         """
         self._indexes = tuple(indexes)
         info = _common_info(indexes)
-        in_memory = (*files.SIZE_COLUMNS, files.PAGE_COUNT)
+        in_memory = tuple(files.SIZE_COLUMNS)
         shared = set.intersection(*(set(index.columns) for index in indexes)) - {"offset", "offsets", "sizes", "shard"}
         columns: dict[str, Any] = {}
         for name in shared:

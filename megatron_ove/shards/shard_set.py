@@ -145,7 +145,7 @@ class ShardSet:
 
     @property
     def num_pages(self) -> np.ndarray:
-        """[n] int32: pages of each document."""
+        """[n] int32: pages of each document; memory-mapped."""
         return self.columns["num_pages"]
 
     def page_sizes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,8 +158,8 @@ class ShardSet:
             [n] int64, pages of each; [all of them, 2] int64, (height, width) of each in pixels, one document's after
             the other's.
         """
-        counts = self.num_pages[rows].astype(np.int64)
         firsts = self.index.first_page[rows]
+        counts = self.index.first_page[rows + 1] - firsts
         places = np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
         sizes = np.stack([self.index.page_heights[places], self.index.page_widths[places]], axis=1)
         return counts, sizes.astype(np.int64)

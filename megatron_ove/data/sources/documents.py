@@ -58,7 +58,7 @@ class DocumentSource(DataSource):
         return counts, sizes, native_grids(sizes[:, 0], sizes[:, 1], self.patch_size, budgets)
 
     def picture_members(self, rows: np.ndarray, seeds: np.ndarray) -> list[tuple[int, str]]:
-        counts = self.shards.num_pages[rows].tolist()
+        counts = self.shards.page_sizes(rows)[0].tolist()
         return [
             (row, page_member(page)) for row, count in zip(rows.tolist(), counts, strict=True) for page in range(count)
         ]
