@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ def write_documents(
     settings: Mapping[str, Any],
     judged: Collection[object],
     title: str,
-    total: int | None = None,
     make_task: Callable[[], Callable[[Any], PreparedDocument]] | None = None,
     files: Mapping[str, bytes] | None = None,
     num_classes: int = 0,
@@ -69,12 +68,11 @@ def write_documents(
 
     Args:
         arguments: those of `add_document_options`, and `output`.
-        make_inputs: yields `DocumentInput`s in the order of the set, none of which is held for long; what it cannot
-            make one of it records itself.
+        make_inputs: gives `DocumentInput`s in the order of the set, a list or a stream of which few are held; what it
+            cannot make one of it records itself.
         settings: see `shard_output`.
         judged: files whose earlier rejects are judged again.
         title: beside the progress.
-        total: number of inputs, if known.
         make_task: makes what turns an input into a `PreparedDocument`; None = a `DocumentPreparer`.
         files: companion files of the set, name -> content.
         num_classes: of the labels; 0 = there are none.
@@ -91,13 +89,14 @@ def write_documents(
         with shard_output(arguments, settings, **options) as writer:
             for name, content in (files or {}).items():
                 writer.add_file(name, content)
+            inputs = make_inputs(rejects)
             stream = run_over_stream(
                 make_task or preparer_of(arguments),
-                make_inputs(rejects),
+                inputs,
                 title=title,
                 workers=arguments.workers,
                 rejects=rejects,
-                total=total,
+                total=len(inputs) if isinstance(inputs, Sized) else None,
             )
             for item, made in stream:
                 labels = getattr(item, "labels", None)
