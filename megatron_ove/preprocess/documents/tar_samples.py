@@ -153,11 +153,12 @@ class TarSamples:
                             yield sample
                         sample = _Sample(name)
                     self._add(tar, member, sample, rest, path)
-                problem = _end_problem(tar)
+                problem, is_cut = _end_problem(tar)
         except _READ_ERRORS as error:
-            problem = f"is truncated or damaged ({error}), or is no tar"
-            if sample is not None:
-                sample.problem = sample.problem or f"{path}/{sample.name} is cut off by the end of a damaged tar"
+            problem, is_cut = f"is truncated or damaged ({error}), or is no tar", True
+        if sample is not None and is_cut:
+            reason = f"{path}/{sample.name} is the last one before the damage of its tar, so it may lack members"
+            sample.problem = sample.problem or reason
         if sample is not None:
             yield sample
         if problem:
@@ -208,18 +209,21 @@ def _problem(member: tarfile.TarInfo, sample: _Sample) -> str:
     return ""
 
 
-def _end_problem(tar: tarfile.TarFile) -> str:
-    """Returns what is wrong where a tar seemed to end, as part of a sentence; "" if it ended as one does."""
+def _end_problem(tar: tarfile.TarFile) -> tuple[str, bool]:
+    """Returns what is wrong where a tar seemed to end, as part of a sentence, and whether it is cut off there.
+
+    "" if it ended as a tar does.
+    """
     end = getattr(tar, "end", None)
     if isinstance(end, tarfile.EOFHeaderError):
         stream = tar.fileobj
         while stream is not None and (piece := stream.read(_PIECE)):
             if piece.strip(b"\0"):
-                return "has more behind its end, which is not read, as if two tars were joined"
-        return ""
+                return "has more behind its end, which is not read, as if two tars were joined", False
+        return "", False
     if isinstance(end, tarfile.EmptyHeaderError):
-        return "lacks the zeros that end a tar, so it may be truncated"
-    return f"is damaged: where a member should begin there is none ({end})"
+        return "lacks the zeros that end a tar, so it may be truncated", True
+    return f"is damaged: where a member should begin there is none ({end})", True
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
