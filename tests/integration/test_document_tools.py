@@ -87,7 +87,10 @@ def test_pages_of_ocr_keep_their_lines_boxes_and_the_labels_of_step_3(tmp_path: 
     assert found["g"].lines.corners.tolist() == [[35, 15, 40, 20]]  # cut at the page's edge
     assert run_script("ocr/3_write_page_shards.py", lines, tmp_path / "ocr", *labels, *_options(tmp_path)) == 0
     assert np.array_equal(ShardSet.open(tmp_path / "set").labels, ShardSet.open(tmp_path / "ocr").labels)
-    assert (tmp_path / "set/vocabulary.json").read_bytes() == (tmp_path / "ocr/vocabulary.json").read_bytes()
+    _run_in_tasks(_OCR, tmp_path / "many", lines, None, *labels, "--longest-side", 40, count=5)
+    assert samples_of(tmp_path / "many") == samples_of(tmp_path / "set")
+    for folder in ("many", "set"):
+        assert (tmp_path / folder / "vocabulary.json").read_bytes() == (tmp_path / "ocr/vocabulary.json").read_bytes()
     reasons = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     mine, theirs = (
         sorted((record["file"], record["reason"]) for record in reasons if record["stage"] == stage)

@@ -72,7 +72,7 @@ def test_all_forms_of_a_record_are_read_and_others_are_named() -> None:
         ({"text": "ab", "words": [[0, 0, math.nan, 5, 5, 0, 2]]}, "its json has words[0]"),
         ({"text": "ab", "words": [[0, 0, 0, 5, 5, 0, 3]]}, "which is no piece of a text of 2 characters"),
         ({"text": "ab", "words": ["ab"]}, "its json has words[0]"),
-        ({"turns": {"question": "a"}}, "which is no list"),
+        ({"turns": {"question": "a"}}, "it has turns = {"),
         ({"turns": [{"question": "a", "answer": 3}]}, "its json has turns[0].answer = 3"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "are no questions with an answer each"),
         ({"conversations": [{"from": "dog", "value": "a"}]}, "said neither by human, user nor by"),

@@ -21,7 +21,6 @@ from megatron_ove.preprocess.documents.writing import (
     range_of,
     write_documents,
 )
-from megatron_ove.preprocess.input_files import state_of
 from megatron_ove.preprocess.shard_output import names_digest
 from megatron_ove.preprocess.tool_arguments import report, run_tool
 
@@ -60,7 +59,7 @@ def _write_table(arguments: argparse.Namespace) -> None:
     write_documents(
         arguments,
         lambda rejects: table.inputs(places),
-        settings=_settings(arguments, names_digest(state_of(arguments.input.stat()))),
+        settings=_settings(arguments, table.digest()),
         judged=[arguments.input],
         title=f"writing {len(places)} documents",
     )

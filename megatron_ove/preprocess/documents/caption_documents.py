@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -70,6 +71,11 @@ class CaptionTable:
     """A table of JSON lines with `file` and what is known of it; relative files lie beside the table."""
 
     path: Path
+
+    def digest(self) -> str:
+        """Returns what changes with the table's content, wherever it lies."""
+        with self.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def count(self) -> int:
         """Returns the number of lines that are not empty.

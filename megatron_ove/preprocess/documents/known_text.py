@@ -96,12 +96,16 @@ def document_of(record: Mapping[str, Any], *, captions: Sequence[str] = ()) -> K
         *_captions(present.pop("caption", [])),
         *_captions(present.pop("captions", [])),
     ]
-    turns, ignored = _turns(present.pop("turns", [])), []
-    for name in CONVERSATION_ENTRIES:
-        if name in present:
-            found, left_out = turns_of_conversation(present.pop(name), name)
-            turns += found
-            ignored += [f"{name} of a system"] * left_out
+    turns: list[dict[str, Any]] = []
+    ignored: list[str] = []
+    for name in ("turns", *CONVERSATION_ENTRIES):
+        value = present.pop(name, [])
+        if name == "turns" and _are_turns(value):
+            turns += value
+            continue
+        found, left_out = turns_of_conversation(value, name)
+        turns += found
+        ignored += [f"{name} of a system"] * left_out
     data = {name: present.pop(name) for name in ("text", *BOX_UNITS) if name in present}
     if isinstance(data.get("text"), str) and not data["text"].strip():
         data["text"] = ""
@@ -175,13 +179,9 @@ def _captions(value: object) -> list[str]:
     return [one.strip() for one in captions if one.strip()]
 
 
-def _turns(value: object) -> list[Any]:
-    """Returns turns in the form of a document; a conversation under this name is one too."""
-    if isinstance(value, list) and value and not all(isinstance(turn, Mapping) and "answer" in turn for turn in value):
-        return turns_of_conversation(value, "turns")[0]
-    if not isinstance(value, list):
-        raise DataError(f"it has turns = {_shown(value)}, which is no list; correct it")
-    return list(value)
+def _are_turns(value: object) -> bool:
+    """Whether it has the form of a document's own turns; else it may be a conversation."""
+    return isinstance(value, list) and all(isinstance(turn, Mapping) and "answer" in turn for turn in value)
 
 
 def _content(value: object) -> str:
