@@ -391,17 +391,17 @@ def test_a_mistake_is_a_sentence_and_leaves_no_set(
 def test_drawn_documents_do_not_depend_on_workers_and_tasks_not_even_after_a_kill(tmp_path: Path) -> None:
     options = [
         "--count",
-        16,
+        12,
         "--size",
-        224,
-        160,
+        168,
+        112,
         "--looks",
         "printed",
         "degraded=0.2",
         "--seed",
         3,
         "--samples-per-shard",
-        2,
+        1,
     ]
     assert run_script(_RENDER, tmp_path / "one", *options, *_options(tmp_path)) == 0
     assert not validate_shard_set(tmp_path / "one", deep=True)

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.documents.arrow_files import list_data_files
-from megatron_ove.preprocess.documents.arrow_rows import Columns, choose_columns
+from megatron_ove.preprocess.documents.arrow_rows import Columns, RowDocuments, choose_columns
 from megatron_ove.preprocess.documents.known_text import KnownText, document_of, document_of_texts
 from megatron_ove.preprocess.documents.ocr_documents import document_of_lines
 from megatron_ove.preprocess.documents.preparing import DocumentInput, DocumentPreparer, PageBytes
@@ -333,6 +333,19 @@ def test_files_of_a_data_set_are_those_that_its_state_names(tmp_path: Path) -> N
     state.write_text("{")
     with pytest.raises(DataError, match="does not say which files"):
         list_data_files(tmp_path)
+
+
+def test_a_row_that_is_not_utf8_is_refused_and_those_beside_it_are_used(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    captions = arrow.array([b"one", b"\xff\xfe", b"three"]).view(arrow.string())
+    table = arrow.table({"image": [picture(number) for number in range(3)], "caption": captions})
+    path = tmp_path / "a.arrow"
+    with arrow.OSFile(str(path), "wb") as file, arrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    items = list(RowDocuments({"a.arrow": path}, Columns("image", caption="caption")).inputs())
+    assert items[1].problem.startswith(f"{path}/row 1 is damaged, or has a text that is not UTF-8")
+    assert [bool(item.problem) for item in items] == [False, True, False]
+    assert [item.known for item in items if not item.problem] == [{"captions": "one"}, {"captions": "three"}]
 
 
 @pytest.mark.parametrize("language", languages())

@@ -103,10 +103,13 @@ def read_schema(path: Path) -> Any:
     arrow = require_pyarrow()
     try:
         if path.suffix == PARQUET:
-            return arrow.parquet.read_schema(path)
-        with arrow.memory_map(str(path)) as source:
-            return _open_arrow(arrow, source, path).schema
-    except (arrow.ArrowException, OSError) as error:
+            schema = arrow.parquet.read_schema(path)
+        else:
+            with arrow.memory_map(str(path)) as source:
+                schema = _open_arrow(arrow, source, path).schema
+        assert isinstance(schema.names, list)  # which decodes them
+        return schema
+    except (arrow.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from error
 
 
@@ -132,8 +135,17 @@ def read_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
                 yield batch.select(list(columns))
             if not hasattr(reader, "num_record_batches") and not _has_end(path):
                 raise DataError(f"{path} lacks the mark that ends a stream, so rows may be missing; copy it again")
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from error
+
+
+def is_sound(batch: Any) -> bool:
+    """Whether every value of a `pyarrow.RecordBatch` is where its file says; reading others can end the process."""
+    try:
+        batch.validate(full=True)
+    except (require_pyarrow().ArrowException, ValueError):
+        return False
+    return True
 
 
 def _open_arrow(arrow: Any, source: Any, path: Path) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.documents.arrow_files import read_batches, read_schema, require_pyarrow
+from megatron_ove.preprocess.documents.arrow_files import is_sound, read_batches, read_schema, require_pyarrow
 from megatron_ove.preprocess.documents.known_text import CONVERSATION_ENTRIES
 from megatron_ove.preprocess.documents.preparing import DocumentInput, PageBytes
 from megatron_ove.preprocess.documents.writing import input_refused
@@ -115,8 +115,14 @@ class RowDocuments:
                     raise DataError(f"{path} has no column '{missing[0]}', which other files of the data set have")
                 for batch in read_batches(path, self.columns.used):
                     # Not the batch as a whole: one of save_to_disk may have a thousand pictures.
+                    is_batch_sound = is_sound(batch)
                     for place in range(batch.num_rows):
-                        yield self._input(batch, place, name, path, row)
+                        if is_batch_sound or is_sound(batch.slice(place, 1)):
+                            yield self._input(batch, place, name, path, row)
+                        else:
+                            file = f"{path}/row {row}"
+                            reason = f"{file} is damaged, or has a text that is not UTF-8; copy or repair the data set"
+                            yield input_refused(file, reason)
                         row += 1
             except DataError as error:
                 yield input_refused(str(path), str(error))
@@ -129,8 +135,6 @@ class RowDocuments:
             record = _record(values, self.columns)
         except DataError as error:
             return input_refused(file, f"{file} {error}")
-        except UnicodeDecodeError as error:  # pyarrow believes what a file says of its texts
-            return input_refused(file, f"{file} has a text that is not UTF-8 ({error}); repair the data set")
         return DocumentInput(sample_key(f"{name}/row {row}."), file, pages, record)
 
 
