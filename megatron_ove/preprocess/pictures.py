@@ -17,6 +17,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -223,6 +224,21 @@ def _ground(pixels: np.ndarray) -> tuple[int, int, int]:
     return _BLACK if light and weight.min() < 255 else _WHITE
 
 
+@dataclass(frozen=True)
+class PreparedPicture:
+    """A picture as it is stored.
+
+    Attributes:
+        jpeg: the file.
+        original: (height, width) in pixels before it was scaled, upright.
+        stored: (height, width) of `jpeg`.
+    """
+
+    jpeg: bytes
+    original: tuple[int, int]
+    stored: tuple[int, int]
+
+
 class JpegPreparer:
     """Any picture -> the bytes of an RGB or grey JPEG that fits a shard.
 
@@ -235,17 +251,31 @@ class JpegPreparer:
 
     def __call__(self, file: InputFile) -> bytes:
         """Raises `DataError` when the file is no usable picture."""
+        return self.prepare_file(file).jpeg
+
+    def prepare_file(self, file: InputFile) -> PreparedPicture:
+        """Returns the JPEG with its sizes; raises `DataError` when the file is no usable picture."""
         with _opened(file.path) as stream:
-            # Decoded in any case, which proves that it can be, to its end.
-            picture = _decode(stream, name=str(file.path), sheet=file.sheet, suffix=file.suffix)
-            content = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
+            return self._prepare(stream, name=str(file.path), sheet=file.sheet, suffix=file.suffix)
+
+    def prepare_bytes(self, content: bytes, *, name: str) -> PreparedPicture:
+        """As `prepare_file` of a picture file's `content`; `name` is used in error sentences."""
+        return self._prepare(io.BytesIO(content), name=name, sheet=0, suffix=None)
+
+    def _prepare(self, stream: BinaryIO, *, name: str, sheet: int, suffix: str | None) -> PreparedPicture:
+        # Decoded in any case, which proves that it can be, to its end.
+        picture = _decode(stream, name=name, sheet=sheet, suffix=suffix)
+        size = picture.shape[0], picture.shape[1]
+        content = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
         if content.startswith(_JPEG_START):
             with Image.open(io.BytesIO(content), formats=("JPEG",)) as original:
                 is_plain = original.format == "JPEG" and original.mode in ("RGB", "L")
                 is_upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
-            if is_plain and is_upright and max(picture.shape[:2]) <= self._longest_side:
-                return content
-        return encode_jpeg(fit_longest_side(picture, self._longest_side), quality=self._quality)
+            if is_plain and is_upright and max(size) <= self._longest_side:
+                return PreparedPicture(content, size, size)
+        fitting = fit_longest_side(picture, self._longest_side)
+        jpeg = encode_jpeg(fitting, quality=self._quality)
+        return PreparedPicture(jpeg, size, (fitting.shape[0], fitting.shape[1]))
 
 
 def encode_jpeg(picture: np.ndarray, *, quality: int = 92, full_chroma: bool = False) -> bytes:

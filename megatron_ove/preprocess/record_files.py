@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, count
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any
 
@@ -298,6 +298,8 @@ def file_state(path: Path) -> list[int]:
 def open_rejects(path: str | Path, *, stage: str, files: Collection[object]) -> Iterator[RejectsFile]:
     """Opens a rejects file for a stage that judges `files` (again): their earlier lines of this stage are taken out.
 
+    What lies inside a file that is judged, such as `a.tar/key.jpg`, is judged with it.
+
     Raises:
         DataError: the file holds something else, or another run writes to it.
     """
@@ -305,8 +307,12 @@ def open_rejects(path: str | Path, *, stage: str, files: Collection[object]) -> 
     judged = {printable(str(file)) for file in files}
     with sole_writer(target):
         records = read_rejects(target)
-        kept = [record for record in records if record["stage"] != stage or record["file"] not in judged]
+        kept = [record for record in records if record["stage"] != stage or not _is_judged(record["file"], judged)]
         if len(kept) < len(records):
             write_records(target, kept)
         with RejectsFile(target, stage=stage) as rejects:
             yield rejects
+
+
+def _is_judged(file: str, judged: Collection[str]) -> bool:
+    return file in judged or any(str(parent) in judged for parent in PurePath(file).parents)

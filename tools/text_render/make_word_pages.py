@@ -14,12 +14,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_ove.preprocess.file_runs import show_progress
 from megatron_ove.preprocess.ocr.words import segmentation_name
+from megatron_ove.preprocess.text_render.look_options import look_share, pair_of_numbers
 from megatron_ove.preprocess.text_render.looks import LOOKS
 from megatron_ove.preprocess.text_render.passages import draw_word_list, languages
 from megatron_ove.preprocess.text_render.typefaces import script_of, typefaces
@@ -42,13 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     words.add_argument("--vocabulary", type=Path, help="vocabulary.json of an earlier set, instead of drawing words")
     parser.add_argument("--language", choices=languages(), default="en", help="of the words (default: %(default)s)")
     parser.add_argument(
-        "--letters", **_pair("LEAST", "MOST"), default=(3, 8), help="length of the words drawn (default: 3 8)"
+        "--letters", **pair_of_numbers("LEAST", "MOST"), default=(3, 8), help="length of the words drawn (default: 3 8)"
     )
     parser.add_argument("--count", type=whole_number(1), required=True, help="number of pictures")
     parser.add_argument(
         "--looks",
         nargs="+",
-        type=_look,
+        type=look_share,
         default=[(name, 1.0) for name in ("fixed", "aligned", "anywhere", "coloured")],
         metavar="NAME[=SHARE]",
         help=f"looks and their shares, among {', '.join(LOOKS)} (default: fixed aligned anywhere coloured, evenly)",
@@ -68,30 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give every picture the words of the next one, so that nothing but chance can be learned",
     )
-    parser.add_argument("--strip-size", **_pair("WIDTH", "HEIGHT"), default=(112, 28), help="default: 112 28")
-    parser.add_argument("--page-size", **_pair("WIDTH", "HEIGHT"), default=(112, 112), help="default: 112 112")
+    parser.add_argument("--strip-size", **pair_of_numbers("WIDTH", "HEIGHT"), default=(112, 28), help="default: 112 28")
+    parser.add_argument(
+        "--page-size", **pair_of_numbers("WIDTH", "HEIGHT"), default=(112, 112), help="default: 112 112"
+    )
     parser.add_argument("--patch-size", type=whole_number(1), default=14, help="of the set (default: %(default)s)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of all pictures (default: %(default)s)")
     add_shard_options(parser)
     add_workers_option(parser)
     return parser
-
-
-def _pair(first: str, second: str) -> dict[str, Any]:
-    return {"nargs": 2, "type": whole_number(1), "metavar": (first, second)}
-
-
-def _look(text: str) -> tuple[str, float]:
-    name, _, share = text.partition("=")
-    if name not in LOOKS:
-        raise argparse.ArgumentTypeError(f"there is no look '{name}'; choose among {', '.join(LOOKS)}")
-    try:
-        value = float(share or 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"the share '{share}' of {name} is no number above 0; write e.g. {name}=0.5")
-    return name, value
 
 
 def _share(text: str) -> float:

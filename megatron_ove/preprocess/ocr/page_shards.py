@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -76,6 +76,33 @@ def check_origin(vocabulary: Vocabulary, pages: Iterable[PageRecord], path: Path
             )
 
 
+_Judged = TypeVar("_Judged")
+
+
+def judge_pages(
+    pages: Iterable[PageRecord], judge: Callable[[PageRecord], _Judged], *, rejects: RejectsFile
+) -> list[_Judged]:
+    """Returns what `judge` makes of every page.
+
+    A page of which it raises `DataError`, one that stands there twice, and one whose file has changed since it was read
+    go to `rejects`.
+    """
+    pages = list(pages)
+    reasons = stale_reasons([(page.file, page.file_state) for page in pages], READ_BY)
+    judged: dict[tuple[str, int], _Judged] = {}
+    for page, reason in zip(pages, reasons, strict=True):
+        picture = page.input_file
+        try:
+            if picture.identity in judged:
+                raise DataError(f"{picture} stands in the list of pages twice; its first lines are used")
+            if reason:
+                raise DataError(reason)
+            judged[picture.identity] = judge(page)
+        except DataError as error:
+            rejects.add(picture, str(error))
+    return list(judged.values())
+
+
 def tag_pages(
     pages: Iterable[PageRecord],
     vocabulary: Vocabulary,
@@ -85,26 +112,13 @@ def tag_pages(
     fill: Literal["none", "cyclic"] = "none",
     min_score: float = MIN_SCORE,
 ) -> list[TaggedPage]:
-    """Chooses the tags of every page.
+    """Chooses the tags of every page; a page without any goes to `rejects`, as do those of `judge_pages`."""
 
-    A page without any, one that stands there twice, and one whose file has changed since it was read go to `rejects`.
-    """
-    pages = list(pages)
-    reasons = stale_reasons([(page.file, page.file_state) for page in pages], READ_BY)
-    tagged: dict[tuple[str, int], TaggedPage] = {}
-    for page, reason in zip(pages, reasons, strict=True):
-        picture = page.input_file
-        try:
-            if picture.identity in tagged:
-                raise DataError(f"{picture} stands in the list of pages twice; its first lines are used")
-            if reason:
-                raise DataError(reason)
-            tags = page_tags(page.lines, vocabulary, num_tags=num_tags, fill=fill, min_score=min_score)
-        except DataError as error:
-            rejects.add(picture, str(error))
-            continue
-        tagged[picture.identity] = TaggedPage(picture, tags.ids)
-    return list(tagged.values())
+    def tag(page: PageRecord) -> TaggedPage:
+        tags = page_tags(page.lines, vocabulary, num_tags=num_tags, fill=fill, min_score=min_score)
+        return TaggedPage(page.input_file, tags.ids)
+
+    return judge_pages(pages, tag, rejects=rejects)
 
 
 def add_pages(

@@ -75,17 +75,7 @@ def page_tags(
     """
     weights = rank_words(lines, min_score=min_score)
     if not weights:
-        if not lines:
-            raise DataError("the page has no text: no line was recognized")
-        if not any(line.box for line in lines):
-            raise DataError(
-                f"the page has no text: none of the {len(lines)} texts given for it holds a word that counts"
-            )
-        best = max(line.score for line in lines)
-        raise DataError(
-            f"the page has no text: none of its {len(lines)} recognized lines has at least {MIN_CHARACTERS} characters "
-            f"of words and a score of {min_score} (best score {best:.2f})"
-        )
+        raise DataError(no_text_reason(lines, min_score=min_score))
     known = [word for word in weights if word in vocabulary.ids][:num_tags]
     if not known:
         raise DataError(f"none of the page's {len(weights)} words is in the vocabulary of {len(vocabulary)} words")
@@ -94,3 +84,16 @@ def page_tags(
     if fill == "cyclic":
         ids = np.resize(ids[: len(known)], num_tags).astype(np.int32)
     return PageTags(ids=ids, words=tuple(known))
+
+
+def no_text_reason(lines: Sequence[TextLine], *, min_score: float) -> str:
+    """Returns the reject reason of a page of whose lines none is believed, or none holds a word."""
+    if not lines:
+        return "the page has no text: no line was recognized"
+    if not any(line.box for line in lines):
+        return f"the page has no text: none of the {len(lines)} texts given for it holds a word that counts"
+    best = max(line.score for line in lines)
+    return (
+        f"the page has no text: none of its {len(lines)} recognized lines has at least {MIN_CHARACTERS} characters "
+        f"of words and a score of {min_score} (best score {best:.2f})"
+    )

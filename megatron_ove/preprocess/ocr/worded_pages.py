@@ -8,7 +8,6 @@ other fields are not read, and relative files lie beside the table. In a folder 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.file_kinds import PICTURE_SUFFIXES
-from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.input_files import InputFile, real_path, sample_key
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.ocr.recognition import PageRecord
+from megatron_ove.preprocess.paired_texts import pair_texts, stem
 from megatron_ove.preprocess.record_files import read_records
 
 _TEXT_SUFFIX = ".txt"
@@ -74,48 +73,31 @@ def _from_table(path: Path) -> list[PageRecord]:
 
 
 def _from_folder(folder: Path) -> tuple[list[PageRecord], list[tuple[str, str]], str]:
-    listing = list_inputs(folder, "picture")
-    refused = [(str(path), reason) for path, reason in listing.unreadable.items()]
-    texts = listing.take_others(_TEXT_SUFFIX)
-    # A text may begin like a picture: "P1 ...", as PBM files do.
-    texts |= {item.name: item.path for item in listing.inputs if item.suffix == _TEXT_SUFFIX}
-    by_stem, names = defaultdict[str, list[str]](list), defaultdict[Path, list[str]](list)
-    for text in sorted(texts):
-        by_stem[_stem(text)].append(text)
-    for name, path in sorted(listing.again.items()):
-        names[path].append(name)
-    pages, used = [], set[str]()
-    for item in listing.inputs:
-        if item.suffix == _TEXT_SUFFIX:
-            continue
-        found = [text for name in (item.name, *names[item.path]) for text in by_stem[_stem(name)]]
-        if not found:
-            expected = Path(_stem(item.name) + _TEXT_SUFFIX).name
+    found = pair_texts(folder, (_TEXT_SUFFIX,))
+    refused = list(found.unreadable)
+    pages = []
+    for item, texts in found.pairs:
+        if not texts:
+            expected = Path(stem(item.name, (_TEXT_SUFFIX,)) + _TEXT_SUFFIX).name
             refused.append((str(item), f"{item} has no text beside it: there is no {expected} that can be read"))
         elif item.sheet:
             refused.append((str(item), f"{item} has no text of its own; write its sheets as single pictures"))
         else:
+            first = found.paths[texts[0]]
             try:
-                lines = _text_lines(texts[found[0]].read_text(encoding="utf-8-sig"))
+                lines = _text_lines(first.read_text(encoding="utf-8-sig"))
                 pages.append(PageRecord(item.key, str(item.path), lines, link_name=item.link_name))
             except UnicodeDecodeError:
-                reason = f"the text beside {item} is not UTF-8; save {Path(found[0]).name} as UTF-8"
+                reason = f"the text beside {item} is not UTF-8; save {Path(texts[0]).name} as UTF-8"
                 refused.append((str(item), reason))
             except OSError as error:
-                text = _at(folder, found[0])
+                text = _at(folder, texts[0])
                 refused.append((str(item), f"{text} cannot be read ({error.strerror}); check its permissions"))
-            more = [text for text in found[1:] if texts[text] != texts[found[0]]]
-            refused += [(_at(folder, text), f"{item} has the text {found[0]}, so {text} is not used") for text in more]
-        used.update(found)
-    for text in sorted(texts.keys() - used):
+            more = [text for text in texts[1:] if found.paths[text] != first]
+            refused += [(_at(folder, text), f"{item} has the text {texts[0]}, so {text} is not used") for text in more]
+    for text in found.alone:
         refused.append((_at(folder, text), f"{_at(folder, text)} has no picture of this name beside it"))
-    return pages, refused, listing.ignored_sentence()
-
-
-def _stem(name: str) -> str:
-    """Returns what a picture and its text have in common; what follows the last dot of other names is part of it."""
-    suffix = Path(name).suffix
-    return name.removesuffix(suffix) if suffix.lower() in (_TEXT_SUFFIX, *PICTURE_SUFFIXES) else name
+    return pages, refused, found.ignored
 
 
 def _at(folder: Path, name: str) -> str:

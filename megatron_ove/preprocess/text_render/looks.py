@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,3 +133,13 @@ PRINTED = Look(
     jpeg_quality=(92, 92),
 )
 """Look of pages of running text: dark ink on light paper or, one time in five, light ink on dark paper."""
+
+
+def draw_share(shares: Sequence[float], random: np.random.Generator) -> int:
+    """Returns a place in `shares`, as often as its share says."""
+    mark = random.random() * sum(shares)
+    for place, share in enumerate(shares[:-1]):
+        mark -= share
+        if mark < 0:
+            return place
+    return len(shares) - 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.text_render.canvas import Box, Canvas
 from megatron_ove.preprocess.text_render.ink import TextInk, draw_ink
-from megatron_ove.preprocess.text_render.looks import Look
+from megatron_ove.preprocess.text_render.looks import Look, draw_share
 from megatron_ove.preprocess.text_render.picture import TextPicture, finish_picture
 from megatron_ove.preprocess.text_render.typefaces import Typeface
 
@@ -80,7 +80,7 @@ class WordPages:
             DataError: a word does not fit even when written smallest.
         """
         random = np.random.default_rng((self.seed, index))
-        look = self.looks[_draw_share(self.shares, random)]
+        look = self.looks[draw_share(self.shares, random)]
         is_page = random.random() < self.page_share
         num_words = min(int(random.integers(1, self.max_words + 1)), len(self.words)) if is_page else 1
         canvas = Canvas(*(self.page if is_page else self.strip))
@@ -127,16 +127,6 @@ def _fitting_ink(word: str, face: Typeface, size: int, canvas: Canvas) -> TextIn
 
 def _overlap(box: Box, other: Box) -> bool:
     return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
-
-
-def _draw_share(shares: Sequence[float], random: np.random.Generator) -> int:
-    """Returns a place in `shares`, as often as its share says."""
-    mark = random.random() * sum(shares)
-    for place, share in enumerate(shares[:-1]):
-        mark -= share
-        if mark < 0:
-            return place
-    return len(shares) - 1
 
 
 def _draw_step(random: np.random.Generator, step: int, room: int) -> int:
