@@ -12,8 +12,9 @@ import logging
 import multiprocessing
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ from megatron_ove.rejects import RejectsFile, printable
 _log = logging.getLogger(__name__)
 _PLAIN_INTERVAL_S = 5.0
 _MAX_CHUNK = 16
+_CHUNKS_AHEAD = 4
+"""Of each worker, done or waiting; more would fill the memory if what takes the results is slower."""
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Task = Callable[[Any], Any]
@@ -84,12 +87,29 @@ def _outcomes(make_task: Callable[[], Task], files: Sequence[Any], workers: int)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(make_task,)) as pool:
         try:
-            yield from pool.map(_call_worker, files, chunksize=chunk)
+            yield from _in_order(pool, files, chunk, ahead=_CHUNKS_AHEAD * workers)
         except BrokenProcessPool as error:
             raise DataError(
                 f"a worker process died, most likely for lack of memory; {workers} were running: try fewer --workers "
                 "and start again, finished files are kept"
             ) from error
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, files: Sequence[Any], chunk: int, *, ahead: int
+) -> Iterator[tuple[Any, str | None]]:
+    """Yields outcomes in the order of the files; no more than `ahead` chunks wait to be taken, as results are large."""
+    waiting: deque[Future[list[tuple[Any, str | None]]]] = deque()
+    try:
+        for start in range(0, len(files), chunk):
+            waiting.append(pool.submit(_call_worker, files[start : start + chunk]))
+            if len(waiting) >= ahead:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _start_worker(make_task: Callable[[], Task]) -> None:
@@ -98,9 +118,9 @@ def _start_worker(make_task: Callable[[], Task]) -> None:
     _Process.task = make_task()
 
 
-def _call_worker(file: Any) -> tuple[Any, str | None]:
+def _call_worker(files: Sequence[Any]) -> list[tuple[Any, str | None]]:
     assert _Process.task is not None
-    return _outcome(_Process.task, file)
+    return [_outcome(_Process.task, file) for file in files]
 
 
 def _outcome(task: Task, file: Any) -> tuple[Any, str | None]:

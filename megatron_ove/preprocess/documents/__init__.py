@@ -1,0 +1,1 @@
+"""Documents from whatever holds pictures with their text."""
