@@ -77,7 +77,7 @@ def pdf_bytes(
     kids = []
     for page in pages:
         content = add(_stream(page.content.encode("latin-1"), compress=compress))
-        box = " ".join(f"{value:g}" for value in page.box)
+        box = " ".join(f"{value:.10g}" for value in page.box)
         entries = "".join(f"/{name} {value}" for name, value in page.entries.items())
         own = f"/Type/Page/Parent {parent} 0 R/MediaBox[{box}]/Contents {content} 0 R/Resources<<{resources}>>{entries}"
         kids.append(add(f"<<{own}>>".encode()))

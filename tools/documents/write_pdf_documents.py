@@ -1,9 +1,10 @@
 """PDFs with a text layer -> a shard set of documents: pictures of pages, their text, and where it stands.
 
-Boxes are those of words, lines and characters. Each page is a sample; with --pages-per-document N, pages 1 to N of a file are one, N + 1 to 2 N the next, their texts
-divided by a form feed. A page without a text layer, or with one that is not to be trusted, is not used: --without-text
-keeps the picture of each, named by the page's key, for tools/ocr/1_recognize_pages.py. Whatever else is not used is in
---rejects with file, page and reason. Encrypted PDFs are read if they ask for no password.
+Boxes are those of words, lines and characters. Each page is a sample; with --pages-per-document N, pages 1 to N of a
+file are one, N + 1 to 2 N the next, their texts divided by a form feed. A page without a text layer, or with one
+that is not to be trusted, is not used: --without-text keeps the picture of each, named by the page's key, for
+tools/ocr/1_recognize_pages.py. Whatever else is not used is in --rejects with file, page and reason. Encrypted PDFs are
+read if they ask for no password. Annotations and values of form fields are neither read nor drawn.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import resource
 import signal
 from collections import Counter
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+        self._connection: Any = None  # of a class that depends on the system
 
     def ask(self, path: Path, page: int | None, *settings: int) -> Any:
         """Returns what `_answer` does.
@@ -118,7 +117,7 @@ class _Reader:
         connection.send(request)
         return connection.recv()
 
-    def _start(self) -> Connection:
+    def _start(self) -> Any:
         context = multiprocessing.get_context("spawn")
         mine, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -147,7 +146,7 @@ def _how_it_ended(status: int | None) -> str:
     )
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Any) -> None:
     """Answers until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process, also inside PDFium
