@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 import unicodedata
 from collections import Counter
@@ -38,6 +39,8 @@ _FEW_CHARACTERS, _MOST_INK = 100, 0.9
 """So few characters beside so much of the ink are a stamp or a page number on a scan."""
 _HYPHEN_AT_LINE_END = 0x02
 """What PDFium says for a hyphen after which it leaves out the line's end."""
+_MIN_PAGE_BYTES = 4
+"""Of a file, a page; less than even the best compression leaves."""
 _REPLACEMENT, _SOFT_HYPHEN = "\ufffd", "\u00ad"
 _JOINERS = "\u200c\u200d"
 """Characters without a picture that scripts need; others of their category only steer a layout."""
@@ -89,10 +92,10 @@ class PdfFile:
         self.path = path
         try:
             with path.open("rb") as stream:
-                is_empty = not stream.read(1)
+                size = stream.seek(0, os.SEEK_END)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
-        if is_empty:
+        if not size:
             raise DataError(f"{path} is empty (0 bytes), so it is not a PDF; remove it or copy it again")
         handle = raw.FPDF_LoadDocument(f"{path}\0".encode(), None)
         if not handle:
@@ -102,6 +105,12 @@ class PdfFile:
         if self._count < 1:
             self.close()
             raise DataError(f"{path} is a PDF without pages, so there is nothing to use; remove it or make it again")
+        if self._count * _MIN_PAGE_BYTES > max(size, _MIN_PAGE_BYTES):  # each would be tried and rejected
+            self.close()
+            raise DataError(
+                f"{path} says that it has {self._count} pages, more than its {size} bytes can hold; repair it "
+                "(qpdf) or remove it"
+            )
 
     def __len__(self) -> int:
         return self._count

@@ -22,8 +22,9 @@ from megatron_ove.preprocess.documents.pdf_pages import PageText, PdfFile
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import encode_jpeg
 
-PAGE_CPU_S = 120.0
-"""Seconds of computing that one page may take; a page of print takes less than one."""
+PAGE_CPU_S = 60.0
+"""Seconds of computing that one page may take; a page of print takes less than one, a large map some. Some files of a
+kilobyte would take for ever: forms that draw themselves several times."""
 MEMORY_BYTES = 8 << 30
 """Address space of the process; a page of print takes some hundred MiB with the program."""
 _CRASH = "ended the process that reads PDFs"
