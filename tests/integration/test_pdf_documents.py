@@ -158,7 +158,7 @@ def serve_for_two_seconds(connection: Any) -> None:
     pdf_process._serve(connection)
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(240, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("count", [32, pytest.param(240, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
 def test_odd_pdfs_are_used_or_named(
     tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

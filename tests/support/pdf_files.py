@@ -54,7 +54,7 @@ def pdf_bytes(
         form: content of the form XObject X1.
         objects: name -> dictionary of fonts that replace F1 or F2.
         user_password: encrypts the file (40-bit RC4); "" = it opens without asking.
-        compress: content streams as Flate.
+        compress: whether content streams are compressed.
         tree_depth: levels of page-tree nodes above the pages.
     """
     body: list[bytes] = [b"", b""]  # the catalog and the root of the tree

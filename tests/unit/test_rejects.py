@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess import file_runs
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.ocr.recognition import read_pages
@@ -206,3 +208,21 @@ def test_a_last_record_that_is_broken_otherwise_is_a_sentence(tmp_path: Path) ->
     path.write_text(CUT.replace('"run_settings": {}, ', ""))  # of a user, who may have lost the end of the line
     with pytest.raises(DataError, match=r"line 2 of .* is not JSON"):
         read_pages(path)
+
+
+def test_no_more_results_wait_than_may() -> None:
+    submitted = []
+
+    class Pool:
+        def submit(self, call, files):
+            submitted.append(files)
+            done = Future()
+            done.set_result([(file, None) for file in files])
+            return done
+
+    outcomes = file_runs._in_order(Pool(), range(100), 3, ahead=4)  # type: ignore[arg-type]
+    seen = []
+    for result, _ in outcomes:
+        seen.append(result)
+        assert len(submitted) <= (len(seen) - 1) // 3 + 4
+    assert seen == list(range(100))
