@@ -34,6 +34,7 @@ REQUIRED = [
     "onnxruntime==1.31.1",
     "jieba==0.42.1",
     "regex==2026.11.15",
+    "pypdfium2==5.15.2",  # pages of PDFs
     # photographs, fonts and curves of the quick start and the report
     "scikit-image==0.26.0",
     "matplotlib==3.11.2",

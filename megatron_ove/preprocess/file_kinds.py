@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-FileKind = Literal["picture", "video"]
+FileKind = Literal["picture", "video", "document"]
 
 HEAD_BYTES = 600
 """Enough for three packets of an MPEG transport stream."""
@@ -44,6 +44,8 @@ VIDEO_SUFFIXES = _suffixes(
     "h261 h263 h264 264 avc h265 265 hevc vc1 obu av1",
 )
 """Files that a clip tool tries."""
+DOCUMENT_SUFFIXES = frozenset({".pdf"})
+"""Files that a tool for documents tries."""
 
 _FTYP_PICTURES = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
@@ -88,8 +90,19 @@ _VIDEO_SIGNS: tuple[Callable[[bytes], bool], ...] = (
     lambda head: _is_riff(head, b"AVI "),
     _is_transport_stream,
 )
-_SIGNS: Mapping[FileKind, tuple[Callable[[bytes], bool], ...]] = {"picture": _PICTURE_SIGNS, "video": _VIDEO_SIGNS}
-SUFFIXES: Mapping[FileKind, frozenset[str]] = {"picture": PICTURE_SUFFIXES, "video": VIDEO_SUFFIXES}
+_DOCUMENT_SIGNS: tuple[Callable[[bytes], bool], ...] = (
+    lambda head: re.match(rb"(\xef\xbb\xbf)?\s*%PDF-", head) is not None,
+)
+_SIGNS: Mapping[FileKind, tuple[Callable[[bytes], bool], ...]] = {
+    "picture": _PICTURE_SIGNS,
+    "video": _VIDEO_SIGNS,
+    "document": _DOCUMENT_SIGNS,
+}
+SUFFIXES: Mapping[FileKind, frozenset[str]] = {
+    "picture": PICTURE_SUFFIXES,
+    "video": VIDEO_SUFFIXES,
+    "document": DOCUMENT_SUFFIXES,
+}
 
 
 def looks_like(head: bytes, kind: FileKind) -> bool:

@@ -8,6 +8,7 @@ run, so it is rejected too, with its type, and logged with its traceback.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import multiprocessing
 import os
@@ -28,10 +29,13 @@ from megatron_ove.rejects import RejectsFile, printable
 _log = logging.getLogger(__name__)
 _PLAIN_INTERVAL_S = 5.0
 _MAX_CHUNK = 16
-_HELD_PER_WORKER = 4
+_CHUNKS_AHEAD = 4
+"""Of each worker, done or waiting; more would fill the memory if what takes the results is slower."""
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Task = Callable[[Any], Any]
+_Outcome = tuple[Any, str | None]
+"""What a task returned, or why it refused."""
 _Item = TypeVar("_Item")
 
 
@@ -66,32 +70,9 @@ def run_over_files(
         OSError: the disk is full, which would refuse every further file as well.
     """
     workers = max(1, min(workers, len(files)))
-    for file, (result, reason) in zip(
-        files, show_progress(_outcomes(make_task, files, workers), title=title, total=len(files)), strict=True
-    ):
-        if reason is None:
-            yield file, result
-        else:
-            rejects.add(file, reason)
-
-
-def _outcomes(make_task: Callable[[], Task], files: Sequence[Any], workers: int) -> Iterator[tuple[Any, str | None]]:
-    if workers == 1:
-        task = make_task() if files else None
-        for file in files:
-            yield _outcome(task, file)  # type: ignore[arg-type]
-        return
     chunk = max(1, min(_MAX_CHUNK, len(files) // (4 * workers)))
-    # Fresh interpreters: forking a process that already runs ONNX or OpenMP threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(make_task,)) as pool:
-        try:
-            yield from pool.map(_call_worker, files, chunksize=chunk)
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"a worker process died, most likely for lack of memory; {workers} were running: try fewer --workers "
-                "and start again, finished files are kept"
-            ) from error
+    outcomes = _outcomes(make_task, files, workers, chunk)
+    yield from _used(outcomes, title=title, total=len(files), rejects=rejects)
 
 
 def run_over_stream(
@@ -105,42 +86,50 @@ def run_over_stream(
 ) -> Iterator[tuple[_Item, Any]]:
     """As `run_over_files` for inputs that are made one after the other and are too many or too large to be held.
 
-    Of the inputs at most `_HELD_PER_WORKER` a process are in memory. `total` is their number, for the progress; None if
-    it is not known. Errors of `items` itself are passed on.
+    Of the inputs at most `_CHUNKS_AHEAD` a process are in memory. `total` is their number, for the progress; None if it
+    is not known. Errors of `items` itself are passed on.
     """
-    for item, (result, reason) in show_progress(
-        _outcomes_of_stream(make_task, items, workers), title=title, total=total
-    ):
+    yield from _used(_outcomes(make_task, items, workers, 1), title=title, total=total, rejects=rejects)
+
+
+def _used(
+    outcomes: Iterable[tuple[_Item, _Outcome]], *, title: str, total: int | None, rejects: RejectsFile
+) -> Iterator[tuple[_Item, Any]]:
+    for item, (result, reason) in show_progress(outcomes, title=title, total=total):
         if reason is None:
             yield item, result
         else:
             rejects.add(item, reason)
 
 
-def _outcomes_of_stream(
-    make_task: Callable[[], Task], items: Iterable[_Item], workers: int
-) -> Iterator[tuple[_Item, tuple[Any, str | None]]]:
+def _outcomes(
+    make_task: Callable[[], Task], items: Iterable[_Item], workers: int, chunk: int
+) -> Iterator[tuple[_Item, _Outcome]]:
+    """Yields (item, outcome) in the order of `items`; some chunks are in work or wait to be taken, no more."""
     if workers == 1:
-        task = make_task()
+        task = None
         for item in items:
+            task = task or make_task()
             yield item, _outcome(task, item)
         return
-    context = multiprocessing.get_context("spawn")  # as above
+    # Fresh interpreters: forking a process that already runs ONNX or OpenMP threads can deadlock.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(make_task,)) as pool:
-        waiting: deque[tuple[_Item, Future[tuple[Any, str | None]]]] = deque()
+        waiting: deque[tuple[list[_Item], Future[list[_Outcome]]]] = deque()
+        remaining = iter(items)
         try:
-            for item in items:
-                waiting.append((item, pool.submit(_call_worker, item)))
-                if len(waiting) >= _HELD_PER_WORKER * workers:
+            while own := list(itertools.islice(remaining, chunk)):
+                waiting.append((own, pool.submit(_call_worker, own)))
+                if len(waiting) >= _CHUNKS_AHEAD * workers:
                     first, future = waiting.popleft()
-                    yield first, future.result()
+                    yield from zip(first, future.result(), strict=True)
             while waiting:
                 first, future = waiting.popleft()
-                yield first, future.result()
+                yield from zip(first, future.result(), strict=True)
         except BrokenProcessPool as error:
             raise DataError(
                 f"a worker process died, most likely for lack of memory; {workers} were running: try fewer --workers "
-                "and start again"
+                "and start again, finished files are kept"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the rest is not wanted
@@ -152,12 +141,12 @@ def _start_worker(make_task: Callable[[], Task]) -> None:
     _Process.task = make_task()
 
 
-def _call_worker(file: Any) -> tuple[Any, str | None]:
+def _call_worker(files: Sequence[Any]) -> list[_Outcome]:
     assert _Process.task is not None
-    return _outcome(_Process.task, file)
+    return [_outcome(_Process.task, file) for file in files]
 
 
-def _outcome(task: Task, file: Any) -> tuple[Any, str | None]:
+def _outcome(task: Task, file: Any) -> _Outcome:
     if printable(str(file)) != str(file):
         return None, f"the name of {printable(str(file))} is not UTF-8, so records cannot hold it; rename the file"
     try:

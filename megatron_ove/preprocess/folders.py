@@ -15,7 +15,7 @@ from megatron_ove.preprocess.input_files import InputFile, real_path, sample_key
 from megatron_ove.preprocess.pictures import sheets_of
 from megatron_ove.rejects import printable
 
-_NAMES: dict[FileKind, str] = {"picture": "picture", "video": "clip"}
+_NAMES: dict[FileKind, str] = {"picture": "picture", "video": "clip", "document": "PDF"}
 _MOST_SUFFIXES_NAMED = 12
 
 

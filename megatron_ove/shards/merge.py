@@ -62,10 +62,14 @@ class _Part:
     Attributes:
         path: its folder.
         info: its dataset.json.
+        num_shards: its tar files.
+        key_bytes: of its longest key.
     """
 
     path: Path
     info: DatasetInfo
+    num_shards: int = 0
+    key_bytes: int = 0
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the files of its index in the present format; of format 1 they are made from its columns."""
@@ -160,18 +164,28 @@ def _open(folders: Sequence[Path], progress: Progress) -> list[_Part]:
             info = DatasetInfo.read(folder)
             if info.num_parts:
                 raise DataError(f"{folder} is a joined set itself; name its parts instead")
-            part = _Part(folder, info)
-            if info.num_samples:
-                arrays = load_arrays(info, folder)
-                wrong = array_problems(info, arrays, folder)
-                if wrong or (wrong := index_problems(files.index_of(info, folder, arrays))):
-                    raise DataError("\n".join(wrong))
-            opened.append(part)
+            opened.append(_open_part(folder, info) if info.num_samples else _Part(folder, info))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
     return opened
+
+
+def _open_part(folder: Path, info: DatasetInfo) -> _Part:
+    """Looks at the index of a part that has samples.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    arrays = load_arrays(info, folder)
+    wrong = array_problems(info, arrays, folder)
+    if not wrong:
+        index = files.index_of(info, folder, arrays)
+        wrong = index_problems(index)
+    if wrong:
+        raise DataError("\n".join(wrong))
+    return _Part(folder, info, len(index.shard_rows()), arrays[files.KEYS].dtype.itemsize)
 
 
 def _common_info(parts: Sequence[_Part]) -> DatasetInfo:
@@ -244,11 +258,11 @@ def _add_companions(parts: Sequence[_Part], folder: Path) -> None:
 def _write_index(parts: Sequence[_Part], info: DatasetInfo, folder: Path, target: Path) -> None:
     filled = [part for part in parts if part.info.num_samples]
     paths = [os.fsencode(os.path.relpath(part.path.resolve(), target.resolve())) for part in filled]
-    key_type = np.dtype(f"S{max(_key_bytes(part) for part in filled)}")
+    key_type = np.dtype(f"S{max(part.key_bytes for part in filled)}")
     types = {files.ROWS: info.row_type, files.KEYS: key_type, files.SHARDS: files.SHARD_TYPE}
     types |= {name: np.dtype("<u4" if name == files.PAGE_BYTES else "<i4") for name in files.index_files(info)[4:]}
     lengths = {name: info.num_pages if "page_" in name else info.num_samples for name in types}
-    lengths[files.SHARDS] = sum(len(part.arrays()[files.SHARDS]) for part in filled)
+    lengths[files.SHARDS] = sum(part.num_shards for part in filled)
     outputs = {name: _Column(folder / f"{name}.npy", types[name], lengths[name]) for name in types}
     table = np.zeros(len(filled), dtype=files.part_type(max(map(len, paths))))
     first_row = first_shard = 0
@@ -262,17 +276,13 @@ def _write_index(parts: Sequence[_Part], info: DatasetInfo, folder: Path, target
                     piece["first_row"] += np.uint64(first_row)
                 output.append(piece)
         first_row += part.info.num_samples
-        first_shard += len(arrays[files.SHARDS])
+        first_shard += part.num_shards
     for output in outputs.values():
         output.close()
     np.save(folder / f"{files.PARTS}.npy", table)
     problem = _double_key(folder / f"{files.KEYS}.npy", table, [part.path for part in filled])
     if problem:
         raise DataError(problem)
-
-
-def _key_bytes(part: _Part) -> int:
-    return np.load(part.path / "index" / f"{files.KEYS}.npy", mmap_mode="r").dtype.itemsize
 
 
 class _Column:

@@ -7,7 +7,7 @@ each part, all of a set that is not divided, and at a few headers; `validation.p
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -183,16 +183,22 @@ def _shard_problems(index: ShardIndex, shard_files: ShardFiles) -> list[str]:
     probed = set(np.linspace(0, len(numbers) - 1, _MAX_SHARDS_PROBED).astype(int).tolist())
     chosen = _chosen_shards(index, len(numbers))
 
-    def look(place: int) -> list[str]:
-        number = numbers[place]
-        problems = _file_problems(index, shard_files, number)
-        if not problems and place in probed:
-            rows = ranges[number]
-            problems = header_problems(index, shard_files, number, {rows[0], rows[-1]})
+    def look(places: Sequence[int]) -> list[str]:
+        problems: list[str] = []
+        for place in places:
+            number = numbers[place]
+            found = _file_problems(index, shard_files, number)
+            if not found and place in probed:
+                rows = ranges[number]
+                found = header_problems(index, shard_files, number, {rows[0], rows[-1]})
+            problems += found
         return problems
 
+    # One task a thread: handing out single shards would take longer than looking at them.
+    share = -(-len(chosen) // _LOOKING_THREADS)
     with ThreadPoolExecutor(_LOOKING_THREADS) as pool:
-        return [problem for found in pool.map(look, chosen, chunksize=16) for problem in found]
+        found = pool.map(look, (chosen[start : start + share] for start in range(0, len(chosen), share)))
+        return [problem for problems in found for problem in problems]
 
 
 def _chosen_shards(index: ShardIndex, count: int) -> list[int]:

@@ -47,6 +47,19 @@ def test_files_are_known_by_suffix_or_content_and_the_rest_is_counted(tmp_path: 
     assert names(list_inputs(tmp_path, "video")) == ["clip.mp4"]
 
 
+def test_pdfs_are_known_by_suffix_or_content(tmp_path: Path) -> None:
+    fill(
+        tmp_path,
+        {
+            **{"a.pdf": TEXT, "b.PDF": b"", "drawing.ai": b"%PDF-1.4\n", "download": b"\xef\xbb\xbf\r\n%PDF-1.7"},
+            **{"notes.txt": TEXT, "about.txt": TEXT + b"%PDF-", "c.jpg": JPEG},
+        },
+    )
+    listing = list_inputs(tmp_path, "document")
+    assert names(listing) == ["a.pdf", "b.PDF", "download", "drawing.ai"]
+    assert listing.ignored_sentence() == f"ignored below {tmp_path}: 3 files that hold no PDF (.txt 2, .jpg 1)"
+
+
 def test_links_are_followed_once(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     fill(root, {"sub/a.jpg": JPEG})
@@ -101,7 +114,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pyte
     assert listing.unreadable == {tmp_path / "locked": reason}
 
 
-@pytest.mark.parametrize(("kind", "name"), [("picture", "picture"), ("video", "clip")])
+@pytest.mark.parametrize(("kind", "name"), [("picture", "picture"), ("video", "clip"), ("document", "PDF")])
 def test_folder_without_inputs(tmp_path: Path, kind, name: str) -> None:
     with pytest.raises(
         DataError, match=rf"the {name} folder .* holds no {name}, not even in its subfolders; it is empty"

@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess import file_runs
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.ocr.recognition import read_pages
@@ -206,3 +208,34 @@ def test_a_last_record_that_is_broken_otherwise_is_a_sentence(tmp_path: Path) ->
     path.write_text(CUT.replace('"run_settings": {}, ', ""))  # of a user, who may have lost the end of the line
     with pytest.raises(DataError, match=r"line 2 of .* is not JSON"):
         read_pages(path)
+
+
+def test_no_more_results_wait_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted = []
+
+    class Pool:
+        def __init__(self, *arguments, **options) -> None:
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error) -> None:
+            pass
+
+        def shutdown(self, **options) -> None:
+            pass
+
+        def submit(self, call, files):
+            submitted.append(files)
+            done = Future()
+            done.set_result([(file, None) for file in files])
+            return done
+
+    monkeypatch.setattr(file_runs, "ProcessPoolExecutor", Pool)
+    seen = []
+    for file, (result, _) in file_runs._outcomes(int, range(100), workers=2, chunk=3):
+        assert file == result
+        seen.append(file)
+        assert len(submitted) <= (len(seen) - 1) // 3 + 8, "four chunks a worker"
+    assert seen == list(range(100))
