@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_ove.config.train import TrainConfig
 from megatron_ove.planning.alternatives import Knob
 from megatron_ove.planning.memory import COMPONENTS
 from megatron_ove.planning.plan import Plan
@@ -60,10 +61,16 @@ def _headline(plan: Plan) -> list[str]:
         f"Encoder {encoder} parameters, class centers {centers}.",
         f"A step: {config.train.global_batch_size:,} samples in {workload.num_microbatches} microbatches of "
         f"{workload.tokens_per_microbatch:,} patches for each of {layout.data} replicas, "
-        f"{workload.padding_share:.1%} of them padding.",
+        f"{workload.padding_share:.1%} of them padding{_texts(config)}.",
         *_samples(plan),
         f"Device: {plan.device.source}.",
     ]
+
+
+def _texts(config: TrainConfig) -> str:
+    """Says how much text a microbatch has room for."""
+    room = config.data.text_tokens_per_microbatch
+    return f", and room for {room:,} text tokens in each" if room else ""
 
 
 def _samples(plan: Plan) -> list[str]:

@@ -59,7 +59,12 @@ def test_tiny_demo_from_input_to_page(tmp_path: Path) -> None:
     assert 0 < summary["export_difference"] <= 1e-5
     assert 0 < summary["stopped_at_step"] < summary["steps"] == 12
     assert summary["samples"] == 12 * 100
-    assert summary["rejects"] == {}
+    # A vocabulary of 20 words leaves some cards without one, and nothing else is wrong.
+    rejects = [json.loads(line) for line in (tmp_path / "run/rejects.jsonl").read_text().splitlines()]
+    assert summary["rejects"] in ({}, {"page shards": len(rejects)})
+    assert all(
+        re.fullmatch(r"none of the page's \d words (is|are) in the .* of 20 words", r["reason"]) for r in rejects
+    )
     reading = summary["cards_read_by_ocr"]
     assert reading["cards"] == 12 and reading["right"] == reading["words"] and reading["wrong"] == 0
     for stage in summary["retrieval"].values():

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from pypdfium2 import raw
@@ -28,6 +29,8 @@ from megatron_ove.errors import DataError
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels."""
+_Handle = Any
+"""A page, or the text of one, of PDFium; its types are made while the package is imported."""
 
 _MIN_CONTRAST = 12
 """Grey levels between the darkest and the lightest pixel from which on something is drawn."""
@@ -166,7 +169,7 @@ def _why_not_opened(code: int) -> str:
 class _Places:
     """From a page's own coordinates, in which PDFium says boxes, to pixels of its picture."""
 
-    def __init__(self, page: raw.FPDF_PAGE, longest_side: int, name: str) -> None:
+    def __init__(self, page: _Handle, longest_side: int, name: str) -> None:
         bounds = raw.FS_RECTF()  # crop box and media box together; the origin may be anywhere
         has_bounds = raw.FPDF_GetPageBoundingBox(page, ctypes.byref(bounds))
         self._left, self._top = bounds.left, bounds.top
@@ -220,7 +223,7 @@ class _Glyph:
     place: Box | None
 
 
-def _read(page: raw.FPDF_PAGE, longest_side: int, name: str) -> PdfPage:
+def _read(page: _Handle, longest_side: int, name: str) -> PdfPage:
     places = _Places(page, longest_side, name)
     picture = _draw(page, places)
     grey = picture.mean(axis=2).astype(np.uint8)
@@ -234,7 +237,7 @@ def _read(page: raw.FPDF_PAGE, longest_side: int, name: str) -> PdfPage:
     return PdfPage(picture, None if problem else text, problem, left_out)
 
 
-def _draw(page: raw.FPDF_PAGE, places: _Places) -> np.ndarray:
+def _draw(page: _Handle, places: _Places) -> np.ndarray:
     """Returns the page as [height, width, 3] uint8 RGB."""
     width, height = places.width, places.height
     pixels = np.full((height, width, 4), 255, np.uint8)  # blue, green, red, unused
@@ -246,7 +249,7 @@ def _draw(page: raw.FPDF_PAGE, places: _Places) -> np.ndarray:
     return np.ascontiguousarray(pixels[:, :, 2::-1])
 
 
-def _lines_of(page: raw.FPDF_PAGE, places: _Places, left_out: Counter[str]) -> list[list[list[_Glyph]]]:
+def _lines_of(page: _Handle, places: _Places, left_out: Counter[str]) -> list[list[list[_Glyph]]]:
     """Returns the text layer as lines of words of glyphs."""
     handle = raw.FPDFText_LoadPage(page)
     if not handle:
@@ -279,7 +282,7 @@ def _lines_of(page: raw.FPDF_PAGE, places: _Places, left_out: Counter[str]) -> l
 def _add_character(
     word: list[_Glyph],
     character: str,
-    handle: raw.FPDF_TEXTPAGE,
+    handle: _Handle,
     number: int,
     places: _Places,
     left_out: Counter[str],
@@ -300,7 +303,7 @@ def _add_character(
         word.append(_Glyph(text, box, place))
 
 
-def _place_of(handle: raw.FPDF_TEXTPAGE, number: int, places: _Places) -> Box | None:
+def _place_of(handle: _Handle, number: int, places: _Places) -> Box | None:
     """Returns where a character is in pixels: the bounds of its outline, or of its cell in the line if it has none."""
     left, right, bottom, top = (ctypes.c_double() for _ in range(4))
     if raw.FPDFText_GetCharBox(handle, number, *map(ctypes.byref, (left, right, bottom, top))):
