@@ -55,7 +55,7 @@ def build_loader(
     """
     raise_file_limit()
     is_main = topology.is_first_stage and topology.tensor_rank == topology.data_rank == 0  # rank 0
-    shard_sets = _open_for_all(config, topology, is_main=is_main)
+    shard_sets = _open_for_all(config, is_main=is_main)
     if is_main:
         for sentence in find_doubts(config, shard_sets, counts_samples=False):
             logger.warning("%s", sentence)
@@ -89,9 +89,9 @@ def build_loader(
     )
 
 
-def _open_for_all(config: TrainConfig, topology: ParallelTopology, *, is_main: bool) -> dict[str, ShardSet]:
+def _open_for_all(config: TrainConfig, *, is_main: bool) -> dict[str, ShardSet]:
     """Opens every source; only rank 0 looks at the shard files, and its error is everybody's. Collective."""
-    if topology.tensor_size * topology.pipeline_size * topology.data_size == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return open_shard_sets(config)
     found: list[Any] = [None, {}]
     if is_main:

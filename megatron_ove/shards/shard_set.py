@@ -87,6 +87,7 @@ class ShardSet:
             opened = cls(path, info, index)
             if looks_at_shards and not problems:
                 problems = content_problems(index, opened.files)
+                opened.close()  # nothing says that these shards are the next that are read
             if not problems:
                 return opened
         raise DataError("\n".join(problems))

@@ -12,9 +12,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_ove.data import recordio
 from megatron_ove.errors import DataError
 from megatron_ove.rejects import read_rejects
+from megatron_ove.shards import recordio
 from megatron_ove.shards.recordio import PictureFile
 from megatron_ove.shards.shard_set import ShardSet
 from tests.support.distributed import repository_root
