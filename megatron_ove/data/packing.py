@@ -18,6 +18,10 @@ _MORE_BINS = 20
 """Dealing is tried with up to a twentieth more bins than the tightest budget needs."""
 _TRIALS = 100
 """Numbers of bins that are tried differ by a hundredth."""
+_CAREFUL = 1 << 21
+"""Items x bins up to which dealing compares every bin for every item: a tenth of a second."""
+_GROUP = 2048
+"""Items that first-fit packs together."""
 _ROUNDING = 1e-9
 """Shares that fill a bin add up to 1 within rounding."""
 
@@ -104,13 +108,34 @@ def _divide_by_all(budgets: Sequence[Budget], multiple: int) -> tuple[np.ndarray
     needs = [pack_first_fit_decreasing(one.sizes[one.sizes > 0], one.capacity) for one in budgets]
     fewest = -(-(max(int(bins.max(initial=0)) for bins in needs) + 1) // multiple) * multiple
     step = -(-max(1, fewest // _TRIALS) // multiple) * multiple
+    first_fit, first_fit_count = None, fewest + 1
     for count in range(fewest, fewest + fewest // _MORE_BINS + step, step):
-        for deal in (deal_fullest_first, _deal_carefully):
+        if first_fit is not None and first_fit_count <= count:
+            break  # dealing makes bins more even, but not at the price of more of them
+        is_small = len(shares) * count <= _CAREFUL
+        for deal in (deal_fullest_first, _deal_carefully) if is_small else (deal_fullest_first,):
             chosen = deal(shares, count)
             if all(np.bincount(chosen, weights=one.sizes).max() <= one.capacity for one in budgets):
                 return chosen, count
-    first_fit = pack_shares(shares)
-    return first_fit, -(-(int(first_fit.max()) + 1) // multiple) * multiple
+        if first_fit is None:
+            first_fit = _pack_in_groups(shares)
+            first_fit_count = -(-(int(first_fit.max()) + 1) // multiple) * multiple
+    assert first_fit is not None
+    return first_fit, first_fit_count
+
+
+def _pack_in_groups(shares: np.ndarray) -> np.ndarray:
+    """As `pack_shares`, for any number of items: some thousand at a time, alike in sizes, each into bins of its own, as
+    its time grows with items x bins. A group leaves one bin half empty."""
+    num_groups = -(-len(shares) // _GROUP)
+    result, first_bin = np.empty(len(shares), dtype=np.int64), 0
+    order = np.argsort(-shares.max(axis=1), kind="stable")
+    for group in range(num_groups):
+        mine = order[group::num_groups]
+        bins = pack_shares(shares[mine])
+        result[mine] = bins + first_bin
+        first_bin += int(bins.max()) + 1
+    return result
 
 
 def pack_shares(shares: np.ndarray) -> np.ndarray:

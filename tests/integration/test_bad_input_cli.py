@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_ove.cli.main import main
@@ -138,11 +139,10 @@ def cut(folder: Path) -> None:
     os.truncate(shard, 5000)
 
 
-def swap(folder: Path) -> None:
-    first, second = folder / "index" / "offsets.npy", folder / "index" / "sizes.npy"
-    first.rename(folder / "other")
-    second.rename(first)
-    (folder / "other").rename(second)
+def shift(folder: Path) -> None:
+    rows = np.load(folder / "index" / "rows.npy")
+    rows["offset"] += 512
+    np.save(folder / "index" / "rows.npy", rows)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def swap(folder: Path) -> None:
         (remove, "data.sources.ocr: the shard set {d} does not exist or is no folder; check the source's path"),
         (empty, "data.sources.ocr: {d} is not a shard set, because it holds no dataset.json; give the folder"),
         (cut, "data.sources.ocr: the shard {d}/shards/000000.tar is truncated: it has 5000 bytes, but its last sampl"),
-        (swap, "data.sources.ocr: the index of {d} does not match its shard 000000.tar: it places ocr000000.jpg"),
+        (shift, "data.sources.ocr: the index of {d} does not match its shard 000000.tar: it places ocr000000.jpg"),
     ],
 )
 def test_a_damaged_shard_set_is_named_with_its_source(

@@ -68,9 +68,9 @@ def test_classes_that_nobody_has_are_a_warning(sources, tmp_path, capsys) -> Non
 def test_labels_that_name_every_class_are_refused(sources, tmp_path, capsys) -> None:
     folder = tmp_path / "clips"
     shutil.copytree(sources["video"], folder)
-    labels = np.load(folder / "index/labels.npy")
-    labels[:, :7] = np.arange(7)
-    np.save(folder / "index/labels.npy", labels)
+    rows = np.load(folder / "index/rows.npy")
+    rows["labels"][:, :7] = np.arange(7)
+    np.save(folder / "index/rows.npy", rows)
     assert main(["train", str(config_file({**sources, "video": str(folder)}, tmp_path)), "--check"]) == 2
     sentence = f"each of the 14 samples of {folder} has all 7 classes among its labels, so there is no negative and"
     assert sentence in capsys.readouterr().err
@@ -114,7 +114,9 @@ def test_held_out_sets_with_other_words_or_without_labels_are_refused(sources, t
         shutil.copytree(source, folder)
     write_tiny_vocabulary(pages)
     write_tiny_vocabulary(held_out, start="other")
-    np.save(clips / "index/labels.npy", np.full_like(np.load(clips / "index/labels.npy"), -1))
+    rows = np.load(clips / "index/rows.npy")
+    rows["labels"] = -1
+    np.save(clips / "index/rows.npy", rows)
     data = tiny_config({**sources, "ocr": str(pages)}, tmp_path / "run")
     data["evaluation"] = {"sets": {"ocr_labels": str(held_out), "video_labels": str(clips)}}
     path = str(write_config(data, tmp_path / "config.yaml"))

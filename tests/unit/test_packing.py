@@ -230,7 +230,7 @@ def test_two_budgets_are_kept_with_few_more_microbatches(num_samples: int, text_
         pack_samples(tiles, capacity=8192, multiple=1),
         pack_samples(texts + 1, capacity=text_capacity + 1, multiple=1),
     ]
-    assert packing.num_microbatches <= 1.03 * max(one.num_microbatches for one in alone) + 1
+    assert packing.num_microbatches <= 1.01 * max(one.num_microbatches for one in alone) + 1
 
 
 def test_a_sample_that_takes_nothing_of_a_budget_is_packed_as_before() -> None:
