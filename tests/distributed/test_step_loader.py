@@ -122,7 +122,13 @@ def lose_pages(rank: int, world_size: int, directory: Path) -> list[list[Batch]]
 def halved(shards: ShardSet) -> ShardSet:
     """Makes every page end in its middle."""
     if shards.info.kind == "ocr":
-        shards.columns["sizes"] = shards.columns["sizes"] // 2
+        place = shards.index.place
+
+        def half(row: int, member: str) -> tuple[int, int]:
+            offset, size = place(row, member)
+            return offset, size // 2
+
+        shards.index.place = half  # type: ignore[method-assign]
     return shards
 
 
