@@ -18,6 +18,7 @@ _EXACTNESS_PATHS = (
     "seed",
     "train.global_batch_size",
     "data.tokens_per_microbatch",
+    "data.text_tokens_per_microbatch",
     "data.sources",
     "encoder.drop_path",
 )

@@ -23,6 +23,9 @@ def upgrade_config(stored: Mapping[str, Any], version: int) -> dict[str, Any]:
     data = copy.deepcopy(dict(stored))
     if version < 2 and isinstance(data.get("encoder"), dict):  # encoders have had kinds, and dropped paths, since then
         data["encoder"] = {"kind": "onevision", "drop_path": 0.0, **data["encoder"]}
+    sources = data.get("data", {}).get("sources", {})
+    for name, source in sources.items():  # without it they came in the order that is now the default
+        sources[name] = {"order": None, **source}
     data["config_version"] = CONFIG_VERSION
     return data
 

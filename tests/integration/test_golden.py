@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_ove.checkpoint.compatibility import exactness_warnings
 from megatron_ove.checkpoint.manager import read_common_state
 from megatron_ove.config.upgrade import CONFIG_VERSION, upgrade_config
 from megatron_ove.convert.exchange import exchange_of
@@ -21,6 +22,7 @@ from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.shards.validation import validate_shard_set
 from tests.golden.make_golden import CLASSES, LAYOUTS, SAVED_STEP, SHAPES, config_of, losses_after, train
 from tests.support.distributed import run_distributed
+from tests.support.tiny_run import check
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "golden.tar.xz"
 
@@ -105,3 +107,5 @@ def test_stored_configurations_are_brought_to_the_present_form(golden: Path) -> 
     config = read_common_state(saved(golden, "tp2"))["config"]
     assert config["config_version"] == CONFIG_VERSION and config["encoder"]["kind"] == "onevision"
     assert upgrade_config(config, CONFIG_VERSION) == config
+    now = check(config_of("tp2", golden / "shards", "run")).model_dump(mode="json")
+    assert all(".path was " in warning for warning in exactness_warnings(config, now)), "only the place is another one"
