@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not path.exists():
         raise DataError(f"{path} does not exist, so there is nothing to describe; check the path")
     _check_page_options(arguments)
-    if (path / "dataset.json").exists():
+    if (path / "dataset.json").exists() or (path / "parts").is_dir():  # parts that wait to be joined have a sentence
         return _describe_shard_set(arguments)
     if arguments.page is not None:
         raise DataError(f"--page shows samples, and {path} is no shard set (it holds no dataset.json); leave it out")

@@ -172,8 +172,12 @@ def _short(value: float) -> float | int:
 def _text(value: object, place: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"its json has {place} = {_shown(value)}, which is no text; correct it")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"its json has half of a surrogate pair in {place}, which is no character; repair the text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"its json has half of a surrogate pair in {place}, which is no character; repair the text"
+        ) from error
     return value
 
 

@@ -7,6 +7,7 @@ the index has a row each.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tarfile
 from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ PAGES_MEMBER = "page*"
 """Stands for all pages of a sample, of which each sample has its own number."""
 MAX_PAGES = 10_000
 """Of a sample."""
+MAX_FRAMES = 100
+"""Of a clip's temporal grid."""
 PARTS_FOLDER = "parts"
 """Where the parts lie that tasks have written, before they are joined and after."""
 
@@ -96,8 +99,14 @@ def parse_tar_header(block: bytes) -> tuple[str, int]:
     return entry.name, entry.size
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+_MOST = 1 << 48
+"""Samples, bytes and whatever else is counted; what is larger is no figure of a set."""
+_LONGEST_SIDE = 65535
+_MOST_LABELS = 1 << 16
+
+
+def _is_count(value: object, most: int = _MOST) -> bool:
+    return type(value) is int and 0 <= value <= most
 
 
 def _is_list_of_names(value: object) -> bool:
@@ -107,6 +116,7 @@ def _is_list_of_names(value: object) -> bool:
 _COLUMN_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "float32", "float64")
 _OWN_COLUMNS = frozenset(
     {"offset", "offsets", "shard", "sizes", "labels", "keys", "width", "height", "num_patches", "num_pages"}
+    | {"page_width", "page_height", "page_bytes", "rows", "shards", "parts"}
 )
 DOCUMENT_COLUMNS = {"characters": "int32", "boxes": "int32", "turns": "int32"}
 """What the index knows of a document's text without reading it: characters, boxes of all units, turns and captions."""
@@ -123,18 +133,19 @@ def are_columns(value: object) -> bool:
 _ENTRY_CHECKS: Mapping[str, Callable[[object], bool]] = {
     "num_samples": _is_count,
     "num_classes": _is_count,
-    "label_width": _is_count,
-    "patch_size": lambda value: _is_count(value) and value != 0,
-    "frames": _is_count,
-    "grid_height": lambda value: value is None or _is_count(value),
-    "grid_width": lambda value: value is None or _is_count(value),
+    "label_width": lambda value: _is_count(value, _MOST_LABELS),
+    "patch_size": lambda value: _is_count(value, _LONGEST_SIDE) and value != 0,
+    "frames": lambda value: _is_count(value, MAX_FRAMES),
+    "grid_height": lambda value: value is None or _is_count(value, _LONGEST_SIDE),
+    "grid_width": lambda value: value is None or _is_count(value, _LONGEST_SIDE),
     "members": _is_list_of_names,
     "num_pages": _is_count,
     "most_pages": _is_count,
     "num_parts": _is_count,
     "columns": are_columns,
+    "content": lambda value: isinstance(value, str),
 }
-_SINCE_VERSION_2 = ("num_pages", "most_pages", "num_parts", "columns")
+_SINCE_VERSION_2 = ("num_pages", "most_pages", "num_parts", "columns", "content")
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,7 @@ class DatasetInfo:
         most_pages: of one document.
         num_parts: folders that hold the shards; 0 = they lie in this set's own.
         columns: further columns of the index, name -> type of its one number a sample.
+        content: digits that differ between sets whose samples differ in anything; "" in format 1.
     """
 
     kind: Kind
@@ -174,6 +186,7 @@ class DatasetInfo:
     most_pages: int = 0
     num_parts: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
+    content: str = ""
 
     @property
     def clip_grid(self) -> tuple[int, int, int]:
@@ -246,6 +259,8 @@ class DatasetInfo:
         wrong = [name for name, accepts in _ENTRY_CHECKS.items() if name in data and not accepts(data[name])]
         if data["kind"] != "document":  # which may have none
             wrong += [name for name in ("num_classes", "label_width") if data[name] == 0]
+        if data["kind"] == "video":
+            wrong += [name for name in ("frames", "grid_height", "grid_width") if not data[name]]
         if wrong:
             raise DataError(
                 f"{path} has {wrong[0]} = {data[wrong[0]]!r}, which no shard set has; write the shard set again"
@@ -259,6 +274,17 @@ class DatasetInfo:
                 "of this version; write the shard set again"
             )
         return info
+
+
+def set_mark(directory: Path) -> str:
+    """Returns 16 digits that change when a set is written anew with other samples."""
+    info = DatasetInfo.read(directory)
+    digest = hashlib.sha256((directory / INFO_FILE).read_bytes())
+    if not info.content:  # format 1, which has no such digits: its whole index instead
+        for path in sorted((directory / "index").glob("*.npy")):
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def read_vocabulary(directory: Path, info: DatasetInfo) -> Vocabulary | None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ove.errors import DataError
 from megatron_ove.shards import format as layout
+from megatron_ove.shards.arrays import load_array
 from megatron_ove.shards.format import DatasetInfo
 
 ROWS, KEYS, SHARDS, PARTS = "rows", "keys", "shards", "parts"
@@ -131,6 +131,8 @@ class MappedIndex(ShardIndex):
         sizes = (PAGE_COUNT,) if info.has_pages else tuple(SIZE_COLUMNS)
         super().__init__(info, directory, {**columns, **{name: arrays[name] for name in (KEYS, *sizes)}})
         self._arrays = arrays
+        self._number = {member: i for i, member in enumerate(info.single_members)}
+        self._first_behind_pages = info.members.index(layout.PAGES_MEMBER) if info.has_pages else len(self._number)
         # Some bytes for thousands of samples; as plain arrays, which a search need not convert each time.
         self._shard_firsts = arrays[SHARDS]["first_row"].astype(np.int64)
         self._shard_ends = arrays[SHARDS]["end"].astype(np.int64)
@@ -141,6 +143,11 @@ class MappedIndex(ShardIndex):
     @property
     def first_page(self) -> np.ndarray:
         return self._first_page
+
+    @property
+    def parts(self) -> np.ndarray | None:
+        """[k] records of `part_type`; None of a set that is not joined."""
+        return self._arrays.get(PARTS)
 
     @property
     def shard_firsts(self) -> np.ndarray:
@@ -183,24 +190,22 @@ class MappedIndex(ShardIndex):
 
     def place(self, row: int, member: str) -> tuple[int, int]:
         record = self._arrays[ROWS][row]
-        offset, sizes = int(record["offset"]), iter(record["sizes"].tolist())
-        for name in self.info.members:
-            if name != layout.PAGES_MEMBER:
-                size = next(sizes)
-                if name == member:
-                    return offset, size
-                offset += _stride(size)
-                continue
-            wanted = layout.page_of_member(member)
-            for page, size in enumerate(self._page_bytes(row)):
-                if page == wanted:
-                    return offset, size
-                offset += _stride(size)
-        raise KeyError(f"samples of {self.directory} have no member {member}")
+        offset, sizes = int(record["offset"]), np.asarray(record["sizes"])
+        number, page = self._number.get(member), layout.page_of_member(member)
+        if number is not None:
+            before = int(padded(sizes[:number]).sum())
+            if number >= self._first_behind_pages:
+                before += int(padded(self._page_bytes(row)).sum())
+            return offset + before, int(sizes[number])
+        pages = self._page_bytes(row) if page is not None and self.info.has_pages else sizes[:0]
+        if page is None or page >= len(pages):
+            raise KeyError(f"samples of {self.directory} have no member {member}")
+        before = int(padded(sizes[: self._first_behind_pages]).sum()) + int(padded(pages[:page]).sum())
+        return offset + before, int(pages[page])
 
-    def _page_bytes(self, row: int) -> list[int]:
+    def _page_bytes(self, row: int) -> np.ndarray:
         pages = self.page_range(row)
-        return self._arrays[PAGE_BYTES][pages.start : pages.stop].tolist()
+        return np.asarray(self._arrays[PAGE_BYTES][pages.start : pages.stop])
 
 
 def _summed_up(counts: np.ndarray) -> np.ndarray:
@@ -211,11 +216,6 @@ def _summed_up(counts: np.ndarray) -> np.ndarray:
         np.cumsum(counts[start : start + _CHUNK], out=own)
         own += sums[start]
     return sums
-
-
-def _stride(size: int) -> int:
-    """Returns `padded` of one size."""
-    return -(-size // layout.TAR_BLOCK) * layout.TAR_BLOCK + layout.TAR_BLOCK
 
 
 class ColumnIndex(ShardIndex):
@@ -259,7 +259,11 @@ def load_arrays(info: DatasetInfo, directory: Path) -> dict[str, np.ndarray]:
         DataError: one of them is missing or unreadable.
     """
     return {
-        name: _load(directory / "index" / f"{name}.npy", in_memory=name in (*SIZE_COLUMNS, *PAGE_COLUMNS))
+        name: load_array(
+            directory / "index" / f"{name}.npy",
+            in_memory=name in (*SIZE_COLUMNS, *PAGE_COLUMNS),
+            advice="copy the index again or write the shard set again",
+        )
         for name in index_files(info)
     }
 
@@ -275,12 +279,3 @@ def index_files(info: DatasetInfo) -> tuple[str, ...]:
 def index_of(info: DatasetInfo, directory: Path, arrays: Mapping[str, np.ndarray]) -> ShardIndex:
     """Returns the index that arrays of the right shapes make."""
     return (ColumnIndex if info.format_version == 1 else MappedIndex)(info, directory, arrays)
-
-
-def _load(path: Path, *, in_memory: bool) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode=None if in_memory else "r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"the index file {path} is missing or unreadable ({error}); copy it again or write the shard set again"
-        ) from error

@@ -45,7 +45,9 @@ class Pieces:
             return self._arrays[piece][row]
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu":
+            raise TypeError(f"rows are asked for by number, a slice, or [n] integers, not {rows.dtype} {rows.shape}")
         found = np.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
         pieces = np.searchsorted(self._firsts, rows, side="right") - 1
         for piece in np.unique(pieces).tolist():

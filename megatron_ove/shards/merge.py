@@ -7,6 +7,7 @@ grows with the number of samples but a piece of one column.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from megatron_ove.errors import DataError
 from megatron_ove.new_folder import new_folder
 from megatron_ove.shards import format as layout
 from megatron_ove.shards import index as files
-from megatron_ove.shards.format import INFO_FILE, PARTS_FOLDER, DatasetInfo
+from megatron_ove.shards.format import INFO_FILE, PARTS_FOLDER, DatasetInfo, set_mark
 from megatron_ove.shards.index import load_arrays
 from megatron_ove.shards.old_index import rows_of_format_1
 from megatron_ove.shards.opening import array_problems, index_problems
@@ -32,17 +33,7 @@ PART_FILE = "part.json"
 """Beside a part: which task of how many wrote it, and with which settings."""
 _SHARED_COMPANIONS = ("codec_settings.json", VOCABULARY_FILE)
 """Files that all parts must share, and the joined set gets."""
-_SAME = (
-    "kind",
-    "num_classes",
-    "label_width",
-    "members",
-    "patch_size",
-    "frames",
-    "grid_height",
-    "grid_width",
-    "columns",
-)
+_SAME = ("kind", "num_classes", "label_width", "members", "patch_size", "frames", "grid_height", "grid_width")
 _PART_NAME = re.compile(r"(\d+)-of-(\d+)")
 _CHUNK = 1 << 18
 """Rows copied or hashed in one go."""
@@ -74,7 +65,7 @@ class _Part:
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the files of its index in the present format; of format 1 they are made from its columns."""
         arrays = load_arrays(self.info, self.path)
-        return rows_of_format_1(self.info, arrays) if self.info.format_version == 1 else arrays
+        return rows_of_format_1(self.info, arrays, self.path) if self.info.format_version == 1 else arrays
 
 
 Progress = Callable[[Sequence[Path]], Iterator[Path]]
@@ -102,7 +93,8 @@ def merge_parts(directory: str | Path, parts: Sequence[str | Path] = (), *, prog
     opened = _open(folders, progress)
     info = _common_info(opened)
     if own:
-        # The description comes last: without it nobody opens an index that does not belong to it.
+        # The description goes first and comes last: without it nobody opens an index that does not belong to it.
+        (target / INFO_FILE).unlink(missing_ok=True)
         with new_folder(target / "index", replace_if=_is_index) as folder:
             _write_index(opened, info, folder, target)
         _add_companions(opened, target)
@@ -123,6 +115,11 @@ def _own_parts(directory: Path) -> list[Path]:
         DataError: there are none, or one of the division is not there.
     """
     folder = directory / PARTS_FOLDER
+    if (directory / "shards").exists():
+        raise DataError(
+            f"{directory} is a whole shard set itself, which a set joined of its {PARTS_FOLDER} would replace; let "
+            "tasks write into another folder"
+        )
     if not folder.is_dir():
         raise DataError(
             f"{directory} holds no folder {PARTS_FOLDER}, so there is nothing to join; give the folder that tasks have "
@@ -199,7 +196,7 @@ def _common_info(parts: Sequence[_Part]) -> DatasetInfo:
     for part in parts[1:]:
         for name in (*_SAME, "columns"):
             here, there = getattr(part.info, name), getattr(first.info, name)
-            if here != there:
+            if here != there or (name == "columns" and list(here) != list(there)):
                 problems.append(
                     f"{part.path} has {name} = {here}, but {first.path} has {there}, so they are no one set"
                 )
@@ -218,8 +215,16 @@ def _common_info(parts: Sequence[_Part]) -> DatasetInfo:
             "most_pages": max(part.info.most_pages for part in parts),
             "num_parts": sum(part.info.num_samples > 0 for part in parts),
             "format_version": layout.FORMAT_VERSION,
+            "content": _content_of(parts),
         }
     )
+
+
+def _content_of(parts: Sequence[_Part]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update((part.info.content or set_mark(part.path)).encode() + b"\n")
+    return digest.hexdigest()[:32]
 
 
 def _companion_problems(parts: Sequence[_Part]) -> Iterator[str]:
@@ -251,8 +256,12 @@ def _content(path: Path) -> bytes | None:
 
 def _add_companions(parts: Sequence[_Part], folder: Path) -> None:
     for name in _SHARED_COMPANIONS:
-        if (parts[0].path / name).is_file():
-            shutil.copyfile(parts[0].path / name, folder / name)
+        if not (parts[0].path / name).is_file():
+            (folder / name).unlink(missing_ok=True)
+            continue
+        partial = folder / f".{name}.joining"
+        shutil.copyfile(parts[0].path / name, partial)
+        partial.replace(folder / name)  # training may read it
 
 
 def _write_index(parts: Sequence[_Part], info: DatasetInfo, folder: Path, target: Path) -> None:
@@ -351,6 +360,6 @@ def read_part_settings(folder: Path) -> dict[str, object] | None:
     """Returns what the tool that wrote a part or a set says of how it did; None if it says nothing."""
     try:
         found = json.loads((folder / PART_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

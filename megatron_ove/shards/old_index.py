@@ -12,25 +12,28 @@ from megatron_ove.shards import index as files
 from megatron_ove.shards.format import DatasetInfo
 
 
-def rows_of_format_1(info: DatasetInfo, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def rows_of_format_1(info: DatasetInfo, arrays: Mapping[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
     """Returns the files of format 2 that say what columns of format 1 say.
 
     Args:
         info: dataset.json of format 1.
         arrays: its columns, of the right shapes.
+        directory: of the set, for messages.
 
     Raises:
         DataError: members of a sample do not lie side by side, or a shard is left out, as no writer did it.
     """
     offsets, sizes = arrays["offsets"].astype(np.int64), arrays["sizes"]
     if (offsets[:, 1:] != offsets[:, :-1] + files.padded(sizes[:, :-1])).any():
-        raise DataError("members of a sample do not lie side by side, as no writer of ours did it; write the set again")
+        raise DataError(
+            f"members of a sample of {directory} do not lie side by side, as no writer of ours did it; write it again"
+        )
     rows = np.zeros(info.num_samples, dtype=info.row_type)
     rows["offset"], rows["sizes"], rows["labels"] = arrays["offsets"][:, 0], arrays["sizes"], arrays["labels"]
-    old = files.ColumnIndex(info, Path(), arrays)
+    old = files.ColumnIndex(info, directory, arrays)
     ranges = old.shard_rows()
     if list(ranges) != list(range(len(ranges))):
-        raise DataError("a shard without samples is left out, as no writer of ours did it; write the set again")
+        raise DataError(f"{directory} leaves out the number of a shard, as no writer of ours did it; write it again")
     shards = [(mine.start, old.shard_end(number)) for number, mine in ranges.items()]
     return {
         files.ROWS: rows,

@@ -7,7 +7,7 @@ each part, all of a set that is not divided, and at a few headers; `validation.p
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +37,8 @@ _FIRST_FORMAT_TYPES = {
     "keys": ("S", 1),
 }
 """NumPy kind (unsigned, signed, bytes) and dimensions of each index array of format 1."""
+_LAST_BYTE = (1 << 62) - 1
+"""What lies behind it is in no file, and the system does not take it for a place in one."""
 _CHUNK = 1 << 20
 """Index rows looked at in one go."""
 
@@ -110,6 +112,14 @@ def _first_format_shapes(info: layout.DatasetInfo, arrays: Arrays, directory: Pa
 def index_problems(index: ShardIndex) -> list[str]:
     """Returns what is wrong with what the index says of shards; a glance that every rank can afford."""
     directory = index.directory
+    for name in files.PAGE_COLUMNS if index.info.has_pages else ("width", "height"):
+        sides = {"page_width": "page_widths", "page_height": "page_heights"}.get(name)
+        values = index.columns[name] if sides is None else getattr(index, sides)
+        if values.min() < 1:
+            return [
+                f"{directory}/index/{name}.npy has {int(values.min())} pixels in row {int(values.argmin())}, so it is "
+                "damaged; write the shard set again"
+            ]
     if isinstance(index, ColumnIndex):
         last = int(index.columns["shard"][-1])
         if last >= index.info.num_samples:
@@ -122,12 +132,32 @@ def index_problems(index: ShardIndex) -> list[str]:
     firsts = index.shard_firsts
     if not len(firsts) or firsts[0] != 0 or (np.diff(firsts) <= 0).any() or firsts[-1] >= index.info.num_samples:
         return [f"{directory}/index/shards.npy is not in order, so it is damaged; write the shard set again"]
-    if index.info.has_pages and (
-        index.columns[files.PAGE_COUNT].min() < 1 or int(index.first_page[-1]) != index.info.num_pages
+    if index.info.has_pages:
+        counts, info = index.columns[files.PAGE_COUNT], index.info
+        found = (int(counts.min()) >= 1, int(index.first_page[-1]), int(counts.max()))
+        if found != (True, info.num_pages, info.most_pages):
+            return [
+                f"{directory}/index/num_pages.npy counts {found[1]} pages, {found[2]} at most, where "
+                f"{layout.INFO_FILE} says {info.num_pages} and {info.most_pages}, or none of a document; one of them "
+                "is damaged or of another version of the set: copy both again"
+            ]
+    return _part_problems(index)
+
+
+def _part_problems(index: MappedIndex) -> list[str]:
+    parts = index.parts
+    if parts is None:
+        return []
+    shards, rows = index.first_shards, parts["first_row"].astype(np.int64)
+    is_right = shards[0] == 0 and (np.diff(shards) > 0).all() and 0 <= shards[-1] < len(index.shard_firsts)
+    if (
+        not is_right
+        or (index.shard_firsts[shards] != rows).any()
+        or any(b"\0" in path for path in parts["path"].tolist())
     ):
         return [
-            f"{directory}/index/num_pages.npy counts {int(index.first_page[-1])} pages where the index has "
-            f"{index.info.num_pages}, or none of a document, so it is damaged; write the shard set again"
+            f"{index.directory}/index/parts.npy does not belong to the shards of the index, so it is damaged; join the "
+            "parts again"
         ]
     return []
 
@@ -190,7 +220,7 @@ def _shard_problems(index: ShardIndex, shard_files: ShardFiles) -> list[str]:
             found = _file_problems(index, shard_files, number)
             if not found and place in probed:
                 rows = ranges[number]
-                found = header_problems(index, shard_files, number, {rows[0], rows[-1]})
+                found = header_problems(index, shard_files.peek, number, {rows[0], rows[-1]})
             problems += found
         return problems
 
@@ -220,7 +250,7 @@ def _file_problems(index: ShardIndex, shard_files: ShardFiles, number: int) -> l
     except (FileNotFoundError, NotADirectoryError):
         return [f"the shard {path} is missing, but the index refers to it; copy it again"]
     except OSError as error:
-        return [f"the shard {path} cannot be looked at ({error.strerror}); check the disk and its permissions"]
+        return [f"the shard {path} cannot be looked at ({error.strerror or error}); check the disk and its permissions"]
     if size < end:
         return [
             f"the shard {path} is truncated: it has {size} bytes, but its last sample ends at byte {end}; copy or "
@@ -235,8 +265,13 @@ def _is_sorted(values: np.ndarray) -> bool:
     return not any((chunk[1:] < chunk[:-1]).any() for chunk in chunks)
 
 
-def header_problems(index: ShardIndex, shard_files: ShardFiles, number: int, rows: Iterable[int]) -> list[str]:
-    """Compares tar headers of one shard with the index; returns a sentence for the first that differs."""
+def header_problems(
+    index: ShardIndex, read: Callable[[int, int, int], bytes], number: int, rows: Iterable[int]
+) -> list[str]:
+    """Compares tar headers of one shard with the index; returns a sentence for the first that differs.
+
+    `read` returns (shard, bytes, offset) of the shard files.
+    """
     path = index.shard_path(number)
     for row in rows:
         key = index.key(row)
@@ -244,10 +279,12 @@ def header_problems(index: ShardIndex, shard_files: ShardFiles, number: int, row
             offset, size = index.place(row, member)
             want = (f"{key}.{member}", size)
             try:
-                block = shard_files.read(number, layout.TAR_BLOCK, max(0, offset - layout.TAR_BLOCK))
+                block = read(number, layout.TAR_BLOCK, min(max(0, offset - layout.TAR_BLOCK), _LAST_BYTE))
                 found = layout.parse_tar_header(block)
             except OSError as error:
-                return [f"the shard {path} cannot be read ({error.strerror}); check the disk and its permissions"]
+                return [
+                    f"the shard {path} cannot be read ({error.strerror or error}); check the disk and its permissions"
+                ]
             except (tarfile.HeaderError, UnicodeDecodeError):
                 found = ("no file header", 0)
             if found != want:

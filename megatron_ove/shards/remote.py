@@ -11,17 +11,26 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from urllib.parse import quote
 
 from megatron_ove.errors import DataError
 from megatron_ove.new_folder import new_folder
 from megatron_ove.shards.files import ShardFiles
-from megatron_ove.shards.format import INFO_FILE, DatasetInfo
+from megatron_ove.shards.format import INFO_FILE, DatasetInfo, set_mark
+from megatron_ove.shards.index import PARTS, load_arrays
+from megatron_ove.vocabulary import VOCABULARY_FILE
+
+logger = logging.getLogger(__name__)
 
 REMOTE_FILE = "remote.json"
 _MIB = 1 << 20
@@ -29,7 +38,8 @@ _LOOK_AFTER = 64
 """The cache is looked through whenever a process has added this part of its size."""
 _KEEPS = 0.9
 """Share of the cache's size that is left after old blocks were removed."""
-_NOT_MIRRORED = ("shards", "parts", "rejects")
+_LOCKS = 64
+_TOKENS = re.compile(r"tokens-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -58,11 +68,15 @@ class RemoteSettings:
         path = directory / REMOTE_FILE
         try:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
-            if found.block_mib < 1 or found.max_gib * 1024 < found.block_mib:
-                raise ValueError("a cache holds at least one block of 1 MiB")
+            if not all(isinstance(text, str) and text and "\0" not in text for text in (found.url, found.cache)):
+                raise ValueError("url and cache are texts")
+            if type(found.block_mib) is not int or not 1 <= found.block_mib <= 1024:
+                raise ValueError("block_mib is a whole number from 1 to 1024")
+            if type(found.max_gib) not in (int, float) or not found.block_mib / 1024 <= found.max_gib <= 1 << 20:
+                raise ValueError("max_gib is a number, and a cache holds at least one block")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path} does not say where shards are ({error}); make the mirror again") from error
         return found
 
@@ -77,7 +91,7 @@ def file_system_of(url: str) -> tuple[Any, str]:
 
     try:
         return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # each file system fails in its own way
         raise DataError(
             f"{url} cannot be read ({error}); install what fsspec needs for it, or correct the URL"
         ) from error
@@ -96,28 +110,40 @@ def make_mirror(settings: RemoteSettings, directory: str | Path) -> DatasetInfo:
     files, root = file_system_of(settings.url)
     with new_folder(directory) as folder:
         try:
-            for path, target in _files_below(files, root, folder):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                files.get_file(path, str(target))
-        except OSError as error:
+            names = {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in files.ls(root, detail=True)}
+            if INFO_FILE in names:
+                for path, target in _files_of_set(files, root, folder, names):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    files.get_file(path, str(target))
+        except Exception as error:  # each file system fails in its own way
             raise DataError(f"{settings.url} cannot be read ({error}); check the URL and what it needs") from error
         if not (folder / INFO_FILE).is_file():
             raise DataError(f"{settings.url} is not a shard set, because it holds no {INFO_FILE}; give a set's URL")
         info = DatasetInfo.read(folder)
+        _require_own_parts(info, folder, settings.url)
         (folder / REMOTE_FILE).write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
     return info
 
 
-def _files_below(files: Any, root: str, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yields (remote file, its place here) of all but shards; folders of shards are not even listed."""
-    for entry in files.ls(root, detail=True):
-        path = str(entry["name"])
-        name = path.rstrip("/").rsplit("/", 1)[-1]
-        if entry["type"] == "directory":
-            if name not in _NOT_MIRRORED and not name.startswith("."):
-                yield from _files_below(files, path, folder / name)
-        elif not name.startswith("."):
-            yield path, folder / name
+def _files_of_set(files: Any, root: str, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """Yields (remote file, its place here) of all but shards."""
+    for name in names:
+        if name in (INFO_FILE, VOCABULARY_FILE, "codec_settings.json"):
+            yield f"{root}/{name}", folder / name
+        elif name == "index" or _TOKENS.fullmatch(name):
+            for path in files.ls(f"{root}/{name}", detail=False):
+                yield str(path), folder / name / str(path).rsplit("/", 1)[-1]
+
+
+def _require_own_parts(info: DatasetInfo, folder: Path, url: str) -> None:
+    if not info.num_parts:
+        return
+    for path in load_arrays(info, folder)[PARTS]["path"].tolist():
+        if path.startswith(b"/") or b".." in path.split(b"/"):
+            raise DataError(
+                f"{url} is joined of parts outside of its folder ({path.decode(errors='replace')}), which are not "
+                "reached from here; join parts that lie below it"
+            )
 
 
 class RemoteShardFiles(ShardFiles):
@@ -133,10 +159,19 @@ class RemoteShardFiles(ShardFiles):
         super().__init__(path_of)
         self._directory, self._settings = directory, settings
         self._block = settings.block_mib * _MIB
-        name = hashlib.sha256(settings.url.encode()).hexdigest()[:16]
-        self.cache = Path(os.path.expandvars(settings.cache)).expanduser() / name
+        place = os.path.expandvars(settings.cache)
+        if "$" in place:
+            raise DataError(
+                f"the cache {settings.cache} of {directory / REMOTE_FILE} names a variable that is not set on this "
+                "node; set it, or make the mirror again with another --cache"
+            )
+        # Blocks of another version of the set, or of another size, are other blocks.
+        name = hashlib.sha256(f"{settings.url}\n{set_mark(directory)}\n{settings.block_mib}".encode()).hexdigest()[:16]
+        self.cache = Path(place).expanduser() / name
         self._cleaner = _Cleaner(self.cache, round(settings.max_gib * 1024 * _MIB))
         self._opened: tuple[Any, str] | None = None
+        self._locks = [Lock() for _ in range(_LOCKS)]
+        self._has_warned = False
         self.num_fetched = 0
 
     def read(self, number: int, size: int, offset: int) -> bytes:
@@ -146,27 +181,33 @@ class RemoteShardFiles(ShardFiles):
             parts.append(self._read_block(number, block, max(0, offset - start), offset + size - start))
         return b"".join(parts)
 
+    def peek(self, number: int, size: int, offset: int) -> bytes:
+        files, path = self._place(number)
+        return bytes(self._guarded(lambda: files.cat_file(path, start=offset, end=offset + size)))
+
     def size(self, number: int) -> int:
         files, path = self._place(number)
         return int(self._guarded(lambda: files.size(path)))
 
     def forget(self, number: int) -> None:
         """Removes the shard's blocks, in case one of them is bad."""
-        for path in self.cache.glob(f"{self._name(number)}.*"):
-            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            for path in self.cache.glob(f"{self._name(number)}.*"):
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Keeps nothing open."""
 
     def _read_block(self, number: int, block: int, begin: int, end: int) -> bytes:
         path = self.cache / f"{self._name(number)}.{block}"
-        try:
-            with path.open("rb") as stream:
-                stream.seek(begin)
-                return stream.read(min(end, self._block) - begin)
-        except FileNotFoundError:
-            content = self._fetch(number, block)
-        self._keep(path, content)
+        with self._locks[hash((number, block)) % _LOCKS]:  # of threads that want one block, one fetches it
+            try:
+                with path.open("rb") as stream:
+                    stream.seek(begin)
+                    return stream.read(min(end, self._block) - begin)
+            except OSError:  # not there, or the cache cannot be read
+                content = self._fetch(number, block)
+            self._keep(path, content)
         return content[begin:end]
 
     def _fetch(self, number: int, block: int) -> bytes:
@@ -183,8 +224,17 @@ class RemoteShardFiles(ShardFiles):
             partial.write_bytes(content)
             partial.replace(path)
             self._cleaner.added(len(content))
-        except OSError:
-            partial.unlink(missing_ok=True)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "%s cannot be written (%s), so every sample is read from afar; free space there, or name another "
+                    "--cache",
+                    self.cache,
+                    error.strerror or error,
+                )
 
     def _place(self, number: int) -> tuple[Any, str]:
         if self._opened is None:
@@ -196,7 +246,7 @@ class RemoteShardFiles(ShardFiles):
         return self._path_of(number).relative_to(self._directory).as_posix()
 
     def _name(self, number: int) -> str:
-        return self._relative(number).replace("/", "_")
+        return quote(self._relative(number), safe="")
 
     @staticmethod
     def _guarded(call: Callable[[], Any]) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_ove.errors import DataError
 from megatron_ove.new_folder import new_folder
-from megatron_ove.shards.format import FORMAT_VERSION, DatasetInfo
+from megatron_ove.shards.format import FORMAT_VERSION, DatasetInfo, set_mark
 from megatron_ove.shards.old_index import rows_of_format_1
 from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.shards.writer import COMPANIONS
@@ -33,8 +33,8 @@ def rewrite_shard_set(directory: Path, output: Path) -> DatasetInfo:
     shards = ShardSet.open(directory)
     if shards.info.format_version == FORMAT_VERSION:
         raise DataError(f"{directory} has the present format {FORMAT_VERSION} already, so there is nothing to rewrite")
-    info = replace(shards.info, format_version=FORMAT_VERSION)
-    arrays = rows_of_format_1(info, shards.columns)
+    info = replace(shards.info, format_version=FORMAT_VERSION, content=set_mark(directory))
+    arrays = rows_of_format_1(info, shards.columns, directory)
     with new_folder(output) as folder:
         (folder / "shards").mkdir()
         (folder / "index").mkdir()

@@ -100,8 +100,11 @@ class ShardSet:
             DataError: one sentence a line for everything that is wrong with any, or if they are no one set.
         """
         opened, problems = [], []
+        real = [Path(directory).resolve() for directory in directories]
         for directory in directories:
             try:
+                if real.count(Path(directory).resolve()) > 1:
+                    raise DataError(f"{directory} is named twice, so its samples would count twice; name each set once")
                 opened.append(cls.open(directory, looks_at_shards=looks_at_shards))
             except DataError as error:
                 problems.append(str(error))
@@ -137,12 +140,12 @@ class ShardSet:
 
     @property
     def num_patches(self) -> np.ndarray:
-        """[n] int32: selected patches of a clip; patches that cover a picture, or all pages, at their own size."""
+        """[n] integers: selected patches of a clip; patches that cover a picture, or all pages, at their own size."""
         if not self.info.has_pages:
             return self.columns["num_patches"]
         counts, sizes = self.page_sizes(np.arange(len(self)))
         patches = (-(-sizes // self.info.patch_size)).astype(np.int64).prod(axis=1)
-        return np.add.reduceat(patches, np.cumsum(counts) - counts).astype(np.int32)
+        return np.add.reduceat(patches, np.cumsum(counts) - counts)
 
     @property
     def num_pages(self) -> np.ndarray:
@@ -186,6 +189,11 @@ class ShardSet:
         """
         shard = self.index.shard_of(i)
         offset, size = self.index.place(i, member)
+        if offset + size > self.index.shard_end(shard):
+            raise DataError(
+                f"{member} of {self.describe(i)} lies behind the shard's end by its index, so the index is damaged; "
+                "copy it again or write the shard set again"
+            )
         try:
             data = self.files.read(shard, size, offset)
         except OSError as error:
@@ -193,7 +201,7 @@ class ShardSet:
                 raise
             self.files.forget(shard)
             raise ReadError(
-                f"{member} of {self.describe(i)} cannot be read ({error.strerror}); check the disk"
+                f"{member} of {self.describe(i)} cannot be read ({error.strerror or error}); check the disk"
             ) from error
         if len(data) != size:
             self.files.forget(shard)

@@ -23,8 +23,9 @@ import numpy as np
 
 from megatron_ove.errors import DataError
 from megatron_ove.new_folder import new_folder
+from megatron_ove.shards.arrays import load_array
 from megatron_ove.shards.documents import Document
-from megatron_ove.shards.format import INFO_FILE
+from megatron_ove.shards.format import DatasetInfo, set_mark
 from megatron_ove.shards.merge import part_name
 from megatron_ove.shards.shard_set import ShardSet
 
@@ -171,13 +172,14 @@ class TokenCache:
             DataError: there is none, it is damaged, or it was made of another version of the set.
         """
         folder = cache_folder(directory, fingerprint)
+        count = DatasetInfo.read(directory).num_samples
         info = read_cache_info(folder)
         if info is None:
             raise DataError(
                 f"{directory} has no token cache of the tokenizer {fingerprint}, by which the lengths of texts are "
                 f"known; make it: python {MADE_BY} {directory} --tokenizer FOLDER"
             )
-        if info.set_mark != set_mark(directory) or info.fingerprint != fingerprint:
+        if (info.set_mark, info.fingerprint, info.num_samples) != (set_mark(directory), fingerprint, count):
             raise DataError(
                 f"the token cache {folder} was made of another version of the set, so its texts are others; delete it "
                 f"and run {MADE_BY} again"
@@ -191,8 +193,13 @@ class TokenCache:
         """
         first, stop = int(self._first_texts[row]), int(self._first_texts[row + 1])
         bounds = self._firsts[first : stop + 1].tolist()
-        roles = [Role(role) for role in self._roles[first:stop].tolist()]
-        tasks = [self.info.tasks[task] for task in self._tasks[first:stop].tolist()]
+        try:
+            roles = [Role(role) for role in self._roles[first:stop].tolist()]
+            tasks = [self.info.tasks[task] for task in self._tasks[first:stop].tolist()]
+        except (ValueError, IndexError) as error:
+            raise DataError(
+                f"the token cache {self.folder} is damaged in row {row} ({error}); delete it and run {MADE_BY}"
+            ) from error
         ids = [np.asarray(self._ids[begin:end]) for begin, end in pairwise(bounds)]
         return [
             (role, task, ids[0] if role == Role.ANSWER_IS_TEXT else own)
@@ -244,16 +251,11 @@ class SourceTexts:
         return self._lengths[view]
 
 
-_FILES = {"ids": "<i4", "firsts": "<i8", "first_texts": "<i8", "roles": "u1", "tasks": "<u2"}
+_FILES = {"ids": "<i4", "firsts": "<i8", "first_texts": "<i8", "roles": "u1", "tasks": "<u4"}
 
 
 def _load(path: Path, kind: str) -> np.ndarray:
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path} is missing or unreadable ({error}); delete its folder and run {MADE_BY} again"
-        ) from error
+    values = load_array(path, in_memory=False, advice=f"delete its folder and run {MADE_BY} again")
     if values.dtype != np.dtype(kind) or values.ndim != 1:
         raise DataError(f"{path} holds {values.dtype}, so it is damaged; delete its folder and run {MADE_BY} again")
     return values
@@ -270,20 +272,12 @@ def read_cache_info(folder: Path) -> CacheInfo | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return CacheInfo(**{**data, "tasks": tuple(data["tasks"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        found = CacheInfo(**{**data, "tasks": tuple(data["tasks"])})
+        if type(found.num_samples) is not int or not all(isinstance(task, str) for task in found.tasks):
+            raise ValueError("num_samples or tasks are of another form")
+        return found
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete its folder and run {MADE_BY} again") from error
-
-
-def set_mark(directory: Path) -> str:
-    """Returns what changes when a set is written anew: hash of its description, and of ends and sizes of its index."""
-    digest = hashlib.sha256((directory / INFO_FILE).read_bytes())
-    for path in sorted((directory / "index").glob("*.npy")):
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(max(0, size - _MARK_BYTES))
-            digest.update(f"{path.name} {size}".encode() + stream.read(_MARK_BYTES))
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -303,6 +297,7 @@ class CacheCounts:
     empty: int
 
 
+_JOINED_ROWS = 1 << 20
 _CHUNK = 512
 """Samples whose texts are encoded in one go, on all cores."""
 
@@ -355,7 +350,7 @@ class _EncodedTexts:
         self.tasks: dict[str, int] = {"": 0}
         self._stream = stream
         self._firsts, self._first_texts = array("q", [0]), array("q", [0])
-        self._roles, self._task_numbers = bytearray(), array("H")
+        self._roles, self._task_numbers = bytearray(), array("I")
         self._lengths = {view: array("i") for view in get_args(View)}
 
     @property
@@ -383,7 +378,7 @@ class _EncodedTexts:
             "firsts": np.asarray(self._firsts, dtype="<i8"),
             "first_texts": np.asarray(self._first_texts, dtype="<i8"),
             "roles": np.frombuffer(bytes(self._roles), dtype="u1"),
-            "tasks": np.asarray(self._task_numbers, dtype="<u2"),
+            "tasks": np.asarray(self._task_numbers, dtype="<u4"),
             **lengths,
         }
         for name, values in arrays.items():
@@ -412,6 +407,9 @@ def join_cache(shards: ShardSet, fingerprint: str, count: int) -> CacheInfo:
         DataError: a piece is missing, damaged, or of another version of the set.
     """
     folder = cache_folder(shards.directory, fingerprint)
+    there = read_cache_info(folder)
+    if there is not None and there.set_mark == set_mark(shards.directory):
+        return there
     pieces = [pieces_folder(folder) / part_name(number, count) for number in range(count)]
     infos = []
     for number, piece in enumerate(pieces):
@@ -421,6 +419,12 @@ def join_cache(shards: ShardSet, fingerprint: str, count: int) -> CacheInfo:
         if info.set_mark != set_mark(shards.directory):
             raise DataError(f"{piece} was made of another version of the set; delete it, and run its task again")
         infos.append(info)
+    found = sum(info.num_samples for info in infos)
+    if found != len(shards) or {info.fingerprint for info in infos} != {fingerprint}:
+        raise DataError(
+            f"the pieces below {pieces_folder(folder)} have {found} of the {len(shards)} samples of "
+            f"{shards.directory}, or are of several tokenizers; delete them, and run all tasks again"
+        )
     tasks = tuple(dict.fromkeys(task for info in infos for task in info.tasks))
     with new_folder(folder) as path:
         for name, kind in {**_FILES, **{f"{view}_lengths": "<i4" for view in get_args(View)}}.items():
@@ -439,14 +443,14 @@ def pieces_folder(folder: Path) -> Path:
 def _pieces(
     name: str, pieces: Sequence[Path], infos: Sequence[CacheInfo], tasks: Sequence[str]
 ) -> Iterator[np.ndarray]:
-    offset = 0
+    offset, number_of = 0, {task: number for number, task in enumerate(tasks)}
     for number, (piece, info) in enumerate(zip(pieces, infos, strict=True)):
-        values = np.load(piece / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        values = load_array(piece / f"{name}.npy", in_memory=False, advice="delete its folder and run its task again")
         if name in ("firsts", "first_texts"):  # ends of what comes before; each piece begins with a 0
             yield np.asarray(values[1 if number else 0 :]) + offset
             offset += int(values[-1])
         elif name == "tasks":
-            yield np.array([tasks.index(task) for task in info.tasks], dtype="<u2")[values]
+            yield np.array([number_of[task] for task in info.tasks], dtype="<u4")[values]
         else:
             yield values
 
@@ -456,4 +460,5 @@ def _join_file(path: Path, dtype: np.dtype[Any], pieces: Sequence[np.ndarray]) -
     with path.open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, header)
         for piece in pieces:
-            stream.write(piece.astype(dtype).tobytes())
+            for start in range(0, len(piece), _JOINED_ROWS):
+                stream.write(piece[start : start + _JOINED_ROWS].astype(dtype).tobytes())

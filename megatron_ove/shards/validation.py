@@ -42,7 +42,7 @@ def _vocabulary_problems(shards: ShardSet) -> list[str]:
 def _deep_problems(shards: ShardSet) -> list[str]:
     problems = label_problems(shards.index, every=True)
     for number, rows in shards.index.shard_rows().items():
-        problems += header_problems(shards.index, shards.files, number, rows)
+        problems += header_problems(shards.index, shards.files.read, number, rows)
     if problems:
         return problems
     checker = SampleChecker(shards.info)

@@ -6,6 +6,7 @@ that can be seen is whole. One process writes one set; many write a large one in
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from array import array
@@ -26,6 +27,9 @@ from megatron_ove.shards.samples import Measures, SampleChecker, UnusableSampleE
 _log = logging.getLogger(__name__)
 
 PARTS = ("shards", "index")
+"""Folders of every set."""
+_TOKENS = re.compile(r"tokens-[0-9a-f]{16}")
+_IN_TOKENS = re.compile(r"(\w+\.npy|cache\.json)")
 COMPANIONS = ("codec_settings.json", "vocabulary.json", "part.json")
 """Files that may lie beside a shard set's own."""
 _ALL_FILES = dict.fromkeys((*index.INDEX_FILES, *index.ColumnIndex.FILES))
@@ -103,6 +107,7 @@ class ShardWriter:
         self._shards: list[tuple[int, int]] = []  # first row and end of each
         self._shard: _OpenShard | None = None
         self._first_reason = ""
+        self._content = hashlib.sha256()
         self._folder = NewFolder(self.directory, replace_if=is_shard_set if overwrite else None)
         try:
             for part in PARTS:
@@ -242,6 +247,12 @@ class ShardWriter:
         if set(values) != set(info.columns) - set(measured):
             odd = ", ".join(sorted(set(values) ^ (set(info.columns) - set(measured)))[:3])
             raise DataError(f"sample '{key}' lacks or has unknown values of columns: {odd}; correct them")
+        for name, value in values.items():
+            if not _survives(value, np.dtype(info.columns[name])):
+                raise DataError(
+                    f"sample '{key}' has {name} = {value!r}, which its column of {info.columns[name]} cannot hold; "
+                    "correct the value or the column's type"
+                )
         own = np.asarray(labels) if labels is not None else np.full(info.label_width, -1, np.int32)
         if own.dtype.kind not in "iu" or own.shape != (info.label_width,):
             raise DataError(
@@ -272,6 +283,9 @@ class ShardWriter:
         info, pages = self._info, sorted(members.keys() - set(self._info.single_members))
         order = [one for name in info.members for one in (pages if name == layout.PAGES_MEMBER else [name])]
         places = self._shard.write(key, [(name, members[name]) for name in order])
+        self._content.update(f"{key} {len(order)}\n".encode())
+        for name in order:
+            self._content.update(f"{name} {len(members[name])}\n".encode() + members[name])
         self._shards[-1] = (self._shards[-1][0], sum(places[-1]))
         row = np.zeros((), info.row_type)
         row["offset"] = places[0][0]
@@ -280,6 +294,7 @@ class ShardWriter:
             row["labels"] = labels
         for name, value in values.items():
             row[name] = value
+        self._content.update(row.tobytes())
         self._rows += row.tobytes()
         if info.has_pages:
             self._sizes[index.PAGE_COUNT].append(len(pages))
@@ -304,6 +319,7 @@ class ShardWriter:
                 "num_samples": len(self._keys),
                 "num_pages": len(self._sizes[index.PAGE_BYTES]),
                 "most_pages": max(self._sizes[index.PAGE_COUNT], default=0),
+                "content": self._content.hexdigest()[:32],
             }
         )
         arrays: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in self._sizes.items()}
@@ -320,10 +336,22 @@ def is_shard_set(directory: Path) -> bool:
     try:
         layout.DatasetInfo.read(directory)
         names = {entry.name for entry in directory.iterdir()}
+        caches = {name for name in names if _TOKENS.fullmatch(name)}
+        own = all(_IN_TOKENS.fullmatch(entry.name) for name in caches for entry in (directory / name).iterdir())
         parts = [f"{part}/{entry.name}" for part in names.intersection(PARTS) for entry in (directory / part).iterdir()]
     except (DataError, OSError):
         return False
-    return names <= {layout.INFO_FILE, *PARTS, *COMPANIONS} and all(map(_IN_PARTS.fullmatch, parts))
+    return own and names - caches <= {layout.INFO_FILE, *PARTS, *COMPANIONS} and all(map(_IN_PARTS.fullmatch, parts))
+
+
+def _survives(value: object, dtype: np.dtype) -> bool:
+    """Whether a number is the same, or for floats nearly so, after it was stored."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    if dtype.kind == "f":
+        return not np.isfinite(value) or abs(value) <= np.finfo(dtype).max
+    limits = np.iinfo(dtype)
+    return bool(np.isfinite(value)) and value == int(value) and limits.min <= value <= limits.max
 
 
 def _check_settings(info: layout.DatasetInfo, directory: Path) -> None:
@@ -338,7 +366,9 @@ def _check_settings(info: layout.DatasetInfo, directory: Path) -> None:
             f"the columns {dict(info.columns)} of {directory} are not names and types of numbers like "
             "{'score': 'float32'}, or have a name of the index's own; correct them"
         )
-    if info.kind == "video" and (not info.grid_height or not info.grid_width or not 1 <= info.frames <= 100):
+    if info.kind == "video" and (
+        not info.grid_height or not info.grid_width or not 1 <= info.frames <= layout.MAX_FRAMES
+    ):
         raise DataError(
             f"a video shard set needs grid_height and grid_width (given: {info.grid_height}, {info.grid_width}) and 1 "
             f"to 100 frames (given: {info.frames}); correct them for {directory}"

@@ -27,6 +27,6 @@ def to_first_format(directory: Path) -> None:
     for name, array in arrays.items():
         np.save(directory / "index" / f"{name}.npy", array)
     info = json.loads((directory / "dataset.json").read_text())
-    for name in ("num_pages", "most_pages", "num_parts", "columns"):
+    for name in ("num_pages", "most_pages", "num_parts", "columns", "content"):
         del info[name]
     (directory / "dataset.json").write_text(json.dumps({**info, "format_version": 1}))

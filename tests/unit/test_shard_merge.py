@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -107,7 +108,11 @@ def test_rewriting_the_first_format_loses_nothing(tmp_path: Path, kind: str) -> 
     (tmp_path / "new/vocabulary.json").unlink()
     for path in whole.rglob("*"):
         copy = tmp_path / "new" / path.relative_to(whole)
-        assert path.is_dir() or path.read_bytes() == copy.read_bytes(), path
+        if path.name == "dataset.json":  # all but the digits of the content, which nobody kept
+            one, other = (json.loads(file.read_text()) for file in (path, copy))
+            assert one.pop("content") != other.pop("content") and one == other
+        else:
+            assert path.is_dir() or path.read_bytes() == copy.read_bytes(), path
     with pytest.raises(DataError, match="has the present format 2 already"):
         rewrite_shard_set(whole, tmp_path / "again")
     (old / "vocabulary.json").unlink()

@@ -14,6 +14,7 @@ from typing import get_args
 
 from megatron_ove.preprocess.file_runs import show_progress
 from megatron_ove.preprocess.tool_arguments import Task, report, run_tool, whole_number
+from megatron_ove.shards.format import set_mark
 from megatron_ove.shards.merge import part_name
 from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.shards.token_cache import (
@@ -23,7 +24,6 @@ from megatron_ove.shards.token_cache import (
     join_cache,
     pieces_folder,
     read_cache_info,
-    set_mark,
     write_cache,
 )
 
@@ -54,7 +54,7 @@ def _work(arguments: argparse.Namespace) -> None:
         return
     task: Task = arguments.task or Task(0, 1)
     target = folder if arguments.task is None else pieces_folder(folder) / part_name(task.number, task.count)
-    there = read_cache_info(target)
+    there = read_cache_info(folder) or read_cache_info(target)
     if there is not None and there.set_mark == set_mark(arguments.directory):
         report(f"{target} is there already: {there.num_samples:,} samples; nothing to do")
         return
