@@ -349,9 +349,9 @@ def _survives(value: object, dtype: np.dtype) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return False
     if dtype.kind == "f":
-        return not np.isfinite(value) or abs(value) <= np.finfo(dtype).max
+        return bool(not np.isfinite(value) or abs(value) <= np.finfo(dtype).max)
     limits = np.iinfo(dtype)
-    return bool(np.isfinite(value)) and value == int(value) and limits.min <= value <= limits.max
+    return bool(np.isfinite(value) and value == int(value) and limits.min <= value <= limits.max)
 
 
 def _check_settings(info: layout.DatasetInfo, directory: Path) -> None:
