@@ -39,12 +39,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    if arguments.vocabulary is None and (arguments.num_tags != NUM_TAGS or arguments.fill != "none"):
+    path: Path | None = arguments.vocabulary
+    if path is None and (arguments.num_tags != NUM_TAGS or arguments.fill != "none"):
         raise DataError("--num-tags and --fill say how words become labels; give the --vocabulary of the words, too")
-    vocabulary = None if arguments.vocabulary is None else Vocabulary.load(arguments.vocabulary)
+    vocabulary = None if path is None else Vocabulary.load(path)
     pages = sorted(read_pages(arguments.lines), key=lambda page: page.file)
-    if vocabulary is not None:
-        check_origin(vocabulary, pages, arguments.vocabulary)
+    if vocabulary is not None and path is not None:
+        check_origin(vocabulary, pages, path)
     identities = list(dict.fromkeys(page.input_file.identity for page in pages))
     mine = pages_of_task(pages, range_of(arguments, len(identities)), identities)
     recipe = PageDocuments(vocabulary, arguments.num_tags, arguments.fill, arguments.min_score)

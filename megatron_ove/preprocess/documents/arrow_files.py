@@ -37,13 +37,13 @@ def require_pyarrow() -> Any:
     return module
 
 
-def list_data_files(folder: Path, pattern: str = "*", *, say: Callable[[str], None] | None = None) -> dict[str, Path]:
+def list_data_files(folder: Path, pattern: str = "*", *, say: Callable[[str], object] = str) -> dict[str, Path]:
     """Returns the files that hold the rows, sorted by name.
 
     Args:
         folder: of `save_to_disk` (of one split or of several), of a hub snapshot, or a single file.
         pattern: only files whose path below the folder matches, e.g. "data/train-*".
-        say: called with a sentence on what in the folder is left aside.
+        say: called with a sentence on what in the folder is left aside; `str` says nothing.
 
     Returns:
         Path below the folder -> real path, which may have another suffix: a snapshot of the hub holds links to blobs.
@@ -62,7 +62,7 @@ def list_data_files(folder: Path, pattern: str = "*", *, say: Callable[[str], No
         listing.skipped[f"files {_CACHE_PREFIX}* of results of map and filter"] += 1
     for name in sorted(name for name in {**listing.others, **listing.again} if Path(name).name == _STATE):
         _keep_named(listing, name)
-    for sentence in listing.sentences() if say else ():
+    for sentence in listing.sentences():
         say(sentence)
     chosen = {name: found[name] for name in sorted(found) if fnmatch.fnmatchcase(name, pattern)}
     if not chosen:

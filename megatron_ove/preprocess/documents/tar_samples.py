@@ -33,12 +33,12 @@ _HEADER_ERROR = tarfile.HeaderError
 _PIECE = 1 << 20
 
 
-def list_tars(places: Sequence[Path], *, say: Callable[[str], None] | None = None) -> dict[str, Path]:
+def list_tars(places: Sequence[Path], *, say: Callable[[str], object] = str) -> dict[str, Path]:
     """Returns the tars that were given, or lie in folders that were given, in this order.
 
     Args:
         places: tars and folders, which are looked through as everywhere: also behind links, but no hidden files.
-        say: called with a sentence on what in a folder is left aside.
+        say: called with a sentence on what in a folder is left aside; `str` says nothing.
 
     Returns:
         Name -> real path. A name is the path below the folder that all have in common, so that keys depend on nothing
@@ -51,7 +51,7 @@ def list_tars(places: Sequence[Path], *, say: Callable[[str], None] | None = Non
     for place in places:
         if place.is_dir():
             inside = list_named(place, TAR_SUFFIXES, "tar")
-            for sentence in inside.sentences() if say else ():
+            for sentence in inside.sentences():
                 say(sentence)
             if not inside.files:
                 raise DataError(f"the folder {place} holds no tar, not even in its subfolders; give another")
