@@ -11,7 +11,9 @@ import errno
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -135,7 +137,20 @@ def _outcomes(
             pool.shutdown(cancel_futures=True)  # after an error the rest is not wanted
 
 
+def end_with_parent() -> None:
+    """Ends this process, whatever it does, when the process that started it is gone; a kill lets nobody say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
 def _start_worker(make_task: Callable[[], Task]) -> None:
+    end_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a task may load torch, which would take every core in each process
     cv2.setNumThreads(1)
     _Process.task = make_task()

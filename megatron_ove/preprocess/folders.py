@@ -20,26 +20,27 @@ _MOST_SUFFIXES_NAMED = 12
 
 
 @dataclass
-class Listing:
-    """What a folder holds.
+class _Found:
+    """What a folder holds besides what was looked for.
 
     Attributes:
         folder: as given.
-        kind: what was looked for.
-        inputs: what a tool tries, sorted by name; one for each sheet of a file with several.
-        others: name -> real path of files that are of another kind, by their suffix and their first bytes.
-        again: name -> real path of what leads to a file that is among these or the inputs by another name.
+        others: name -> real path of files that are of another kind.
+        again: name -> real path of what leads to a file that is among these or what was looked for by another name.
         skipped: why -> number of entries that are not looked into.
         unreadable: folders and files that could not be looked at -> the reason.
     """
 
     folder: Path
-    kind: FileKind
-    inputs: list[InputFile] = field(default_factory=list)
-    others: dict[str, Path] = field(default_factory=dict)
-    again: dict[str, Path] = field(default_factory=dict)
-    skipped: Counter[str] = field(default_factory=Counter)
-    unreadable: dict[Path, str] = field(default_factory=dict)
+    others: dict[str, Path] = field(default_factory=dict, kw_only=True)
+    again: dict[str, Path] = field(default_factory=dict, kw_only=True)
+    skipped: Counter[str] = field(default_factory=Counter, kw_only=True)
+    unreadable: dict[Path, str] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def wanted(self) -> str:
+        """What was looked for, for sentences."""
+        raise NotImplementedError
 
     @property
     def other_files(self) -> Counter[str]:
@@ -67,10 +68,74 @@ class Listing:
             counts = [f"{printable(suffix) or 'without suffix'} {count}" for suffix, count in common]
             rest = len(self.others) - sum(count for _, count in common)
             counts += [f"other suffixes {rest}"] if rest else []
-            parts.append(f"{len(self.others)} files that hold no {_NAMES[self.kind]} ({', '.join(counts)})")
+            parts.append(f"{len(self.others)} files that hold no {self.wanted} ({', '.join(counts)})")
         parts += [f"{len(self.again)} more paths to the same file"] if self.again else []
         parts += [f"{count} {why}" for why, count in sorted(self.skipped.items())]
         return f"ignored below {self.folder}: {'; '.join(parts)}" if parts else ""
+
+
+@dataclass
+class Listing(_Found):
+    """Inputs of a folder.
+
+    Attributes:
+        kind: what was looked for.
+        inputs: what a tool tries, sorted by name; one for each sheet of a file with several. All else is of another
+            kind by its suffix and its first bytes.
+    """
+
+    kind: FileKind
+    inputs: list[InputFile] = field(default_factory=list)
+
+    @property
+    def wanted(self) -> str:
+        return _NAMES[self.kind]
+
+
+@dataclass
+class NamedFiles(_Found):
+    """Files of a folder that are known by their names.
+
+    Attributes:
+        what: what was looked for, e.g. "tar".
+        files: name below the folder -> real path, sorted by name.
+    """
+
+    what: str
+    files: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> str:
+        return self.what
+
+    def sentences(self) -> list[str]:
+        """Says what was left aside and what could not be looked at; [] if nothing was."""
+        return [*filter(None, [self.ignored_sentence()]), *self.unreadable.values()]
+
+
+def list_named(folder: str | Path, suffixes: tuple[str, ...], what: str) -> NamedFiles:
+    """Looks through `folder` as `list_inputs` does, for files whose names end in one of `suffixes` in any case.
+
+    Args:
+        folder: must exist.
+        suffixes: in lower case, with their dots.
+        what: names such files.
+    """
+    found = NamedFiles(Path(folder), what)
+    seen: set[Path] = set()
+    for name, path in _walk(found.folder, found):
+        if path in seen:
+            found.again[name] = path
+            continue
+        seen.add(path)
+        if not path.is_file():
+            found.skipped["pipes, sockets and devices" if path.exists() else "links to nothing"] += 1
+        elif name.lower().endswith(suffixes):
+            found.files[name] = path
+        else:
+            found.others[name] = path
+    found.files = dict(sorted(found.files.items()))
+    return found
 
 
 def list_inputs(folder: str | Path, kind: FileKind) -> Listing:
@@ -111,7 +176,7 @@ def list_inputs(folder: str | Path, kind: FileKind) -> Listing:
     return listing
 
 
-def _walk(root: Path, listing: Listing) -> Iterator[tuple[str, Path]]:
+def _walk(root: Path, listing: _Found) -> Iterator[tuple[str, Path]]:
     """Yields (name below the root, real path) of every entry that is no folder.
 
     What is behind links comes last, so that a file's own name wins. Only links are followed to the end one by one;

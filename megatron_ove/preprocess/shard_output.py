@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.tool_arguments import Task, report
-from megatron_ove.shards.format import PARTS_FOLDER, DatasetInfo
+from megatron_ove.preprocess.tool_arguments import DEFAULT_REJECTS, Task, report
+from megatron_ove.shards.format import INFO_FILE, PARTS_FOLDER, DatasetInfo
 from megatron_ove.shards.merge import PART_FILE, part_name, read_part_settings
 from megatron_ove.shards.writer import ShardWriter
 
@@ -32,7 +32,12 @@ def rejects_of(arguments: argparse.Namespace) -> Path:
 
 
 def names_digest(names: Iterable[object]) -> str:
-    """Returns what changes if inputs are added, removed or named otherwise: all tasks of a set must see the same."""
+    """Returns what changes if inputs are added, removed or named otherwise: all tasks of a set must see the same.
+
+    Names should be those below the user's folder, with the sizes of the files: tasks may run on machines that have the
+    folder at different places, and a copy of it has other modification times. So of a file that is replaced by another
+    of the same size the change is not seen.
+    """
     digest = hashlib.sha256()
     for name in names:
         digest.update(str(name).encode("utf-8", "surrogateescape") + b"\0")
@@ -43,10 +48,13 @@ def is_done(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
     """Whether the part of a task is there already; says so.
 
     Raises:
-        DataError: it is there, but was written with other settings.
+        DataError: it is there, but was written with other settings; or no task may write here.
     """
+    if arguments.task is None:
+        return False
+    _check_task(arguments)
     folder = output_of(arguments)
-    if arguments.task is None or arguments.overwrite or not folder.is_dir():
+    if arguments.overwrite or not folder.is_dir():
         return False
     count = DatasetInfo.read(folder).num_samples
     found = read_part_settings(folder)
@@ -58,6 +66,21 @@ def is_done(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
         )
     report(f"{folder} is there already: {count} samples; nothing to do")
     return True
+
+
+def _check_task(arguments: argparse.Namespace) -> None:
+    """Refuses options that a task would not heed, and an output that joining its parts would destroy."""
+    if arguments.rejects != DEFAULT_REJECTS:
+        raise DataError(
+            f"--rejects {arguments.rejects} would not be used: each task writes rejects of its own, here "
+            f"{rejects_of(arguments)}; give no --rejects with --task"
+        )
+    output: Path = arguments.output
+    is_whole = (output / "shards").is_dir()
+    if not is_whole and (output / INFO_FILE).is_file():  # the set of parts below it may be joined already
+        is_whole = DatasetInfo.read(output).num_parts == 0 or not (output / PARTS_FOLDER).is_dir()
+    if is_whole:
+        raise DataError(f"{output} is a whole shard set itself, which joining parts would replace; name another folder")
 
 
 @contextmanager

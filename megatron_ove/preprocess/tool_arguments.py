@@ -19,6 +19,8 @@ from megatron_ove.errors import MegatronOveError, file_system_sentence
 from megatron_ove.preprocess.folders import Listing
 from megatron_ove.rejects import RejectsFile, printable
 
+DEFAULT_REJECTS = Path("rejects.jsonl")
+
 
 def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     """Returns an argparse type: a whole number in a range."""
@@ -36,6 +38,17 @@ def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], in
     return parse
 
 
+def share(text: str) -> float:
+    """Is an argparse type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:  # nan is neither
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return value
+
+
 def add_workers_option(parser: argparse.ArgumentParser) -> None:
     """Adds --workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -50,7 +63,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rejects",
         type=Path,
-        default=Path("rejects.jsonl"),
+        default=DEFAULT_REJECTS,
         help="JSON lines of unusable files and why (default: %(default)s)",
     )
 

@@ -291,6 +291,66 @@ def test_a_part_that_is_there_is_not_made_again_and_other_options_are_refused(
     assert "was written with another tars" in capsys.readouterr().err
 
 
+def test_tasks_share_a_folder_of_captions_wherever_it_lies_until_a_file_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {f"{name}.{suffix}": content for name in "ab" for suffix, content in (("png", picture()), ("txt", b"one"))}
+    first, second = _fill(tmp_path / "in", files), _fill(tmp_path / "other/machine", files)
+    options = ["--workers", 1, "--task"]
+    assert run_script(_CAPTIONS, first, tmp_path / "set", *options, "1/2") == 0
+    assert run_script(_CAPTIONS, second, tmp_path / "set", *options, "2/2") == 0
+    assert run_script(_CAPTIONS, second, tmp_path / "set", *options, "1/2") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert merge_parts(tmp_path / "set").num_samples == 2
+    for name, content in {"a.txt": b"other", "b.png": picture(size=(90, 90))}.items():
+        _fill(second, {name: content})
+        assert run_script(_CAPTIONS, second, tmp_path / "set", *options, "1/2") == 2
+        assert "was written with another inputs" in capsys.readouterr().err
+        _fill(second, {name: files[name]})
+
+
+def test_options_that_nothing_would_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _fill(tmp_path / "in", {"a.png": picture(), "a.txt": b"one"})
+    assert run_script(_CAPTIONS, folder, tmp_path / "set", *_options(tmp_path), "--task", "1/2") == 2
+    assert "give no --rejects with --task" in capsys.readouterr().err
+    for option in (["--num-tags", 3], ["--fill", "cyclic"]):
+        assert run_script(_OCR, tmp_path / "lines.jsonl", tmp_path / "set", *option, *_options(tmp_path)) == 2
+        assert "give the --vocabulary of the words, too" in capsys.readouterr().err
+    for score in ("nan", "1.5", "-0.1", "x"):
+        with pytest.raises(SystemExit):
+            run_script(_OCR, tmp_path / "lines.jsonl", tmp_path / "set", "--min-score", score)
+        assert f"{score} is not a number from 0 to 1" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+def test_tasks_may_not_write_into_a_whole_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _fill(tmp_path / "in", {"a.png": picture(), "a.txt": b"one"})
+    assert run_script(_CAPTIONS, folder, tmp_path / "set", *_options(tmp_path)) == 0
+    (tmp_path / "cut/shards").mkdir(parents=True)
+    for name in ("set", "cut"):
+        assert run_script(_CAPTIONS, folder, tmp_path / name, "--workers", 1, "--task", "1/2") == 2
+        assert f"{tmp_path / name} is a whole shard set itself" in capsys.readouterr().err
+        assert not (tmp_path / name / "parts").exists()
+
+
+def test_rejects_do_not_double_when_a_path_is_written_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _fill(Path("in"), {"a.png": picture(), "a.txt": b"one", "b.txt": b"alone"})
+    write_lines(Path("in/t.jsonl"), {"file": "a.png", "caption": "one"}, b"{")
+    members = [("a.png", picture()), ("a.txt", b"one"), ("b.txt", b"alone")]
+    write_tar(tmp_path / "in/0.tar", members)
+    Path("link").symlink_to("in")
+    for script, name in ((_CAPTIONS, ""), (_CAPTIONS, "t.jsonl"), (_TARS, "0.tar"), (_TARS, "")):
+        rejects = tmp_path / "rejects.jsonl"
+        for place in (tmp_path / "in", Path("in"), Path("link"), Path("in/../link")):
+            given = ["set", place / name] if script == _TARS else [place / name, "set"]
+            assert run_script(script, *given, "--overwrite", *_options(tmp_path)) == 0
+            assert len(rejects.read_text().splitlines()) == 1
+        rejects.unlink()
+
+
 def _write_dataset(folder: Path) -> None:
     """Writes rows as save_to_disk does in two files, and the same as parquet."""
     arrow = pytest.importorskip("pyarrow")

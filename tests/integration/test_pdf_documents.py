@@ -42,11 +42,8 @@ def rejects_in(path: Path) -> list[tuple[str, str]]:
 
 
 def run(folder: Path, output: Path, *options: object) -> int:
-    return run_script(
-        SCRIPT,
-        *(folder, output, "--longest-side", 150, "--rejects", output.parent / "rejects.jsonl", "--workers", 1),
-        *options,
-    )
+    rejects = () if "--task" in options else ("--rejects", output.parent / "rejects.jsonl")
+    return run_script(SCRIPT, folder, output, "--longest-side", 150, "--workers", 1, *rejects, *options)
 
 
 def test_a_folder_of_pdfs_becomes_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +136,14 @@ def test_tasks_joined_equal_one_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert_equal(ShardSet.open(tmp_path / "whole"), ShardSet.open(tmp_path / "joined"))
     assert run(folder, tmp_path / "joined", "--task", "2/3") == 2
     assert "was written with another pages_per_document" in capsys.readouterr().err
+    for option in (("--patch-size", 16), ("--without-text", tmp_path / "aside")):
+        assert run(folder, tmp_path / "joined", *options, *option, "--task", "2/3") == 2
+        assert f"was written with another {option[0][2:].replace('-', '_')}" in capsys.readouterr().err
+    (folder / "g.pdf").write_bytes(pages["b.pdf"] + b"\n")
+    assert run(folder, tmp_path / "joined", *options, "--task", "2/3") == 2
+    assert "was written with another files" in capsys.readouterr().err
+    assert run(folder, tmp_path / "whole", *options, "--task", "2/3") == 2
+    assert f"{tmp_path / 'whole'} is a whole shard set itself" in capsys.readouterr().err
 
 
 def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

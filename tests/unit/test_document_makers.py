@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_ove.errors import DataError
-from megatron_ove.preprocess.documents.arrow_files import list_data_files
+from megatron_ove.preprocess.documents.arrow_files import list_data_files, read_schema
 from megatron_ove.preprocess.documents.arrow_rows import Columns, RowDocuments, choose_columns
 from megatron_ove.preprocess.documents.known_text import KnownText, document_of, document_of_texts
 from megatron_ove.preprocess.documents.ocr_documents import document_of_lines
@@ -285,6 +285,28 @@ def test_tars_are_listed_once_under_names_that_do_not_depend_on_the_disk(tmp_pat
         list_tars([tmp_path / "empty"])
 
 
+def test_what_lies_beside_tars_is_counted_and_links_are_followed(tmp_path: Path) -> None:
+    for name in ("in/UPPER.TAR", "in/x.tar.zst", "in/readme.md", "in/a.Tgz", "in/.hidden.tar", "away/linked.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in/link").symlink_to(tmp_path / "away")
+    (tmp_path / "in/circle").symlink_to(".")
+    (tmp_path / "in/again.tar").symlink_to("UPPER.TAR")
+    said: list[str] = []
+    found = list_tars([tmp_path / "in"], say=said.append)
+    assert found == {
+        "UPPER.TAR": tmp_path / "in/UPPER.TAR",
+        "a.Tgz": tmp_path / "in/a.Tgz",
+        "linked.tar": tmp_path / "away/linked.tar",
+    }
+    assert said == [
+        f"ignored below {tmp_path}/in: 2 files that hold no tar (.md 1, .zst 1); 1 more paths to the same file; 1 "
+        "hidden files; 1 links to folders that are looked through already"
+    ]
+    (tmp_path / "away/a.Tgz").touch()
+    assert list(list_tars([tmp_path / "in"])) == ["UPPER.TAR", "a.Tgz", "link/a.Tgz", "link/linked.tar"]
+
+
 def _schema(**columns: str) -> Any:
     arrow = pytest.importorskip("pyarrow")
     struct = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
@@ -333,6 +355,30 @@ def test_files_of_a_data_set_are_those_that_its_state_names(tmp_path: Path) -> N
     state.write_text("{")
     with pytest.raises(DataError, match="does not say which files"):
         list_data_files(tmp_path)
+
+
+def test_what_lies_beside_the_files_of_a_data_set_is_counted(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name in ("in/data/cache-train.parquet", "in/data/x.jsonl", "in/.git/y.parquet", "in/s/old.arrow", "blobs/z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in/s/state.json").write_text('{"_data_files": []}')
+    for path in ("in/data/test-0.PARQUET", "blobs/1f0e"):
+        parquet.write_table(arrow.table({path: [1]}), tmp_path / path)
+    (tmp_path / "in/data/hub.parquet").symlink_to(tmp_path / "blobs/1f0e")
+    said: list[str] = []
+    found = list_data_files(tmp_path / "in", say=said.append)
+    assert found == {
+        "data/hub.parquet": tmp_path / "blobs/1f0e",
+        "data/test-0.PARQUET": tmp_path / "in/data/test-0.PARQUET",
+    }
+    assert [read_schema(path).names for path in found.values()] == [["blobs/1f0e"], ["in/data/test-0.PARQUET"]]
+    assert said == [
+        f"ignored below {tmp_path}/in: 1 files that hold no rows (.jsonl 1); 1 files cache-* of results of map and "
+        "filter; 1 files that state.json does not name; 1 hidden folders"
+    ]
 
 
 def test_a_row_that_is_not_utf8_is_refused_and_those_beside_it_are_used(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def _columns(arguments: argparse.Namespace, files: dict[str, Path]) -> Columns:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    files = list_data_files(arguments.folder, arguments.files)
+    files = list_data_files(arguments.folder, arguments.files, say=report)
     columns = _columns(arguments, files)
     names = list(files)
     mine = {names[place]: files[names[place]] for place in range_of(arguments, len(names))}

@@ -21,7 +21,7 @@ from megatron_ove.preprocess.documents.writing import (
     write_documents,
 )
 from megatron_ove.preprocess.shard_output import names_digest
-from megatron_ove.preprocess.tool_arguments import run_tool
+from megatron_ove.preprocess.tool_arguments import report, run_tool
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    tars = list_tars(arguments.tars)
+    tars = list_tars(arguments.tars, say=report)
     names = list(tars)
     mine = [names[place] for place in range_of(arguments, len(names))]
     samples = TarSamples({name: tars[name] for name in mine})

@@ -21,7 +21,7 @@ from megatron_ove.preprocess.documents.writing import (
     range_of,
     write_documents,
 )
-from megatron_ove.preprocess.shard_output import names_digest
+from megatron_ove.preprocess.input_files import real_path
 from megatron_ove.preprocess.tool_arguments import report, run_tool
 
 
@@ -45,7 +45,7 @@ def _write_folder(arguments: argparse.Namespace) -> None:
     write_documents(
         arguments,
         lambda rejects: mine,
-        settings=_settings(arguments, names_digest((item.name, item.known) for item in found.inputs)),
+        settings=_settings(arguments, found.digest),
         judged=mine,
         title="writing documents",
     )
@@ -54,13 +54,14 @@ def _write_folder(arguments: argparse.Namespace) -> None:
 def _write_table(arguments: argparse.Namespace) -> None:
     if not arguments.input.is_file():
         raise DataError(f"{arguments.input} does not exist; give a folder of pictures and texts, or a table")
-    table = CaptionTable(arguments.input)
+    # Rejects name it, and must name the same by whatever path it is given. A link to it keeps the pictures beside it.
+    table = CaptionTable(real_path(arguments.input.parent) / arguments.input.name)
     places = range_of(arguments, table.count())
     write_documents(
         arguments,
         lambda rejects: table.inputs(places),
         settings=_settings(arguments, table.digest()),
-        judged=[arguments.input],
+        judged=[table.path],
         title=f"writing {len(places)} documents",
     )
 

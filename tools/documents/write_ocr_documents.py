@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_ove.errors import DataError
 from megatron_ove.preprocess.documents.ocr_documents import PageDocuments, pages_of_task
 from megatron_ove.preprocess.documents.writing import (
     add_document_options,
@@ -19,10 +20,10 @@ from megatron_ove.preprocess.documents.writing import (
     write_documents,
 )
 from megatron_ove.preprocess.ocr.lines import MIN_SCORE
-from megatron_ove.preprocess.ocr.page_shards import add_tag_options, check_origin
+from megatron_ove.preprocess.ocr.page_shards import NUM_TAGS, add_tag_options, check_origin
 from megatron_ove.preprocess.ocr.recognition import read_pages
 from megatron_ove.preprocess.shard_output import names_digest
-from megatron_ove.preprocess.tool_arguments import run_tool
+from megatron_ove.preprocess.tool_arguments import run_tool, share
 from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 
 
@@ -32,16 +33,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("output", type=Path, help="folder of the shard set to write")
     parser.add_argument("--vocabulary", type=Path, help="vocabulary.json whose word ids become labels (default: none)")
     add_tag_options(parser)
-    parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="least line score (default: %(default)s)")
+    parser.add_argument("--min-score", type=share, default=MIN_SCORE, help="least line score (default: %(default)s)")
     add_document_options(parser)
     return parser
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    vocabulary = None if arguments.vocabulary is None else Vocabulary.load(arguments.vocabulary)
+    path: Path | None = arguments.vocabulary
+    if path is None and (arguments.num_tags != NUM_TAGS or arguments.fill != "none"):
+        raise DataError("--num-tags and --fill say how words become labels; give the --vocabulary of the words, too")
+    vocabulary = None if path is None else Vocabulary.load(path)
     pages = sorted(read_pages(arguments.lines), key=lambda page: page.file)
-    if vocabulary is not None:
-        check_origin(vocabulary, pages, arguments.vocabulary)
+    if vocabulary is not None and path is not None:
+        check_origin(vocabulary, pages, path)
     identities = list(dict.fromkeys(page.input_file.identity for page in pages))
     mine = pages_of_task(pages, range_of(arguments, len(identities)), identities)
     recipe = PageDocuments(vocabulary, arguments.num_tags, arguments.fill, arguments.min_score)

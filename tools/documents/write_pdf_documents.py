@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.documents.pdf_documents import MAX_PAGES_PER_DOCUMENT, samples_of
 from megatron_ove.preprocess.documents.pdf_process import PageCounter, PagePlace, PageReader, StoredPage
+from megatron_ove.preprocess.documents.writing import picture_settings
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.input_files import InputFile
@@ -112,10 +113,10 @@ def _work(arguments: argparse.Namespace) -> None:
     mine = inputs if task is None else [inputs[place] for place in task.range_of(len(inputs))]
     settings = {
         "tool": "tools/documents/write_pdf_documents.py",
-        "files": names_digest(file.name for file in inputs),
-        "longest_side": arguments.longest_side,
+        "files": names_digest((file.name, *(file.state or ())[:1]) for file in inputs),
         "pages_per_document": arguments.pages_per_document,
-        "quality": arguments.quality,
+        "without_text": arguments.without_text is not None,
+        **picture_settings(arguments),
     }
     if is_done(arguments, settings):
         return

@@ -16,7 +16,7 @@ from megatron_ove.preprocess.ocr.tags import rank_words
 from megatron_ove.preprocess.ocr.vocabulary import MAX_WORDS, build_vocabulary
 from megatron_ove.preprocess.ocr.words import segmentation_name
 from megatron_ove.preprocess.record_files import current_rows
-from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
+from megatron_ove.preprocess.tool_arguments import report, run_tool, share, whole_number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-pages", type=whole_number(1), default=2, help="a word must be on so many pages (default: %(default)s)"
     )
-    parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="least line score (default: %(default)s)")
+    parser.add_argument("--min-score", type=share, default=MIN_SCORE, help="least line score (default: %(default)s)")
     parser.add_argument(
         "--id-order",
         choices=["permuted", "frequency"],

@@ -19,6 +19,7 @@ from megatron_ove.preprocess.tool_arguments import (
     add_shard_options,
     report,
     run_tool,
+    share,
 )
 from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 
@@ -29,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("output", type=Path, help="folder of the shard set to write")
     parser.add_argument("--vocabulary", type=Path, required=True, help="vocabulary.json of step 2")
     add_tag_options(parser)
-    parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="least line score (default: %(default)s)")
+    parser.add_argument("--min-score", type=share, default=MIN_SCORE, help="least line score (default: %(default)s)")
     add_picture_options(parser, longest_side=1344)
     add_shard_options(parser)
     add_run_options(parser)

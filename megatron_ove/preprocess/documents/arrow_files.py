@@ -10,17 +10,19 @@ import fnmatch
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess.folders import NamedFiles, list_named
+from megatron_ove.preprocess.input_files import real_path
 
 PARQUET, ARROW = ".parquet", ".arrow"
 _STATE, _STATE_FILES = "state.json", "_data_files"
 _CACHE_PREFIX = "cache-"
 """Of results of `map` and `filter`, which lie beside a data set's own files."""
-_FILE_FORMAT_MARK = b"ARROW1"
+_PARQUET_MARK, _FILE_FORMAT_MARK = b"PAR1", b"ARROW1"
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _BATCH_ROWS = 64
 
@@ -35,29 +37,33 @@ def require_pyarrow() -> Any:
     return module
 
 
-def list_data_files(folder: Path, pattern: str = "*") -> dict[str, Path]:
+def list_data_files(folder: Path, pattern: str = "*", *, say: Callable[[str], object] = str) -> dict[str, Path]:
     """Returns the files that hold the rows, sorted by name.
 
     Args:
         folder: of `save_to_disk` (of one split or of several), of a hub snapshot, or a single file.
         pattern: only files whose path below the folder matches, e.g. "data/train-*".
+        say: called with a sentence on what in the folder is left aside; `str` says nothing.
 
     Returns:
-        Path below the folder -> file.
+        Path below the folder -> real path, which may have another suffix: a snapshot of the hub holds links to blobs.
 
     Raises:
         DataError: there is no such folder, none of its files matches, or one that `state.json` names is missing.
     """
     if folder.is_file():
-        return {folder.name: folder}
+        return {folder.name: real_path(folder)}
     if not folder.is_dir():
         raise DataError(f"the data set {folder} does not exist; give a folder with parquet files or of save_to_disk")
-    found: dict[str, Path] = {}
-    for path in folder.rglob("*"):
-        if path.suffix in (PARQUET, ARROW) and not path.name.startswith((_CACHE_PREFIX, ".")) and path.is_file():
-            found[path.relative_to(folder).as_posix()] = path
-    for state in folder.rglob(_STATE):
-        _keep_named(found, state, folder)
+    listing = list_named(folder, (PARQUET, ARROW), "rows")
+    found = listing.files
+    for name in [name for name in found if Path(name).name.startswith(_CACHE_PREFIX)]:
+        del found[name]
+        listing.skipped[f"files {_CACHE_PREFIX}* of results of map and filter"] += 1
+    for name in sorted(name for name in {**listing.others, **listing.again} if Path(name).name == _STATE):
+        _keep_named(listing, name)
+    for sentence in listing.sentences():
+        say(sentence)
     chosen = {name: found[name] for name in sorted(found) if fnmatch.fnmatchcase(name, pattern)}
     if not chosen:
         names = f": {', '.join(sorted(found)[:3])}, ..." if found else ""
@@ -68,23 +74,25 @@ def list_data_files(folder: Path, pattern: str = "*") -> dict[str, Path]:
     return chosen
 
 
-def _keep_named(found: dict[str, Path], state: Path, folder: Path) -> None:
-    """Takes the files beside a `state.json` that it does not name out of `found`.
+def _keep_named(listing: NamedFiles, state_name: str) -> None:
+    """Takes the files beside a `state.json` that it does not name out of the listing.
 
     Raises:
         DataError: one that it names is not there, or it names none.
     """
+    state, beside = listing.folder / state_name, PurePosixPath(state_name).parent
+    listing.others.pop(state_name, None)  # it is read
     try:
         named = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))[_STATE_FILES]]
-        own = {(state.parent / name).relative_to(folder).as_posix() for name in named}
+        own = {(beside / name).as_posix() for name in named}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{state} does not say which files the data set has ({error!r}); save it again") from error
-    missing = sorted(own - found.keys())
+    missing = sorted(own - listing.files.keys() - listing.again.keys())
     if missing:
         raise DataError(f"{state} names the file {missing[0]}, which is not there; copy the data set again")
-    beside = state.parent.relative_to(folder)
-    for name in [name for name in found if Path(name).parent == beside and name not in own]:
-        del found[name]
+    for name in [name for name in listing.files if PurePosixPath(name).parent == beside and name not in own]:
+        del listing.files[name]
+        listing.skipped[f"files that {_STATE} does not name"] += 1
 
 
 def first_schema(paths: Iterable[Path]) -> tuple[Path, Any]:
@@ -102,7 +110,7 @@ def read_schema(path: Path) -> Any:
     """Returns the file's `pyarrow.Schema`; raises `DataError` if it is no such file or damaged."""
     arrow = require_pyarrow()
     try:
-        if path.suffix == PARQUET:
+        if _begins_with(path, _PARQUET_MARK):
             schema = arrow.parquet.read_schema(path)
         else:
             with arrow.memory_map(str(path)) as source:
@@ -121,7 +129,7 @@ def read_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
     """
     arrow = require_pyarrow()
     try:
-        if path.suffix == PARQUET:
+        if _begins_with(path, _PARQUET_MARK):
             with arrow.parquet.ParquetFile(path) as file:
                 yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns))
             return
@@ -148,9 +156,13 @@ def is_sound(batch: Any) -> bool:
     return True
 
 
-def _open_arrow(arrow: Any, source: Any, path: Path) -> Any:
+def _begins_with(path: Path, mark: bytes) -> bool:
     with path.open("rb") as stream:
-        is_file = stream.read(len(_FILE_FORMAT_MARK)) == _FILE_FORMAT_MARK
+        return stream.read(len(mark)) == mark
+
+
+def _open_arrow(arrow: Any, source: Any, path: Path) -> Any:
+    is_file = _begins_with(path, _FILE_FORMAT_MARK)
     return arrow.ipc.open_file(source) if is_file else arrow.ipc.open_stream(source)
 
 

@@ -16,6 +16,8 @@ from megatron_ove.preprocess.documents.preparing import DocumentInput
 from megatron_ove.preprocess.documents.writing import input_refused
 from megatron_ove.preprocess.input_files import InputFile, real_path, sample_key
 from megatron_ove.preprocess.paired_texts import PairedTexts, pair_texts, stem
+from megatron_ove.preprocess.record_files import file_state
+from megatron_ove.preprocess.shard_output import names_digest
 from megatron_ove.rejects import printable
 from megatron_ove.shards.documents import MAX_DOCUMENT_BYTES
 
@@ -24,10 +26,17 @@ _FILE = "file"
 
 @dataclass(frozen=True)
 class CaptionedFolder:
-    """The documents of a folder, those that are refused among them, and a sentence on what is neither."""
+    """What a folder holds.
+
+    Attributes:
+        inputs: its documents, those that are refused among them.
+        ignored: a sentence on what is neither; "" if there is nothing.
+        digest: changes with names and sizes of its files, see `names_digest`; the same wherever the folder lies.
+    """
 
     inputs: tuple[DocumentInput, ...]
     ignored: str
+    digest: str
 
 
 def read_folder(folder: Path) -> CaptionedFolder:
@@ -42,10 +51,17 @@ def read_folder(folder: Path) -> CaptionedFolder:
     found = pair_texts(folder, TEXT_SUFFIXES)
     named = [(item.name, _document(item, sheets, texts, found)) for item, sheets, texts in _files(found)]
     for text in found.alone:
-        path = str(folder / text)
+        path = str(real_path(folder) / text)
         named.append((text, input_refused(path, f"{path} has no picture of this name beside it")))
     named += [(path, input_refused(path, reason)) for path, reason in found.unreadable]
-    return CaptionedFolder(tuple(item for _, item in sorted(named, key=lambda entry: entry[0])), found.ignored)
+    inputs = tuple(item for _, item in sorted(named, key=lambda entry: entry[0]))
+    return CaptionedFolder(inputs, found.ignored, _digest(found))
+
+
+def _digest(found: PairedTexts) -> str:
+    pictures = ((item.name, item.sheet, *(item.state or ())[:1], texts) for item, texts in found.pairs)
+    texts = ((name, file_state(path)[0]) for name, path in sorted(found.paths.items()))
+    return names_digest(itertools.chain(pictures, texts, [len(found.unreadable)]))
 
 
 def _files(found: PairedTexts) -> Iterator[tuple[InputFile, tuple[InputFile, ...], tuple[str, ...]]]:

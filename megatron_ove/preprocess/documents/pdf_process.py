@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.documents.pdf_pages import PageText, PdfFile
+from megatron_ove.preprocess.file_runs import end_with_parent
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import encode_jpeg
 
@@ -156,6 +157,7 @@ def _serve(connection: Any) -> None:
     resource.setrlimit(
         resource.RLIMIT_AS, (MEMORY_BYTES if limit == resource.RLIM_INFINITY else min(limit, MEMORY_BYTES), limit)
     )
+    end_with_parent()  # also in the middle of a page
     logging.disable()  # what goes wrong is answered
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     files = _OpenFile()

@@ -12,7 +12,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -21,7 +21,8 @@ from megatron_ove.preprocess.documents.known_text import TEXT_SUFFIXES, KnownTex
 from megatron_ove.preprocess.documents.preparing import DocumentInput, PageBytes
 from megatron_ove.preprocess.documents.writing import input_refused
 from megatron_ove.preprocess.file_kinds import PICTURE_SUFFIXES
-from megatron_ove.preprocess.input_files import sample_key
+from megatron_ove.preprocess.folders import list_named
+from megatron_ove.preprocess.input_files import real_path, sample_key
 from megatron_ove.shards.documents import MAX_DOCUMENT_BYTES
 
 MAX_SAMPLE_BYTES = 256 << 20
@@ -32,35 +33,41 @@ _HEADER_ERROR = tarfile.HeaderError
 _PIECE = 1 << 20
 
 
-def list_tars(places: Sequence[Path]) -> dict[str, Path]:
+def list_tars(places: Sequence[Path], *, say: Callable[[str], object] = str) -> dict[str, Path]:
     """Returns the tars that were given, or lie in folders that were given, in this order.
 
+    Args:
+        places: tars and folders, which are looked through as everywhere: also behind links, but no hidden files.
+        say: called with a sentence on what in a folder is left aside; `str` says nothing.
+
     Returns:
-        Name -> path. A name is the path below the folder that all have in common, so that keys depend on nothing else.
+        Name -> real path. A name is the path below the folder that all have in common, so that keys depend on nothing
+        else.
 
     Raises:
         DataError: one does not exist, is given twice, or a folder has none.
     """
-    found: list[Path] = []
+    found: list[tuple[Path, Path]] = []  # where it was found, its real path
     for place in places:
         if place.is_dir():
-            inside = sorted(path for path in place.rglob("*") if path.name.endswith(TAR_SUFFIXES) and path.is_file())
-            if not inside:
+            inside = list_named(place, TAR_SUFFIXES, "tar")
+            for sentence in inside.sentences():
+                say(sentence)
+            if not inside.files:
                 raise DataError(f"the folder {place} holds no tar, not even in its subfolders; give another")
-            found += inside
+            found += [(real_path(place) / name, path) for name, path in inside.files.items()]
         elif place.is_file():
-            found.append(place)
+            found.append((real_path(place.parent) / place.name, real_path(place)))
         else:
             raise DataError(f"the tar {place} does not exist; check the path")
-    real = [path.resolve() for path in found]
-    times = Counter(real)
-    twice = next((path for path, one in zip(found, real, strict=True) if times[one] > 1), None)
+    times = Counter(real for _, real in found)
+    twice = next((path for path, real in found if times[real] > 1), None)
     if twice is not None:
         raise DataError(f"the tar {twice} is given twice, which would make each of its samples double; name it once")
-    if len({path.name for path in found}) == len(found):
-        return {path.name: path for path in found}
-    common = os.path.commonpath([path.parent for path in real])
-    return {one.relative_to(common).as_posix(): path for path, one in zip(found, real, strict=True)}
+    if len({path.name for path, _ in found}) == len(found):
+        return {path.name: real for path, real in found}
+    common = os.path.commonpath([path.parent for path, _ in found])
+    return {path.relative_to(common).as_posix(): real for path, real in found}
 
 
 @dataclass
