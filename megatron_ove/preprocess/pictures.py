@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import io
 import itertools
+import stat
 import struct
 import warnings
 from collections.abc import Iterator
@@ -115,8 +116,17 @@ def sheets_of(path: str | Path, *, suffix: str | None = None) -> tuple[int, ...]
     """
     file = Path(path)
     suffix = file.suffix.lower() if suffix is None else suffix
-    if suffix in PICTURE_SUFFIXES and suffix not in _TIFF_SUFFIXES:
-        return (0,)
+    if (suffix in PICTURE_SUFFIXES and suffix not in _TIFF_SUFFIXES) or not file.is_file():
+        return (0,)  # and opening a pipe would wait
+    return _sheets(file)
+
+
+def sheets_of_bytes(content: bytes) -> tuple[int, ...]:
+    """As `sheets_of` for a picture file's `content`."""
+    return _sheets(io.BytesIO(content)) if content.startswith(_TIFF_STARTS) else (0,)
+
+
+def _sheets(file: Path | BinaryIO) -> tuple[int, ...]:
     sheets: list[int] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd tags; reading warns again
@@ -148,6 +158,9 @@ def _sheet_numbers(tiff: TiffImagePlugin.TiffImageFile) -> Iterator[int]:
 def _opened(file: Path) -> BinaryIO:
     """Opens a picture: a TIFF where it lies, as only one sheet of it is wanted; any other file is read at once."""
     try:
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise DataError(f"{file} is a pipe, a socket or a device, not a file; name a picture's file")
         with ExitStack() as stack:
             stream = stack.enter_context(file.open("rb"))
             if not stream.peek(_MARK_BYTES).startswith(_TIFF_STARTS):
@@ -258,9 +271,9 @@ class JpegPreparer:
         with _opened(file.path) as stream:
             return self._prepare(stream, name=str(file.path), sheet=file.sheet, suffix=file.suffix)
 
-    def prepare_bytes(self, content: bytes, *, name: str) -> PreparedPicture:
+    def prepare_bytes(self, content: bytes, *, name: str, sheet: int = 0) -> PreparedPicture:
         """As `prepare_file` of a picture file's `content`; `name` is used in error sentences."""
-        return self._prepare(io.BytesIO(content), name=name, sheet=0, suffix=None)
+        return self._prepare(io.BytesIO(content), name=name, sheet=sheet, suffix=None)
 
     def _prepare(self, stream: BinaryIO, *, name: str, sheet: int, suffix: str | None) -> PreparedPicture:
         # Decoded in any case, which proves that it can be, to its end.
@@ -268,7 +281,8 @@ class JpegPreparer:
         size = picture.shape[0], picture.shape[1]
         content = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
         if content.startswith(_JPEG_START):
-            with Image.open(io.BytesIO(content), formats=("JPEG",)) as original:
+            with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=("JPEG",)) as original:
+                warnings.simplefilter("ignore")  # of odd metadata
                 is_plain = original.format == "JPEG" and original.mode in ("RGB", "L")
                 is_upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
             if is_plain and is_upright and max(size) <= self._longest_side:
