@@ -17,7 +17,7 @@ import stat
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -83,8 +83,7 @@ def _decode(stream: BinaryIO, *, name: str, sheet: int, suffix: str | None = Non
     if form:
         raise DataError(f"{name} {form}")
     try:
-        with warnings.catch_warnings(), _open(stream, head, suffix) as picture:
-            warnings.simplefilter("ignore")  # of odd metadata, which changes no pixel
+        with _without_warnings(), _open(stream, head, suffix) as picture:
             picture.seek(sheet)  # first, as each sheet has a size of its own
             width, height = picture.size
             if width * height > MAX_PIXELS:
@@ -128,8 +127,7 @@ def sheets_of_bytes(content: bytes) -> tuple[int, ...]:
 
 def _sheets(file: Path | BinaryIO) -> tuple[int, ...]:
     sheets: list[int] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd tags; reading warns again
+    with _without_warnings():
         try:
             with TiffImagePlugin.TiffImageFile(file) as picture:
                 sheets += _sheet_numbers(picture)
@@ -153,6 +151,14 @@ def _sheet_numbers(tiff: TiffImagePlugin.TiffImageFile) -> Iterator[int]:
         else:
             if not is_copy:
                 yield sheet
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps Pillow from warning of odd metadata, which changes no pixel; opening a picture may read some already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _opened(file: Path) -> BinaryIO:
@@ -281,8 +287,7 @@ class JpegPreparer:
         size = picture.shape[0], picture.shape[1]
         content = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
         if content.startswith(_JPEG_START):
-            with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=("JPEG",)) as original:
-                warnings.simplefilter("ignore")  # of odd metadata
+            with _without_warnings(), Image.open(io.BytesIO(content), formats=("JPEG",)) as original:
                 is_plain = original.format == "JPEG" and original.mode in ("RGB", "L")
                 is_upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
             if is_plain and is_upright and max(size) <= self._longest_side:
