@@ -49,7 +49,7 @@ class InputFile:
 def sample_key(name: str, sheet: int = 0) -> str:
     """Returns a key for the file `name`, a path below its folder: unique there, without dots, the same everywhere."""
     readable = re.sub(r"[^0-9A-Za-z_-]+", "_", name.rsplit(".", 1)[0])[-40:].strip("_")
-    return f"{readable}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}" + (f"-s{sheet + 1}" if sheet else "")
+    return f"{readable}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}" + (f"-s{sheet + 1}" if sheet else "")
 
 
 def state_of(status: os.stat_result | None) -> list[int]:

@@ -13,10 +13,11 @@ import importlib
 import importlib.util
 import io
 import itertools
+import stat
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -82,8 +83,7 @@ def _decode(stream: BinaryIO, *, name: str, sheet: int, suffix: str | None = Non
     if form:
         raise DataError(f"{name} {form}")
     try:
-        with warnings.catch_warnings(), _open(stream, head, suffix) as picture:
-            warnings.simplefilter("ignore")  # of odd metadata, which changes no pixel
+        with _without_warnings(), _open(stream, head, suffix) as picture:
             picture.seek(sheet)  # first, as each sheet has a size of its own
             width, height = picture.size
             if width * height > MAX_PIXELS:
@@ -115,11 +115,19 @@ def sheets_of(path: str | Path, *, suffix: str | None = None) -> tuple[int, ...]
     """
     file = Path(path)
     suffix = file.suffix.lower() if suffix is None else suffix
-    if suffix in PICTURE_SUFFIXES and suffix not in _TIFF_SUFFIXES:
-        return (0,)
+    if (suffix in PICTURE_SUFFIXES and suffix not in _TIFF_SUFFIXES) or not file.is_file():
+        return (0,)  # and opening a pipe would wait
+    return _sheets(file)
+
+
+def sheets_of_bytes(content: bytes) -> tuple[int, ...]:
+    """As `sheets_of` for a picture file's `content`."""
+    return _sheets(io.BytesIO(content)) if content.startswith(_TIFF_STARTS) else (0,)
+
+
+def _sheets(file: Path | BinaryIO) -> tuple[int, ...]:
     sheets: list[int] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd tags; reading warns again
+    with _without_warnings():
         try:
             with TiffImagePlugin.TiffImageFile(file) as picture:
                 sheets += _sheet_numbers(picture)
@@ -145,9 +153,20 @@ def _sheet_numbers(tiff: TiffImagePlugin.TiffImageFile) -> Iterator[int]:
                 yield sheet
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps Pillow from warning of odd metadata, which changes no pixel; opening a picture may read some already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _opened(file: Path) -> BinaryIO:
     """Opens a picture: a TIFF where it lies, as only one sheet of it is wanted; any other file is read at once."""
     try:
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise DataError(f"{file} is a pipe, a socket or a device, not a file; name a picture's file")
         with ExitStack() as stack:
             stream = stack.enter_context(file.open("rb"))
             if not stream.peek(_MARK_BYTES).startswith(_TIFF_STARTS):
@@ -258,9 +277,9 @@ class JpegPreparer:
         with _opened(file.path) as stream:
             return self._prepare(stream, name=str(file.path), sheet=file.sheet, suffix=file.suffix)
 
-    def prepare_bytes(self, content: bytes, *, name: str) -> PreparedPicture:
+    def prepare_bytes(self, content: bytes, *, name: str, sheet: int = 0) -> PreparedPicture:
         """As `prepare_file` of a picture file's `content`; `name` is used in error sentences."""
-        return self._prepare(io.BytesIO(content), name=name, sheet=0, suffix=None)
+        return self._prepare(io.BytesIO(content), name=name, sheet=sheet, suffix=None)
 
     def _prepare(self, stream: BinaryIO, *, name: str, sheet: int, suffix: str | None) -> PreparedPicture:
         # Decoded in any case, which proves that it can be, to its end.
@@ -268,7 +287,7 @@ class JpegPreparer:
         size = picture.shape[0], picture.shape[1]
         content = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
         if content.startswith(_JPEG_START):
-            with Image.open(io.BytesIO(content), formats=("JPEG",)) as original:
+            with _without_warnings(), Image.open(io.BytesIO(content), formats=("JPEG",)) as original:
                 is_plain = original.format == "JPEG" and original.mode in ("RGB", "L")
                 is_upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
             if is_plain and is_upright and max(size) <= self._longest_side:

@@ -95,7 +95,7 @@ def test_pictures_of_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[s
     write = ["clustering/3_write_image_shards.py", tmp_path / "l.npz"]
     assert run_script(*write, tmp_path / "set", *common) == 0
     shards = ShardSet.open(tmp_path / "set")
-    assert [shards.key(i) for i in range(len(shards))] == ["same_name-c2e82901c9-2"]
+    assert [shards.key(i) for i in range(len(shards))] == ["same_name-c2e82901c9ad9dfc-2"]
     assert "A/same_name.png has changed since" in reject_reasons(tmp_path / "rejects.jsonl")["same_name.png"]
 
 

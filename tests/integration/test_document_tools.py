@@ -203,8 +203,8 @@ def test_a_table_is_read_line_by_line_and_its_tasks_make_one_set(tmp_path: Path)
         f"line 9 of {table} has the file",
         f"line 10 of {table} has the file",
         f"{tmp_path}/in/gone.png cannot be read",
-        "it has no text, no caption and no turn",
-        "its json has half of a surrogate pair in captions[0]",
+        f"{table}/line 12 ({tmp_path}/in/a.png): it has no text, no caption and no turn",
+        f"{table}/line 13 ({tmp_path}/in/a.png): its json has half of a surrogate pair in captions[0]",
         f"{table} is not a picture",
     ]
     assert len(reasons) == len(starts)

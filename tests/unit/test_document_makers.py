@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import functools
+import io
 import json
 import math
+import os
+import re
+import struct
 import tarfile
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.documents.arrow_files import list_data_files, read_schema
 from megatron_ove.preprocess.documents.arrow_rows import Columns, RowDocuments, choose_columns
+from megatron_ove.preprocess.documents.caption_documents import CaptionTable, read_folder
 from megatron_ove.preprocess.documents.known_text import KnownText, document_of, document_of_texts
 from megatron_ove.preprocess.documents.ocr_documents import document_of_lines
-from megatron_ove.preprocess.documents.preparing import DocumentInput, DocumentPreparer, PageBytes
+from megatron_ove.preprocess.documents.preparing import DocumentInput, DocumentPreparer, PageBytes, PreparedDocument
 from megatron_ove.preprocess.documents.rendered_documents import PAGE_LOOKS, RenderedPages, document_of_picture
 from megatron_ove.preprocess.documents.tar_samples import TarSamples, list_tars
+from megatron_ove.preprocess.documents.writing import (
+    add_document_options,
+    count_ignored,
+    report_ignored,
+    write_documents,
+)
 from megatron_ove.preprocess.file_runs import run_over_stream
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.text_render.passages import languages
-from megatron_ove.rejects import RejectsFile
+from megatron_ove.rejects import RejectsFile, read_rejects
 from megatron_ove.shards.documents import MAX_DOCUMENT_BYTES, Document
-from tests.support.document_sets import picture, special, write_tar
+from megatron_ove.shards.format import page_member
+from tests.support.document_sets import documents_of, picture, special, write_lines, write_tar
 
 
 def test_all_forms_of_a_record_are_read_and_others_are_named() -> None:
@@ -78,6 +95,15 @@ def test_all_forms_of_a_record_are_read_and_others_are_named() -> None:
         ({"conversations": [{"from": "dog", "value": "a"}]}, "said neither by human, user nor by"),
         ({"conversations": "a"}, "which is no list of what was said"),
         ({"texts": [{"user": 4, "assistant": "b"}]}, "somebody said 4, which is no text"),
+        ({"text": b"w\xff"}, "it has bytes in text that are not UTF-8"),
+        ({"text": datetime.date(2020, 1, 1)}, "it has a date in text (2020-01-01), which is no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 'somebody said {"type": "text"}, which is'),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "which is neither"),
+        ({"messages": [{"role": "user", "content": ["plain"]}]}, 'somebody said "plain", which is neither'),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, 'somebody said {"type": "video"}'),
+        ({"turns": [{"answer": " \n"}]}, "it has no text, no caption and no turn"),
+        ({"turns": [{"answer": None}]}, "it has no text, no caption and no turn"),
+        ({"texts": [{"user": "q", "assistant": "<image>"}]}, "it has no text, no caption and no turn"),
         ({"url": "http://x", "caption": " \n", "text": " ", "turns": []}, "it has no text, no caption and no turn"),
         ({"text": "a" * (MAX_DOCUMENT_BYTES + 1)}, "divide the document"),
     ],
@@ -86,6 +112,14 @@ def test_a_record_that_says_nothing_usable_is_a_sentence(record: dict[str, Any],
     with pytest.raises(DataError) as caught:
         document_of(record)
     assert sentence in str(caught.value)
+
+
+def test_bytes_are_texts_in_utf8_and_turns_without_an_answer_are_left_out_and_counted() -> None:
+    turns = [{"question": "a", "answer": ""}, {"question": "b", "answer": None}, {"question": "c", "answer": "d"}]
+    known = document_of({"text": "EXIT é".encode(), "caption": [b"c"], "turns": turns})
+    assert (known.document.text, known.document.captions) == ("EXIT é", ("c",))
+    assert [turn.question for turn in known.document.turns] == ["b", "c"]  # b stands for the text
+    assert known.ignored == ("turns without an answer",)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +426,121 @@ def test_a_row_that_is_not_utf8_is_refused_and_those_beside_it_are_used(tmp_path
     assert items[1].problem.startswith(f"{path}/row 1 is damaged, or has a text that is not UTF-8")
     assert [bool(item.problem) for item in items] == [False, True, False]
     assert [item.known for item in items if not item.problem] == [{"captions": "one"}, {"captions": "three"}]
+
+
+def test_columns_of_bytes_and_conversations_stored_as_lists_are_read(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    said = [{"from": ["human", "gpt"], "value": ["q", "a"]}, {"from": ["human", "gpt"], "value": ["q"]}]
+    columns = {"image": [picture()] * 2, "question": [b"Why?", b"\xff"], "answer": [b"So.", b"x"], "texts": said}
+    pytest.importorskip("pyarrow.parquet").write_table(arrow.table(columns), tmp_path / "a.parquet")
+    files = {"a.parquet": tmp_path / "a.parquet"}
+    first, second = RowDocuments(files, Columns("image", conversation="texts")).inputs()
+    turns = document_of(first.known).document.turns  # type: ignore[arg-type]
+    assert [(turn.question, turn.answer) for turn in turns] == [("q", "a")]
+    assert "row 1 has a conversation of lists that differ in length (2 from, 1 value)" in second.problem
+    first, second = RowDocuments(files, Columns("image", question="question", answer="answer")).inputs()
+    assert document_of(first.known).document.answers == ("So.",)  # type: ignore[arg-type]
+    assert "row 1 has bytes in question that are not UTF-8" in second.problem
+
+
+def _prepare(item: DocumentInput) -> PreparedDocument:
+    return DocumentPreparer(longest_side=1000, quality=90)(item)
+
+
+def _sheets() -> bytes:
+    stream = io.BytesIO()
+    pictures = [Image.new("L", (20 + number, 10)) for number in range(3)]
+    pictures[0].save(stream, "TIFF", save_all=True, append_images=pictures[1:])
+    return stream.getvalue()
+
+
+def test_every_sheet_of_a_tiff_is_a_page_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tif").write_bytes(_sheets())
+    (tmp_path / "a.txt").write_text("three")
+    table = write_lines(tmp_path / "t.jsonl", {"file": "a.tif", "caption": "three"})
+    tar = write_tar(tmp_path / "t.tar", [("a.tif", _sheets()), ("a.txt", b"three")])
+    row = DocumentInput("k", "n", (PageBytes(_sheets(), "row 0"),), {"caption": "three"})
+    items = [*read_folder(tmp_path).inputs, *CaptionTable(table).inputs(range(1)), *TarSamples({"t": tar}).inputs()]
+    made = [_prepare(item).members for item in (*items, row)]
+    assert [sorted(members) for members in made] == [["json", *map(page_member, range(3))]] * 4
+    assert len({members[page_member(2)] for members in made}) == 1
+    monkeypatch.setattr("megatron_ove.preprocess.documents.preparing.MAX_PAGES", 2)
+    with pytest.raises(DataError, match="n has 3 pictures, but a document has 1 to 2"):
+        _prepare(row)
+
+
+def test_a_pipe_or_device_named_in_a_table_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for name in ("pipe.tif", "pipe.jpg"):
+        os.mkfifo(tmp_path / name)
+    names = ("pipe.tif", "pipe.jpg", "/dev/zero")
+    table = write_lines(tmp_path / "t.jsonl", *({"file": name, "caption": "x"} for name in names))
+    for item in CaptionTable(table).inputs(range(3)):
+        with pytest.raises(DataError, match="is a pipe, a socket or a device, not a file"):
+            _prepare(item)
+
+
+def test_a_line_without_end_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ove.preprocess.documents.caption_documents._MAX_LINE_BYTES", 50)
+    table = CaptionTable(write_lines(tmp_path / "t.jsonl", {"file": "a", "caption": ""}, b"[" + b"{}," * 50))
+    for read in (table.count, lambda: list(table.inputs(range(2)))):
+        with pytest.raises(DataError, match=r"line 2 of .* more than 50 bytes, so it looks like a JSON array on one"):
+            read()
+
+
+def test_odd_metadata_of_a_picture_gives_no_warning() -> None:
+    stream = io.BytesIO()
+    # A TIFF directory with one tag, whose type says more than there is.
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x010E, 2, 5000, 60) + b"\0" * 4
+    Image.new("RGB", (9, 9)).save(stream, "JPEG", exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _prepare(DocumentInput("k", "n", (PageBytes(stream.getvalue(), "a.jpg"),), {"caption": "x"}))
+
+
+def _write(folder: Path, items: list[DocumentInput]) -> list[dict[str, str]]:
+    parser = argparse.ArgumentParser()
+    add_document_options(parser)
+    arguments = parser.parse_args(["--workers", "1", "--rejects", str(folder / "rejects.jsonl")])
+    arguments.output = folder / "set"
+    write_documents(arguments, lambda rejects: items, settings={}, judged=items, title="test")
+    return read_rejects(folder / "rejects.jsonl")
+
+
+def test_a_key_that_two_inputs_get_is_a_reject_that_names_both(tmp_path: Path) -> None:
+    items = [DocumentInput("k", f"{name}.png", (PageBytes(picture(), name),), {"caption": name}) for name in "ab"]
+    (reject,) = _write(tmp_path, items)
+    assert reject["file"] == "b.png"
+    assert "b.png and a.png both get the key k, so only the latter is used; rename one" in reject["reason"]
+    assert [document.captions for document in documents_of(tmp_path / "set").values()] == [("a",)]
+
+
+def test_keys_of_lines_are_readable_and_have_enough_digits(tmp_path: Path) -> None:
+    table = write_lines(tmp_path / "t.jsonl", *[{"file": "日.png", "caption": "x"}] * 2)
+    keys = [item.key for item in CaptionTable(table).inputs(range(2))]
+    assert [re.sub("[0-9a-f]{16}$", "", key) for key in keys] == ["png_line_1-", "png_line_2-"]
+
+
+def test_names_of_entries_are_shown_without_control_characters_and_only_the_first_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ignored = Counter[str]()
+    count_ignored(ignored, ["\x1b[31mé\n", *(f"{number:04d}" for number in range(2000)), "0003", "a" * 500])
+    assert len(ignored) == 1001
+    assert max(map(len, ignored)) <= 80
+    report_ignored("entries", ignored)
+    output = capsys.readouterr().out.replace("\n", " ")
+    assert output.startswith("entries: 0003 2, 0000 1, ")
+    assert output.rstrip().endswith("others 1990")
+    assert "\\x1b[31mé\\n" in ignored
+    record = {"caption": "x", "bell\a": 1}
+    assert _write(tmp_path, [DocumentInput("k", "n", (PageBytes(picture(), "n"),), record)]) == []
+    assert "not read: bell\\x07 1" in capsys.readouterr().out
+
+
+def test_rejects_of_records_name_their_line() -> None:
+    item = DocumentInput("k", "t.jsonl/line 3 (a.png)", (PageBytes(picture(), "a.png"),), {"caption": 5})
+    with pytest.raises(DataError, match=r"^t\.jsonl/line 3 \(a\.png\): it has the caption 5"):
+        _prepare(item)
 
 
 @pytest.mark.parametrize("language", languages())

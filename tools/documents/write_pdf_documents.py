@@ -24,7 +24,7 @@ from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.record_files import open_rejects, write_whole
-from megatron_ove.preprocess.shard_output import is_done, names_digest, rejects_of, shard_output
+from megatron_ove.preprocess.shard_output import is_done, names_digest, output_of, rejects_of, shard_output
 from megatron_ove.preprocess.tool_arguments import (
     Task,
     add_picture_options,
@@ -136,7 +136,7 @@ def _work(arguments: argparse.Namespace) -> None:
                 writer.add(sample.key, sample.members, source=sample.source)
             pages.report()
             count = len(writer)
-        report(f"{count} documents of {pages.num_used} pages, {rejects.count} rejected -> {arguments.output}")
+        report(f"{count} documents of {pages.num_used} pages, {rejects.count} rejected -> {output_of(arguments)}")
 
 
 def _places(files: list[InputFile], workers: int, rejects: RejectsFile) -> list[PagePlace]:

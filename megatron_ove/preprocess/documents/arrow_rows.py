@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.documents.arrow_files import is_sound, read_batches, read_schema, require_pyarrow
-from megatron_ove.preprocess.documents.known_text import CONVERSATION_ENTRIES
+from megatron_ove.preprocess.documents.known_text import CONVERSATION_ENTRIES, plain_value
 from megatron_ove.preprocess.documents.preparing import DocumentInput, PageBytes
 from megatron_ove.preprocess.documents.writing import input_refused
 from megatron_ove.preprocess.input_files import sample_key
@@ -166,10 +166,32 @@ def _record(values: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     if columns.caption:
         record["captions"] = values[columns.caption]
     if columns.conversation:
-        record[CONVERSATION_ENTRIES[0]] = values[columns.conversation]
+        record[CONVERSATION_ENTRIES[0]] = _conversation(values[columns.conversation])
     if columns.question:
-        record["turns"] = _turns(values[columns.question], values[columns.answer])
+        question, answer = (plain_value(values[name], name) for name in (columns.question, columns.answer))
+        record["turns"] = _turns(question, answer)
     return record
+
+
+def _conversation(value: object) -> object:
+    """Returns a list of what was said; `datasets` stores a Sequence of entries as an entry of lists, also of parts."""
+    said = _entries(value)
+    if not isinstance(said, list):
+        return said
+    return [
+        {name: _entries(one) for name, one in entry.items()} if isinstance(entry, Mapping) else entry for entry in said
+    ]
+
+
+def _entries(value: object) -> object:
+    """Turns {"from": [a, b], "value": [c, d]} into a list of entries; anything else stays as it is."""
+    if not isinstance(value, Mapping) or not all(isinstance(one, list) for one in value.values()):
+        return value
+    lengths = {name: len(one) for name, one in value.items()}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{length} {name}" for name, length in lengths.items())
+        raise DataError(f"has a conversation of lists that differ in length ({shown}); correct it")
+    return [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
 
 
 def _turns(question: object, answer: object) -> list[dict[str, Any]]:

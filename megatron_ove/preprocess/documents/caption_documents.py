@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.documents.known_text import TEXT_SUFFIXES, KnownText
@@ -22,6 +22,8 @@ from megatron_ove.rejects import printable
 from megatron_ove.shards.documents import MAX_DOCUMENT_BYTES
 
 _FILE = "file"
+_MAX_LINE_BYTES = 64 << 20
+"""Four of the largest documents; a line is in memory whole."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ class CaptionTable:
         """Returns the number of lines that are not empty.
 
         Raises:
-            DataError: there are none.
+            DataError: there are none, or one has no end.
             OSError: the table cannot be read.
         """
         with self.path.open("rb") as stream:
-            count = sum(bool(line.strip()) for line in stream)
+            count = sum(bool(line.strip()) for line in self._lines(stream))
         if not count:
             raise DataError(f'{self.path} is empty; write lines such as {{"file": "a.png", "caption": "A red house."}}')
         return count
@@ -113,12 +115,24 @@ class CaptionTable:
         """
         place = -1
         with self.path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(self._lines(stream), start=1):
                 place += bool(line.strip())
                 if place >= places.stop:
                     return
                 if line.strip() and place in places:
                     yield self._input(line, number)
+
+    def _lines(self, stream: BinaryIO) -> Iterator[bytes]:
+        for number in itertools.count(1):
+            line = stream.readline(_MAX_LINE_BYTES + 1)
+            if len(line) > _MAX_LINE_BYTES:
+                raise DataError(
+                    f"line {number} of {self.path} has more than {_MAX_LINE_BYTES} bytes, so it looks like a JSON "
+                    "array on one line; write one object a line"
+                )
+            if not line:
+                return
+            yield line
 
     def _input(self, line: bytes, number: int) -> DocumentInput:
         name = f"{self.path}/line {number}"
@@ -129,8 +143,9 @@ class CaptionTable:
         file = self.path.parent / record.pop(_FILE)
         shown = file.relative_to(self.path.parent) if file.is_relative_to(self.path.parent) else file
         # A picture may stand in several lines, as captions often do.
-        key = sample_key(f"{shown.as_posix()}/line {number}")
-        return DocumentInput(key, f"{name} ({file})", (InputFile(real_path(file), file.name, key),), record)
+        key = sample_key(f"{shown.as_posix()}/line {number}.")
+        picture = InputFile(real_path(file), file.name, key)
+        return DocumentInput(key, f"{name} ({file})", (picture,), record, whole_files=True)
 
 
 def _parse(line: bytes) -> dict[str, Any]:

@@ -7,6 +7,7 @@ entries are not read, and are named to whoever asks.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ CONVERSATION_ENTRIES = ("conversations", "messages", "texts")
 _ASKING, _ANSWERING, _LEFT_OUT = ("human", "user"), ("gpt", "assistant", "model"), ("system",)
 _PICTURE_MARKS = ("<image>", "<|image|>")
 """Where conversations say that the picture comes; here it always comes first."""
+_PICTURE_PARTS = ("image", "image_url", "input_image")
+"""What the picture is called among the parts of what was said."""
+_READ = ("text", "caption", "captions", "turns", *CONVERSATION_ENTRIES, *BOX_UNITS)
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,19 @@ def document_of(record: Mapping[str, Any], *, captions: Sequence[str] = ()) -> K
     """Returns the document that a record describes.
 
     Args:
-        record: see the module; None and "" count as not there.
+        record: see the module; None and "" count as not there, and bytes as the text that they are in UTF-8. Turns
+            whose answer is blank are left out, and are among the entries that were not read.
         captions: further ones, which come first.
 
     Raises:
         DataError: an entry is of another form, or nothing is said; the sentence goes behind a name and a colon.
     """
     present = {name: value for name, value in record.items() if value is not None and value != ""}
+    for name in present.keys() & set(_READ):
+        try:
+            present[name] = plain_value(present[name], name)
+        except DataError as error:
+            raise DataError(f"it {error}") from error
     all_captions = [
         *_captions(list(captions)),
         *_captions(present.pop("caption", [])),
@@ -113,10 +123,39 @@ def document_of(record: Mapping[str, Any], *, captions: Sequence[str] = ()) -> K
     data["turns"] = turns
     # What comes from a table or a data set is judged just as a document's own file is. Only ASCII is written, since
     # half of a surrogate pair has no other form in which it reaches the check.
-    document = Document.decode(json.dumps(data, default=str).encode("ascii"))
+    document = Document.decode(json.dumps(data).encode("ascii"))
+    turns_kept = tuple(turn for turn, answer in zip(document.turns, document.answers, strict=True) if answer.strip())
+    ignored += ["turns without an answer"] * (len(document.turns) - len(turns_kept))
+    document = dataclasses.replace(document, turns=turns_kept)
     if not (document.text or document.captions or document.turns):
         raise DataError("it has no text, no caption and no turn, so there is nothing to learn from the picture")
     return Known(document, (*ignored, *map(str, present)))
+
+
+def plain_value(value: Any, name: str) -> Any:
+    """Returns a value as JSON could hold it: bytes are texts in UTF-8, and nothing else is made a text.
+
+    Args:
+        value: from JSON, or of a table, which has further types.
+        name: of its entry, for sentences.
+
+    Raises:
+        DataError: bytes are not UTF-8, or it holds a date or the like; the sentence goes behind what has the entry.
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    try:
+        if isinstance(value, bytes):
+            return value.decode("utf-8")
+        if isinstance(value, list | tuple):
+            return [plain_value(one, name) for one in value]
+        if isinstance(value, Mapping):
+            return {str(key): plain_value(one, name) for key, one in value.items()}
+    except UnicodeDecodeError as error:
+        raise DataError(f"has bytes in {name} that are not UTF-8 ({error.reason}); store texts as UTF-8") from error
+    except RecursionError:
+        raise DataError(f"has {name} nested without end; correct it") from None
+    raise DataError(f"has a {type(value).__name__} in {name} ({str(value)[:40]}), which is no text; correct it")
 
 
 def turns_of_conversation(value: object, name: str) -> tuple[list[dict[str, Any]], int]:
@@ -187,13 +226,25 @@ def _are_turns(value: object) -> bool:
 def _content(value: object) -> str:
     """Returns the text of what was said, without the mark of the picture."""
     if isinstance(value, list):
-        parts = [part.get("text") for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
-        value = "\n".join(map(str, parts))
+        value = "\n".join(_text_part(part) for part in value if not _is_picture(part))
     if not isinstance(value, str):
         raise DataError(f"somebody said {_shown(value)}, which is no text; correct it")
     for mark in _PICTURE_MARKS:
         value = value.replace(mark, "")
     return value.strip()
+
+
+def _is_picture(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in _PICTURE_PARTS
+
+
+def _text_part(part: object) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise DataError(
+            f'somebody said {_shown(part)}, which is neither {{"type": "text", "text": ...}} nor a picture; correct it'
+        )
+    return text
 
 
 def _shown(value: object) -> str:

@@ -43,7 +43,7 @@ class PagePlace:
 
     @property
     def key(self) -> str:
-        """Names the page: the file's key and the page's number from 1, e.g. `manual-0a1b2c3d4e-p00012`."""
+        """Names the page: the file's key and the page's number from 1, e.g. `manual-0a1b2c3d4e5f6071-p00012`."""
         return f"{self.file.key}-p{self.page + 1:05d}"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.documents.known_text import Known, KnownText, document_of, document_of_texts
 from megatron_ove.preprocess.input_files import InputFile
-from megatron_ove.preprocess.pictures import JpegPreparer, PreparedPicture
+from megatron_ove.preprocess.pictures import JpegPreparer, PreparedPicture, sheets_of, sheets_of_bytes
 from megatron_ove.shards.documents import Boxes, Document
 from megatron_ove.shards.format import DOCUMENT_MEMBER, MAX_PAGES, page_member
 
@@ -25,7 +25,7 @@ _LEAST_EXTENT = 0.2
 
 @dataclass(frozen=True)
 class PageBytes:
-    """A picture that lies inside another file.
+    """A picture that lies inside another file; each sheet of a TIFF is a page.
 
     Attributes:
         content: the encoded picture.
@@ -46,6 +46,7 @@ class DocumentInput:
         pages: its pictures in order.
         known: what is known of them: a document whose boxes are in pixels of `pages`, a record, or files.
         labels: [label_width] int32; None = there are none.
+        whole_files: whether each sheet of a TIFF among `pages` is a page; else those that are named.
         clips: whether boxes are cut at the page's edge and dropped beyond it. Otherwise such a document is refused.
         problem: why it cannot be used, if that is known already.
     """
@@ -55,6 +56,7 @@ class DocumentInput:
     pages: tuple[PageBytes | InputFile, ...] = ()
     known: Document | Mapping[str, Any] | tuple[KnownText, ...] = ()
     labels: np.ndarray | None = None
+    whole_files: bool = False
     clips: bool = False
     problem: str = ""
 
@@ -81,25 +83,42 @@ class DocumentPreparer:
         """Raises `DataError` with the reject's reason when the document cannot be used."""
         if item.problem:
             raise DataError(item.problem)
-        if not 1 <= len(item.pages) <= MAX_PAGES:
-            raise DataError(f"{item.name} has {len(item.pages)} pictures, but a document has 1 to {MAX_PAGES}")
-        known = _read(item.known)
-        pages = [self._prepare(page) for page in item.pages]
+        _check_count(item, len(item.pages))
+        known = _read(item)
+        sheets = [(page, sheet) for page in item.pages for sheet in _sheets(page, whole_files=item.whole_files)]
+        _check_count(item, len(sheets))
+        pages = [self._prepare(page, sheet) for page, sheet in sheets]
         document = fit_boxes(known.document, pages, clips=item.clips)
         members = {DOCUMENT_MEMBER: document.encode()}
         members |= {page_member(number): page.jpeg for number, page in enumerate(pages)}
         return PreparedDocument(members, known.ignored)
 
-    def _prepare(self, page: PageBytes | InputFile) -> PreparedPicture:
+    def _prepare(self, page: PageBytes | InputFile, sheet: int) -> PreparedPicture:
         if isinstance(page, InputFile):
-            return self._pictures.prepare_file(page)
-        return self._pictures.prepare_bytes(page.content, name=page.name)
+            return self._pictures.prepare_file(dataclasses.replace(page, sheet=sheet))
+        return self._pictures.prepare_bytes(page.content, name=page.name, sheet=sheet)
 
 
-def _read(known: Document | Mapping[str, Any] | tuple[KnownText, ...]) -> Known:
-    if isinstance(known, Document):
-        return Known(known)
-    return document_of(known) if isinstance(known, Mapping) else document_of_texts(known)
+def _check_count(item: DocumentInput, count: int) -> None:
+    if not 1 <= count <= MAX_PAGES:
+        raise DataError(f"{item.name} has {count} pictures, but a document has 1 to {MAX_PAGES}")
+
+
+def _sheets(page: PageBytes | InputFile, *, whole_files: bool) -> tuple[int, ...]:
+    if isinstance(page, PageBytes):
+        return sheets_of_bytes(page.content)
+    return sheets_of(page.path, suffix=page.suffix) if whole_files else (page.sheet,)
+
+
+def _read(item: DocumentInput) -> Known:
+    if isinstance(item.known, Document):
+        return Known(item.known)
+    if not isinstance(item.known, Mapping):
+        return document_of_texts(item.known)
+    try:
+        return document_of(item.known)
+    except DataError as error:
+        raise DataError(f"{item.name}: {error}") from error
 
 
 def fit_boxes(document: Document, pages: Sequence[PreparedPicture], *, clips: bool) -> Document:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.documents.known_text import TEXT_SUFFIXES, KnownText
 from megatron_ove.preprocess.documents.preparing import DocumentInput, PageBytes
-from megatron_ove.preprocess.documents.writing import input_refused
+from megatron_ove.preprocess.documents.writing import count_ignored, input_refused
 from megatron_ove.preprocess.file_kinds import PICTURE_SUFFIXES
 from megatron_ove.preprocess.folders import list_named
 from megatron_ove.preprocess.input_files import real_path, sample_key
@@ -177,7 +177,7 @@ class TarSamples:
         is_text, is_picture = suffix in TEXT_SUFFIXES, suffix in PICTURE_SUFFIXES
         problem = _problem(member, sample)
         if not problem and not is_text and not is_picture:
-            self.ignored[suffix if rest else "without suffix"] += 1
+            count_ignored(self.ignored, (suffix if rest else "without suffix",))
             return
         if not problem and is_text and member.size > MAX_DOCUMENT_BYTES:
             problem = f"has {member.size} bytes, more than {MAX_DOCUMENT_BYTES}, which is no text of a picture"

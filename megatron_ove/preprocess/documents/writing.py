@@ -26,6 +26,9 @@ from megatron_ove.rejects import RejectsFile
 LONGEST_SIDE = 1344
 _STAGE = "documents"
 _MOST_NAMED = 12
+_MOST_NAMES, _LONGEST_NAME = 1000, 80
+_OTHER_NAMES = ""
+"""Under which names beyond the first `_MOST_NAMES` are counted together."""
 
 
 def add_document_options(parser: argparse.ArgumentParser) -> None:
@@ -98,23 +101,36 @@ def write_documents(
                 rejects=rejects,
                 total=len(inputs) if isinstance(inputs, Sized) else None,
             )
+            sources: dict[str, str] = {}
             for item, made in stream:
-                labels = getattr(item, "labels", None)
-                if writer.add(item.key, made.members, labels, source=str(item)):
-                    ignored.update(made.ignored)
+                source = str(item)
+                if item.key in sources:
+                    reason = f"{source} and {sources[item.key]} both get the key {item.key}, so only the latter is used"
+                    rejects.add(source, f"{reason}; rename one")
+                elif writer.add(item.key, made.members, getattr(item, "labels", None), source=source):
+                    sources[item.key] = source
+                    count_ignored(ignored, made.ignored)
             count = len(writer)
         report_ignored("entries that were not read", ignored)
         where: Path = output_of(arguments)
         report(f"{count} documents, {rejects.count} rejected -> {where}")
 
 
+def count_ignored(ignored: Counter[str], names: Iterable[str]) -> None:
+    """Counts what was left aside; of names without end, as data may have, only the first are told apart."""
+    for name in names:
+        shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in name[:_LONGEST_NAME])
+        ignored[shown if shown in ignored or len(ignored) < _MOST_NAMES else _OTHER_NAMES] += 1
+
+
 def report_ignored(what: str, ignored: Counter[str]) -> None:
     """Names what was left aside, the most frequent first; says nothing if there is nothing."""
     if not ignored:
         return
-    common = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    named = [item for item in ignored.items() if item[0] != _OTHER_NAMES]
+    common = sorted(named, key=lambda item: (-item[1], item[0]))
     parts = [f"{name} {count}" for name, count in common[:_MOST_NAMED]]
-    rest = sum(count for _, count in common[_MOST_NAMED:])
+    rest = ignored[_OTHER_NAMES] + sum(count for _, count in common[_MOST_NAMED:])
     report(f"{what}: {', '.join(parts)}{f', others {rest}' if rest else ''}")
 
 
