@@ -40,19 +40,32 @@ class VisionFeatures:
         """
         if self.pooled is None:
             raise ValueError("the encoder has no pooling head, so its features have no embedding of a sample")
-        if len(self.sample) == num_samples and bool((self.sample == torch.arange(num_samples)).all()):
-            return self.pooled
-        sample = self.sample.long()
-        sums = self.pooled.new_zeros(num_samples, self.pooled.shape[1])
-        sums = sums.index_add(0, sample.to(self.pooled.device), self.pooled)
-        counts = torch.bincount(sample, minlength=num_samples).clamp(min=1)
-        return sums / counts.to(sums.device, sums.dtype)[:, None]
+        return mean_of_segments(self.pooled, self.sample, num_samples)
 
     def anchor(self) -> Tensor:
         """Returns a 0 that depends on the encoder's output: a loss that starts from it is differentiable in every
         microbatch, also in one without any sample."""
         output = self.tokens if self.pooled is None else self.pooled
         return output[:0].sum(dtype=torch.float32)
+
+
+def mean_of_segments(pooled: Tensor, sample: Tensor, num_samples: int) -> Tensor:
+    """Returns the mean over the segments of each sample.
+
+    Args:
+        pooled: [n, h], one row a segment.
+        sample: [n] int32 on the CPU, ascending: the sample of each.
+        num_samples: b.
+
+    Returns:
+        [b, h]; `pooled` itself where every sample is one segment.
+    """
+    if len(sample) == num_samples and bool((sample == torch.arange(num_samples)).all()):
+        return pooled
+    places = sample.long()
+    sums = pooled.new_zeros(num_samples, pooled.shape[1]).index_add(0, places.to(pooled.device), pooled)
+    counts = torch.bincount(places, minlength=num_samples).clamp(min=1)
+    return sums / counts.to(sums.device, sums.dtype)[:, None]
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def embed_shard_set(
     chosen = np.arange(len(shards)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = iterate_batches(shards, settings, chosen, torch.device(device))
     rows = [encoder(batch).float().cpu() for batch in batches]
-    labels = torch.from_numpy(np.array(shards.labels[chosen], dtype=np.int32))
+    stored = np.array(shards.labels[chosen], dtype=np.int32)
+    labels = torch.from_numpy(stored if stored.shape[1] else np.full((len(chosen), 1), -1, np.int32))
     return EmbeddedSet(tuple(shards.key(int(i)) for i in chosen), torch.cat(rows), labels)
 
 

@@ -13,6 +13,7 @@ from megatron_ove.batch import Batch
 from megatron_ove.errors import ConfigError
 from megatron_ove.evaluation.embedding import EncoderCallable
 from megatron_ove.model.patch_embed import CLIP_MEAN, CLIP_STD
+from megatron_ove.outputs import mean_of_segments
 
 
 def load_exported_model(folder: str | Path) -> Any:
@@ -60,7 +61,7 @@ def huggingface_encoder(model: Any, patch_size: int) -> EncoderCallable:
             strip = patches.permute(1, 2, 0, 3).reshape(1, 3, patch_size, -1)  # [1, 3, p, n * p]
             output = model(pixel_values=strip, patch_positions=pack.positions[None, start:stop].long())
             pooled.append(output.pooler_output)
-        return torch.cat(pooled)
+        return mean_of_segments(torch.cat(pooled), pack.sample, batch.num_samples)
 
     return encode
 

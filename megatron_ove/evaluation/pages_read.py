@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from megatron_ove.convert.class_centers import ClassHead
 from megatron_ove.evaluation.embedding import EmbeddedSet
 from megatron_ove.preprocess.text_render.typefaces import Typeface, typefaces
-from megatron_ove.shards.format import PICTURE_MEMBER
+from megatron_ove.shards.format import PICTURE_MEMBER, page_member
 from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.vocabulary import Vocabulary
 
@@ -71,7 +71,8 @@ def read_pages(embedded: EmbeddedSet, rows: Sequence[int], head: ClassHead, voca
 
 def draw_pages(shards: ShardSet, rows: Sequence[int], pages: Sequence[PageRead], path: str | Path) -> None:
     """Writes a PNG of pages with the words read below each: green if they are on the page, red if not."""
-    cells = [_draw_page(shards.read(row, PICTURE_MEMBER), page) for row, page in zip(rows, pages, strict=True)]
+    member = page_member(0) if shards.info.has_pages else PICTURE_MEMBER  # of a document its first page
+    cells = [_draw_page(shards.read(row, member), page) for row, page in zip(rows, pages, strict=True)]
     columns = min(_COLUMNS, len(cells))
     bottoms = [_GAP] * columns  # each column on its own: a tall page leaves no gap beside it
     places = []

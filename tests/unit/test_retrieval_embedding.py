@@ -106,3 +106,21 @@ def test_huggingface_form_gets_the_patches_and_positions_of_each_sample() -> Non
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config.json; make one with megatron-ove convert export"):
         load_exported_model(tmp_path)
+
+
+def test_a_document_has_the_mean_embedding_of_its_pages(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "set", kind="document") as writer:
+        for key, values in {"one": [10], "three": [50, 60, 100], "two": [200, 100]}.items():
+            pages = {f"page{page:04d}.jpg": jpeg(28, 28, value) for page, value in enumerate(values)}
+            writer.add(key, {"json": b'{"text": ""}', **pages})
+
+    def model(pixel_values: Tensor, patch_positions: Tensor) -> SimpleNamespace:
+        del patch_positions
+        return SimpleNamespace(pooler_output=pixel_values.mean(dim=(2, 3)))
+
+    shards = ShardSet.open(tmp_path / "set")
+    found = embed_shard_set(huggingface_encoder(model, PATCH), shards, SETTINGS)
+    assert found.keys == ("one", "three", "two") and found.labels.tolist() == [[-1], [-1], [-1]]
+    grey = torch.tensor([10.0, 70.0, 150.0])
+    expected = normalize_pixels(grey.to(torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1)).view(3, 3)
+    assert torch.allclose(found.embeddings, expected, atol=0.02)
