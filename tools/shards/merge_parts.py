@@ -1,6 +1,6 @@
 """Joins the parts that tasks have written below DIR/parts into one shard set: writes DIR/index and DIR/dataset.json.
 
-No tar file is touched or copied, so it takes seconds for millions of samples. Keys are compared over all parts. May be
+No tar file is touched or copied, so it takes some milliseconds a part. Keys are compared over all parts. May be
 repeated when parts were written anew. Other folders can be joined by naming them; they stay where they are.
 """
 
