@@ -33,7 +33,7 @@ from megatron_ove.evaluation.retrieval import (
 from megatron_ove.parallel.topology import destroy_topology
 from megatron_ove.shards.shard_set import ShardSet
 
-_CLIP_NAME = r"^(.+?)(?:-cut\d+)?-[0-9a-f]{10}$"
+_CLIP_NAME = r"^(.+?)(?:-cut\d+)?-[0-9a-f]+$"
 
 
 @dataclass(frozen=True)
