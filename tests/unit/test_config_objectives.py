@@ -29,7 +29,7 @@ def test_a_section_without_its_kind_gets_a_sentence_that_says_what_to_write() ->
     assert str(caught.value).splitlines()[1:] == [
         "  - missing key 'objectives.clusters.kind': it says which kind of section this is; add 'kind: partial_fc'",
         "  - missing key 'data.sources.images.kind': it says which kind of section this is; add 'kind: image' or "
-        "'kind: ocr' or 'kind: video'",
+        "'kind: ocr' or 'kind: document' or 'kind: video'",
     ]
 
 
