@@ -145,6 +145,8 @@ _ENTRY_CHECKS: Mapping[str, Callable[[object], bool]] = {
     "columns": are_columns,
     "content": lambda value: isinstance(value, str),
 }
+_SAME = ("kind", "num_classes", "label_width", "members", "patch_size", "frames", "grid_height", "grid_width")
+"""What sets must share to be one."""
 _SINCE_VERSION_2 = ("num_pages", "most_pages", "num_parts", "columns", "content")
 
 
@@ -212,6 +214,11 @@ class DatasetInfo:
         if self.label_width:
             entries.append(("labels", "<i4", (self.label_width,)))
         return np.dtype([*entries, *((name, np.dtype(kind).newbyteorder("<")) for name, kind in self.columns.items())])
+
+    def difference_from(self, first: DatasetInfo) -> tuple[str, Any, Any] | None:
+        """Returns the first entry in which two sets cannot be one: its name, here, there; None if they can be one."""
+        pairs = ((name, getattr(self, name), getattr(first, name)) for name in _SAME)
+        return next(((name, here, there) for name, here, there in pairs if here != there), None)
 
     def write(self, directory: Path) -> None:
         """Writes dataset.json into `directory`."""

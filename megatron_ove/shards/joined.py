@@ -19,8 +19,6 @@ from megatron_ove.shards.format import DatasetInfo
 from megatron_ove.shards.index import ShardIndex
 from megatron_ove.vocabulary import VOCABULARY_FILE
 
-_SAME = ("kind", "num_classes", "label_width", "members", "patch_size", "frames", "grid_height", "grid_width")
-
 
 class Pieces:
     """Arrays with one row a sample that lie one after the other, without copying them into one.
@@ -145,17 +143,15 @@ class JoinedIndex(ShardIndex):
 def _common_info(indexes: Sequence[ShardIndex]) -> DatasetInfo:
     first, problems = indexes[0], []
     for index in indexes[1:]:
-        for name in _SAME:
-            here, there = getattr(index.info, name), getattr(first.info, name)
-            if here != there:
-                problems.append(f"{index.directory} has {name} = {here}, but {first.directory} has {there}")
-                break
-        else:
-            if _words(index) != _words(first):
-                problems.append(
-                    f"{VOCABULARY_FILE} of {index.directory} differs from that of {first.directory}, so equal labels "
-                    "mean different words"
-                )
+        difference = index.info.difference_from(first.info)
+        if difference:
+            name, here, there = difference
+            problems.append(f"{index.directory} has {name} = {here}, but {first.directory} has {there}")
+        elif _words(index) != _words(first):
+            problems.append(
+                f"{VOCABULARY_FILE} of {index.directory} differs from that of {first.directory}, so equal labels "
+                "mean different words"
+            )
     if problems:
         advice = "so they are no one source; write them alike, or make a source of each"
         raise DataError("\n".join(f"{problem}, {advice}" for problem in problems))

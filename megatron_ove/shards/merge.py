@@ -33,7 +33,6 @@ PART_FILE = "part.json"
 """Beside a part: which task of how many wrote it, and with which settings."""
 _SHARED_COMPANIONS = ("codec_settings.json", VOCABULARY_FILE)
 """Files that all parts must share, and the joined set gets."""
-_SAME = ("kind", "num_classes", "label_width", "members", "patch_size", "frames", "grid_height", "grid_width")
 _PART_NAME = re.compile(r"(\d+)-of-(\d+)")
 _CHUNK = 1 << 18
 """Rows copied or hashed in one go."""
@@ -194,13 +193,12 @@ def _common_info(parts: Sequence[_Part]) -> DatasetInfo:
     first = parts[0]
     problems = []
     for part in parts[1:]:
-        for name in (*_SAME, "columns"):
-            here, there = getattr(part.info, name), getattr(first.info, name)
-            if here != there or (name == "columns" and list(here) != list(there)):
-                problems.append(
-                    f"{part.path} has {name} = {here}, but {first.path} has {there}, so they are no one set"
-                )
-                break
+        difference = part.info.difference_from(first.info)
+        if difference is None and list(part.info.columns.items()) != list(first.info.columns.items()):
+            difference = ("columns", part.info.columns, first.info.columns)  # records are joined as they are
+        if difference:
+            name, here, there = difference
+            problems.append(f"{part.path} has {name} = {here}, but {first.path} has {there}, so they are no one set")
     problems += [*_companion_problems(parts), *_settings_problems(parts)]
     if problems:
         raise DataError("\n".join(f"{problem}; write the parts alike" for problem in problems))
