@@ -18,7 +18,13 @@ from tests.support.tool_scripts import run_script
 
 def stop_by(cause: signal.Signals | int) -> None:
     if isinstance(cause, signal.Signals):
-        signal.raise_signal(cause)
+        # Whoever starts the tests in the background of a script has them ignore Ctrl-C.
+        before = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            signal.raise_signal(cause)
+        finally:
+            signal.signal(signal.SIGINT, before)
     else:
         raise OSError(cause, "No space left on device", "/tmp/x")
 
