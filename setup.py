@@ -35,6 +35,11 @@ REQUIRED = [
     "jieba==0.42.1",
     "regex==2026.11.15",
     "pypdfium2==5.15.2",  # pages of PDFs
+    # texts
+    "tokenizers==0.22.2",
+    "rapidfuzz==3.14.6",  # edits between texts
+    "sacrebleu==2.6.0",
+    "nltk==3.10.4",  # METEOR, and BLEU of single texts as published
     # photographs, fonts and curves of the quick start and the report
     "scikit-image==0.26.0",
     "matplotlib==3.11.2",

@@ -70,7 +70,14 @@ def fill_parameters(
             shape[dim] *= tensor_size
         full = value_of(name, shape)
         with torch.no_grad():
-            parameter.copy_(full.chunk(tensor_size, dim)[tensor_rank] if is_sharded else full)
+            parameter.copy_(_share(full, parameter, dim, tensor_rank, tensor_size) if is_sharded else full)
+
+
+def _share(full: Tensor, parameter: nn.Parameter, dim: int, rank: int, size: int) -> Tensor:
+    """Returns a rank's part of a whole tensor; of a gated layer, whose stride is 2, a part of the gates and then one of
+    the ups."""
+    stacked = full.chunk(getattr(parameter, "partition_stride", 1), dim)
+    return torch.cat([one.chunk(size, dim)[rank] for one in stacked], dim)
 
 
 def initial_value(name: str, shape: list[int], *, seed: int, initializer_range: float) -> Tensor:

@@ -184,7 +184,7 @@ def resolve_attention(
         return asked
     if asked == "auto" and layers == "transformer_engine":
         return "transformer_engine"
-    obstacle = _flash_obstacle(encoder, device, dtype)
+    obstacle = flash_obstacle(encoder.head_dim, device, dtype)
     if obstacle is None:
         return "flash"
     if asked == "flash":
@@ -201,13 +201,14 @@ def resolve_attention(
     return "sdpa"
 
 
-def _flash_obstacle(encoder: EncoderConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def flash_obstacle(head_dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns the clause that says why flash-attn cannot attend here; None when it can."""
     if device.type != "cuda":
         return "this run is on the CPU and flash-attn needs CUDA"
     if dtype != torch.bfloat16:
         return "train.precision is fp32 and flash-attn computes in bf16"
-    if encoder.head_dim > 256:
-        return f"the head dim {encoder.head_dim} is more than its 256"
+    if head_dim > 256:
+        return f"the head dim {head_dim} is more than its 256"
     problem = _import_problem("flash_attn", "flash-attn", "flash_attn")
     if problem is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "this device is older than Ampere, the oldest it runs on"

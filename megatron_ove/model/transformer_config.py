@@ -104,8 +104,8 @@ def _numerics(encoder: EncoderConfig, dtype: torch.dtype) -> dict[str, Any]:
         "layernorm_epsilon": encoder.layer_norm_epsilon,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "init_method": _leave_uninitialised,
-        "output_layer_init_method": _leave_uninitialised,
+        "init_method": leave_uninitialised,
+        "output_layer_init_method": leave_uninitialised,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
@@ -135,7 +135,7 @@ def fp8_fields(encoder: EncoderConfig) -> dict[str, Any]:
     return fields
 
 
-def _leave_uninitialised(weight: Tensor) -> Tensor:
+def leave_uninitialised(weight: Tensor) -> Tensor:
     """The encoder sets every parameter itself, by global name; see `initialization`."""
     return weight
 

@@ -20,11 +20,11 @@ from megatron_ove.optim.parts import multipliers_of
 
 
 def has_weight_decay(name: str, param: Tensor) -> bool:
-    """Returns whether a parameter decays: weight matrices do; norms, biases and the pooling probe do not.
+    """Returns whether a parameter decays: weight matrices do; norms, biases, learned queries and positions do not.
 
     Source: OneVision-Encoder decays everything; we follow the usual ViT recipe (Touvron et al. 2021, DeiT, 3).
     """
-    return param.ndim > 1 and not name.endswith((".bias", "probe"))
+    return param.ndim > 1 and not name.endswith((".bias", "probe", ".queries", ".position_embeddings.weight"))
 
 
 def config_overrides(

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from megatron_ove.errors import TrainingError
@@ -78,10 +78,7 @@ class WeightAverage:
                 "the average of such weights would be lost; set train.ema_decay: null"
             )
         return {
-            chunk: {
-                key: replace(item, key=_PREFIX + item.key, data=average, dtype=torch.float32)
-                for key, item, average in self._averaged(content)
-            }
+            chunk: {key: _with_average(item, average) for key, item, average in self._averaged(content)}
             for chunk, content in model.items()
         }
 
@@ -97,8 +94,15 @@ class WeightAverage:
             for key, _, average in self._averaged(content):
                 average.copy_(state[chunk][key])
 
-    def _averaged(self, content: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor, Tensor]]:
+    def _averaged(self, content: Mapping[str, Any]) -> Iterator[tuple[str, Any, Tensor]]:
         """Yields (key, sharded tensor of the weight, its average) of a chunk."""
         for key, item in content.items():
-            if isinstance(item, ShardedTensor) and item.data is not None and item.data in self._averages:
-                yield key, item, self._averages[item.data]
+            weight = item.data if isinstance(item, ShardedTensor | ShardedTensorFactory) else None
+            if weight is not None and weight in self._averages:
+                yield key, item, self._averages[weight]
+
+
+def _with_average(item: Any, average: Tensor) -> Any:
+    """Returns what stores a weight, storing its average."""
+    kind = {} if isinstance(item, ShardedTensorFactory) else {"dtype": torch.float32}
+    return replace(item, key=_PREFIX + item.key, data=average, **kind)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.utils import sharded_state_dict_default
 
@@ -21,6 +21,8 @@ from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.training.build_model import model_of
 
 _ENCODER, _MODULES = "model.", "modules."
+_STORED = (ShardedTensor, ShardedTensorFactory)
+"""What a weight is stored as; of gated layers, whose gates and ups are shared out each for itself, by a factory."""
 
 
 def sharded_model_state(chunks: Sequence[DistributedDataParallel], topology: ParallelTopology) -> dict[str, Any]:
@@ -69,16 +71,13 @@ def with_whole_stacks(
     """As `keep_parts`, for reading: of layers that lie in one stack with a wanted one, other memory is filled, because
     this rank's part of a stack is read as a whole."""
     wanted = keep_parts(state, chunks, is_wanted)
-    stacks = {item.key for content in wanted.values() for item in content.values() if isinstance(item, ShardedTensor)}
+    stacks = {item.key for content in wanted.values() for item in content.values() if isinstance(item, _STORED)}
     whole = {}
     for chunk, content in state.items():
         beside = {
             key: replace(item, data=torch.empty_like(item.data))
             for key, item in content.items()
-            if key not in wanted[chunk]
-            and isinstance(item, ShardedTensor)
-            and item.key in stacks
-            and item.data is not None
+            if key not in wanted[chunk] and isinstance(item, _STORED) and item.key in stacks and item.data is not None
         }
         whole[chunk] = {**wanted[chunk], **beside}
     return whole
@@ -88,12 +87,14 @@ def with_layers_apart(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns a model's state in which each layer's tensors have a key of their own, instead of lying in one stack with
     those of all layers; the data are the same."""
     return {
-        chunk: {key: _apart(item) if isinstance(item, ShardedTensor) else item for key, item in content.items()}
+        chunk: {key: _apart(item) if isinstance(item, _STORED) else item for key, item in content.items()}
         for chunk, content in state.items()
     }
 
 
-def _apart(tensor: ShardedTensor) -> ShardedTensor:
+def _apart(tensor: Any) -> Any:
+    if isinstance(tensor, ShardedTensorFactory):
+        return replace(tensor, build_fn=lambda *arguments: [_apart(one) for one in tensor.build_fn(*arguments)])
     axes = tensor.prepend_axis_num
     if not axes:
         return tensor
