@@ -5,6 +5,8 @@ from __future__ import annotations
 from megatron_ove.config.data import DocumentSourceConfig, ImageSourceConfig, OcrSourceConfig, VideoSourceConfig
 from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.config.objectives import PartialFCConfig
+from megatron_ove.config.reconstruction import FeatureReconstructionConfig, PixelReconstructionConfig
+from megatron_ove.config.text_generation import TextGenerationConfig
 from megatron_ove.kinds import EncoderKind, ObjectiveKind, SourceKind, lazily
 
 ENCODERS = {
@@ -43,6 +45,36 @@ OBJECTIVES = {
         exact_fields=("labels_per_step", "sample_rate", "num_sampled", "negatives", "negative_groups"),
         chance_loss=lazily("megatron_ove.objectives.chance:chance_loss"),
         describe=lazily("megatron_ove.objectives.label_fit:describe"),
+    ),
+    "text_generation": ObjectiveKind(
+        config=TextGenerationConfig,
+        build=lazily("megatron_ove.objectives.text_generation.objective:TextGeneration"),
+        footprint=lazily("megatron_ove.planning.text_decoder:TextGenerationFootprint"),
+        budgets=lazily("megatron_ove.objectives.text_generation.fit:budgets"),
+        fill_in=lazily("megatron_ove.objectives.text_generation.fit:decoder_of"),
+        find_mismatches=lazily("megatron_ove.objectives.text_generation.fit:find_mismatches"),
+        find_doubts=lazily("megatron_ove.objectives.text_generation.fit:find_doubts"),
+        find_held_out_mismatches=lazily("megatron_ove.objectives.text_generation.fit:find_held_out_mismatches"),
+        differences=lazily("megatron_ove.objectives.text_generation.fit:stored_differences"),
+        exact_fields=("texts", "max_text_tokens", "template", "instructions"),
+        describe=lazily("megatron_ove.objectives.text_generation.fit:describe"),
+    ),
+    "feature_reconstruction": ObjectiveKind(
+        config=FeatureReconstructionConfig,
+        build=lazily("megatron_ove.objectives.reconstruction.objectives:FeatureReconstruction"),
+        footprint=lazily("megatron_ove.planning.reconstruction:FeatureReconstructionFootprint"),
+        fill_in=lazily("megatron_ove.objectives.reconstruction.fit:teacher_of"),
+        find_mismatches=lazily("megatron_ove.objectives.reconstruction.fit:find_teacher_mismatches"),
+        find_held_out_mismatches=lazily("megatron_ove.objectives.reconstruction.fit:no_held_out_mismatches"),
+        differences=lazily("megatron_ove.objectives.reconstruction.fit:teacher_differences"),
+        describe=lazily("megatron_ove.objectives.reconstruction.fit:describe_features"),
+    ),
+    "pixel_reconstruction": ObjectiveKind(
+        config=PixelReconstructionConfig,
+        build=lazily("megatron_ove.objectives.reconstruction.objectives:PixelReconstruction"),
+        footprint=lazily("megatron_ove.planning.reconstruction:PixelReconstructionFootprint"),
+        find_held_out_mismatches=lazily("megatron_ove.objectives.reconstruction.fit:no_held_out_mismatches"),
+        describe=lazily("megatron_ove.objectives.reconstruction.fit:describe_pixels"),
     ),
 }
 

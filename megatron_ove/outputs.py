@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,17 @@ class LossTerms:
 
     loss_sum: Tensor
     metrics: Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What an objective observed in a microbatch of held-out samples; not a tensor, which a schedule would empty.
+
+    Attributes:
+        value: anything.
+    """
+
+    value: Any
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_ove.errors import ConfigError
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the sub-command."""
@@ -24,6 +26,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--average", action="store_true", help="write the moving average of the weights (train.ema_decay)"
     )
+    export.add_argument(
+        "--reader",
+        metavar="OBJECTIVE",
+        help="write encoder, bridge and text decoder of this objective, to be run whole",
+    )
     export.set_defaults(run=run_export)
 
     importing = directions.add_parser("import", help="HuggingFace folder -> checkpoint that initialises runs")
@@ -36,6 +43,8 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Exports and says how to load the result; returns the exit status."""
     from megatron_ove.convert.exchange import OneVisionExchange, exchange_of
 
+    if arguments.reader:
+        return _export_reader(arguments)
     exchange = exchange_of(arguments.checkpoint)
     path = exchange.export(
         arguments.checkpoint,
@@ -46,6 +55,18 @@ def run_export(arguments: argparse.Namespace) -> int:
     sys.stdout.write(f"{path}\n")
     if isinstance(exchange, OneVisionExchange):
         sys.stdout.write(f'load it with AutoModel.from_pretrained("{path}", trust_remote_code=True)\n')
+    return 0
+
+
+def _export_reader(arguments: argparse.Namespace) -> int:
+    from megatron_ove.objectives.text_generation.reader import write_reader
+
+    if arguments.class_centers:
+        raise ConfigError(
+            "--class-centers has no effect with --reader, whose folder holds no class centers; export twice"
+        )
+    path = write_reader(arguments.checkpoint, arguments.output, arguments.reader, averaged=arguments.average)
+    sys.stdout.write(f'{path}\nload it with AutoModel.from_pretrained("{path}", trust_remote_code=True)\n')
     return 0
 
 

@@ -22,7 +22,8 @@ _DRAWN_PAGES = 24
 _DESCRIPTION = """Embeds every sample of a shard set with an exported encoder and prints retrieval figures: labels
 shared with the nearest other samples; with --checkpoint, the sample's labels among the nearest class centers, and a
 label's samples among those nearest to its class center, against those of another sample, and words read on pages
-where the checkpoint carries words; with --group-pattern, other samples of the same group."""
+where the checkpoint carries words; with --group-pattern, other samples of the same group. Of an exported reader
+(`convert export --reader`): what it writes of documents, against what stands on them."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -38,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--k", type=int, default=10, help="cut-off of rankings (default 10)")
     parser.add_argument("--image-size", type=int, help="side of images in pixels (default: that of the training)")
     parser.add_argument("--max-patches", type=int, default=1024, help="most patches of a page or clip (default 1024)")
+    parser.add_argument("--max-tokens", type=int, help="most tokens that a reader writes of a document (default 256)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--output", help="also write the figures to this JSON file")
     parser.add_argument("--pages", type=int, default=5, help="pages whose words are printed (default 5; 0 = none)")
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model
     from megatron_ove.shards.shard_set import ShardSet
 
-    for name in ("k", "image_size", "max_patches"):
+    for name in ("k", "image_size", "max_patches", "max_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} looks at nothing; give at least 1")
@@ -79,6 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
             "--objective; give both"
         )
     _check_device(arguments.device)
+    if _is_reader(arguments.model):
+        return _evaluate_reader(arguments)
+    if arguments.max_tokens is not None:
+        raise ConfigError(f"--max-tokens has no effect, because {arguments.model} is no reader; leave it away")
     if bool(arguments.checkpoint) != bool(arguments.objective):
         raise ConfigError("--checkpoint and --objective name a table of class centers together; give both or neither")
     words = load_words(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
@@ -102,6 +108,45 @@ def run(arguments: argparse.Namespace) -> int:
         Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if head is not None and words is not None:
         _show_pages(arguments, shards, embedded, head, words)
+    return 0
+
+
+def _is_reader(folder: str) -> bool:
+    from megatron_ove.hf_model.folder import READER_TYPE, read_config
+
+    try:
+        return read_config(folder).get("model_type") == READER_TYPE
+    except (OSError, ValueError):
+        return False  # whoever loads it says what is wrong
+
+
+def _evaluate_reader(arguments: argparse.Namespace) -> int:
+    """Prints what a reader makes of documents; returns the exit status."""
+    from megatron_ove.evaluation.huggingface import load_exported_reader
+    from megatron_ove.evaluation.reading import ReadingSettings, read_set, show_examples
+    from megatron_ove.evaluation.text_figures import text_figures
+    from megatron_ove.shards.shard_set import ShardSet
+    from megatron_ove.shards.token_cache import TextTokenizer
+
+    for name in ("checkpoint", "objective", "group_pattern", "image_size"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect on a reader, which is measured by what it writes; leave it "
+                "away"
+            )
+    shards, model = ShardSet.open(arguments.shards), load_exported_reader(arguments.model).to(arguments.device)
+    settings = ReadingSettings(arguments.max_patches, arguments.max_tokens or 256, arguments.device)
+    read = read_set(model, TextTokenizer(arguments.model), shards, settings)
+    given = {"loss": read.loss, "token_accuracy": read.token_accuracy}
+    figures = {"answers": given, **text_figures(read.texts)}
+    sys.stdout.write(f"{len(read.texts)} documents of {arguments.shards}, {read.without_text} more without a text\n")
+    for family, values in figures.items():
+        sys.stdout.write(f"{family}\n")
+        sys.stdout.writelines(f"  {name:24}{value:8.4f}\n" for name, value in values.items())
+    for line in show_examples(read, arguments.pages):
+        write_line(f"  {line}")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

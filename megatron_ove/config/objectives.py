@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from megatron_ove.config.base import StrictModel
+
+if TYPE_CHECKING:
+    from megatron_ove.config.train import TrainConfig
 
 
 def _form_of_names(value: Any) -> str:
@@ -41,8 +44,22 @@ class ObjectiveConfig(StrictModel):
     """Fields that are taken from the shard sets of its sources where they are null."""
 
     @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        """Fields that are still to be filled in before a run is built."""
+        return tuple(field for field in self.from_shards if getattr(self, field) is None)
+
+    @property
+    def starts_from(self) -> dict[str, str]:
+        """Its parts whose weights a new run takes from folders that the section names -> these."""
+        return {}
+
+    @property
     def sources(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else self.source
+
+    def check_run(self, run: TrainConfig, name: str) -> Iterator[str]:
+        """Yields a sentence for everything in which the section, called `name`, does not fit the rest of a run."""
+        return iter(())
 
     def _check_sources_differ(self) -> Iterator[str]:
         twice = [name for name in dict.fromkeys(self.sources) if self.sources.count(name) > 1]

@@ -152,6 +152,20 @@ class TrainConfig(StrictModel):
                 f"({', '.join(readers)}); use another encoder, or objectives that read tokens"
             )
 
+    def _check_pooling_head_learns(self) -> Iterator[str]:
+        is_read = any(objective.reads_pooled for objective in self.objectives.values())
+        if not is_read and self.encoder.has_pooling and hasattr(self.encoder, "use_head"):
+            is_frozen = any(part in ("encoder", "encoder.head") for part in self.freeze)
+            if not is_frozen:
+                yield (
+                    "encoder.use_head = true, but no objective reads the pooled embedding, so weight decay alone would "
+                    "move the pooling head; add encoder.head to freeze, or set use_head: false with final_norm: true"
+                )
+
+    def _check_objectives(self) -> Iterator[str]:
+        for name, objective in self.objectives.items():
+            yield from objective.check_run(self, name)
+
     def _check_layers_divide_stages(self) -> Iterator[str]:
         parallel, layers = self.parallel, self.encoder.num_layers
         names = ("num_layers_in_first_stage", "num_layers_in_last_stage")

@@ -58,11 +58,8 @@ def to_hf_config(config: EncoderConfig, *, image_size: int, dtype: torch.dtype) 
         image_size: side of the pictures trained on; for information.
         dtype: of the stored weights.
     """
-    if config.has_final_norm != config.use_head:
-        raise CheckpointError(
-            f"an encoder with final_norm = {config.final_norm} and use_head = {config.use_head} has no published form, "
-            "which has both or neither; use its checkpoint"
-        )
+    # The published model has both norm and head or neither; one of them alone is an option of the code we ship.
+    more = {} if config.has_final_norm == config.use_head else {"final_norm": config.has_final_norm}
     return {
         "architectures": [ARCHITECTURE],
         "auto_map": {
@@ -72,6 +69,7 @@ def to_hf_config(config: EncoderConfig, *, image_size: int, dtype: torch.dtype) 
         "model_type": MODEL_TYPE,
         **{theirs: getattr(config, ours) for theirs, ours in _RENAMED.items()},
         **_FIXED,
+        **more,
         "image_size": image_size,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -99,7 +97,10 @@ def from_hf_config(values: Mapping[str, Any], *, origin: str) -> EncoderConfig:
                 "differ; this model cannot be imported"
             )
     try:
-        return EncoderConfig(**{ours: values.get(theirs, _DEFAULTS[theirs]) for theirs, ours in _RENAMED.items()})
+        return EncoderConfig(
+            **{ours: values.get(theirs, _DEFAULTS[theirs]) for theirs, ours in _RENAMED.items()},
+            final_norm=values.get("final_norm"),
+        )
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in item['loc']) or 'sizes'}: {item['msg']}" for item in error.errors()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from megatron_ove.errors import CheckpointError
 from megatron_ove.model.patch_embed import CLIP_MEAN, CLIP_STD
 from megatron_ove.new_folder import new_folder
 
-_MODELING_CODE = ("configuration_onevision_encoder.py", "modeling_onevision_encoder.py")
+ENCODER_CODE = ("configuration_onevision_encoder.py", "modeling_onevision_encoder.py")
+READER_CODE = (*ENCODER_CODE, "configuration_onevision_reader.py", "modeling_onevision_reader.py")
 _CODE_DIR = Path(hf_model.__file__).parent
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _BICUBIC = 3  # PIL's number
@@ -31,6 +32,7 @@ def write_hf_folder(
     *,
     model_card: str,
     files: Mapping[str, bytes] | None = None,
+    code: Sequence[str] = ENCODER_CODE,
 ) -> Path:
     """Writes a complete HuggingFace folder; it appears only when every file is in it.
 
@@ -40,6 +42,7 @@ def write_hf_folder(
         config: content of config.json.
         model_card: content of README.md.
         files: further files, relative path -> content.
+        code: files of `hf_model` that the folder's models are made of.
 
     Raises:
         CheckpointError: the folder exists or cannot be written.
@@ -57,7 +60,7 @@ def write_hf_folder(
         if stat.S_IMODE((partial / _WEIGHTS).stat().st_mode) != rights:
             (partial / _WEIGHTS).chmod(rights)
         _write_json(partial / "preprocessor_config.json", image_processor_config(config["image_size"]))
-        for name in _MODELING_CODE:
+        for name in code:
             shutil.copyfile(_CODE_DIR / name, partial / name)
         (partial / "README.md").write_text(model_card, encoding="utf-8")
         for name, content in (files or {}).items():

@@ -164,8 +164,9 @@ def _entries(config: EncoderConfig) -> list[_Entry]:
     ]
     for index in range(config.num_layers):
         entries += _layer_entries(f"decoder.layers.{index}", f"encoder.layers.{index}", config)
-    if config.use_head:
+    if config.has_final_norm:
         entries += _renamed("decoder.final_layernorm", "layernorm_post")
+    if config.use_head:
         entries += [_same(f"head.{name}", f"head.{name}") for name in _HEAD_NAMES]
     return entries
 

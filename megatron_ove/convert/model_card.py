@@ -107,6 +107,60 @@ def describe_model(
     return "\n".join(parts)
 
 
+_READER_HEADER = """---
+library_name: transformers
+pipeline_tag: image-to-text
+tags:
+- vision
+- ocr
+---
+"""
+
+_READER_USAGE = """## Use
+
+Needs torch and transformers 4.57 or 5.x. `trust_remote_code=True` runs the Python files of this folder.
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+
+# Sides must be whole patches of {patch} pixels. Pages are shown whole, at their own aspect.
+options = {{"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}}
+pixels = processor(images=Image.open("page.png"), **options).pixel_values  # [1, 3, H, W]
+print(tokenizer.batch_decode(model.generate(pixels, max_new_tokens=256), skip_special_tokens=True)[0])
+```
+
+A text may have several pictures: pass a list of lists of pictures [3, H, W]. `questions` takes token ids of what is
+asked; without it the question of training is asked. Further options are those of transformers' `generate`.
+"""
+
+
+def describe_reader(facts: Mapping[str, Any], objective: str, *, num_parameters: int) -> str:
+    """Returns the model card of a reader.
+
+    Args:
+        facts: plain values of the checkpoint.
+        objective: that the decoder belongs to.
+        num_parameters: of encoder, bridge and decoder.
+    """
+    config = facts["config"]
+    section, encoder = config["objectives"][objective], config["encoder"]
+    learns = kinds_of(config).objectives[section["kind"]].describe(section)
+    architecture = (
+        f"A vision encoder of {encoder['num_layers']} layers, {encoder['hidden_size']} wide, with patches of "
+        f"{encoder['patch_size']} pixels, a {section['bridge']['kind']} bridge, and a decoder: {num_parameters:,} "
+        f"parameters. It learned {learns}. Trained with megatron_ove.\n"
+    )
+    usage = _READER_USAGE.format(patch=encoder["patch_size"])
+    name = config.get("name", "OneVision-Reader")
+    return "\n".join([f"{_READER_HEADER}\n# {name}\n", architecture, _training(facts, {}, False), usage])
+
+
 def _architecture(values: Mapping[str, Any], num_parameters: int) -> str:
     head = "with its attention-pooling head" if values["use_head"] else "without pooling head and final norm"
     return (

@@ -22,8 +22,8 @@ from megatron_ove.shards.shard_set import ShardSet
 if TYPE_CHECKING:
     from megatron_ove.parallel.topology import ParallelTopology
 
-Collate = Callable[[Samples, SampleReader], Mapping[str, Any]]
-"""(samples of a microbatch, what reads about them) -> objective name -> its inputs; runs in a loader's thread."""
+Collate = Callable[[Samples, PatchPack, SampleReader], Mapping[str, Any]]
+"""(samples of a microbatch, its pack, what reads about them) -> objective name -> inputs; runs in a loader's thread."""
 
 
 def room_for(share: StepShare, patch_size: int, device: torch.device, *, has_pixels: bool) -> DecodedShare:
@@ -86,7 +86,7 @@ def assemble_batches(
             patches=patches[i] if patches is not None else None,
             seeds=samples.seed.repeat_interleave(torch.from_numpy(counts[mine])),
         )
-        batches.append(Batch({MAIN_PACK: pack}, samples, collate(samples, reader) if collate else {}))
+        batches.append(Batch({MAIN_PACK: pack}, samples, collate(samples, pack, reader) if collate else {}))
     return tuple(batches)
 
 

@@ -65,7 +65,15 @@ class HeldOutSamples:
         sample_counts: [replicas] int64, samples of each.
     """
 
-    def __init__(self, objective: str, config: TrainConfig, shards: ShardSet, topology: ParallelTopology) -> None:
+    def __init__(
+        self,
+        objective: str,
+        config: TrainConfig,
+        shards: ShardSet,
+        topology: ParallelTopology,
+        *,
+        wants_pixels: bool = False,
+    ) -> None:
         """Chooses samples and divides them into microbatches; the same on every rank.
 
         Args:
@@ -73,10 +81,12 @@ class HeldOutSamples:
             config: the run.
             shards: of `evaluation.sets`.
             topology: this rank's place.
+            wants_pixels: whether the objective, which is on the last stage, looks at pixels.
 
         Raises:
             DataError: a sample has no patches, because the index is damaged.
         """
+        self._has_pixels = topology.is_first_stage or (wants_pixels and topology.is_last_stage)
         self.name = RECORD_PREFIX + objective
         self._config, self._topology, self._shards = config, topology, shards
         # What an objective collates belongs to one of its sources, so that is what the held-out samples come as.
@@ -84,7 +94,8 @@ class HeldOutSamples:
         self._section = config.data.sources[self._source_name].without_chance()
         count = min(len(shards), config.evaluation.max_samples)
         self._rows = np.arange(count) * len(shards) // count
-        self._sizes = self._new_source().count_tokens(self._rows, np.zeros(count, dtype=np.int64))
+        source, seeds = self._new_source(), np.zeros(count, dtype=np.int64)
+        self._sizes = source.count_tokens(self._rows, seeds)
         if self._sizes.min() < 1:
             row = int(self._rows[self._sizes.argmin()])
             raise DataError(
@@ -96,7 +107,7 @@ class HeldOutSamples:
         group = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
         multiple = topology.data_size * group
         others = [
-            Budget(one.measure(self._source_name, self._rows, np.zeros(count, dtype=np.int64)), one.capacity)
+            Budget(one.measure(source, self._rows, seeds), one.capacity)
             for one in config.kinds.objectives[config.objectives[objective].kind].budgets(config, objective)
         ]
         packing = pack_samples(self._sizes, capacity=budget, multiple=multiple, others=others)
@@ -157,7 +168,7 @@ class HeldOutSamples:
                 [source],
                 topology,
                 patch_size=self._config.encoder.patch_size,
-                has_pixels=topology.is_first_stage,
+                has_pixels=self._has_pixels,
                 read_threads=self._config.data.read_threads,
                 end_step=self.num_rounds,
                 known_bad=dict.fromkeys(range(self.num_rounds), bad),
@@ -229,7 +240,7 @@ class HeldOutSamples:
     def _room_for(self, number: int) -> DecodedShare:
         topology = self._topology
         share = share_of(self.plan(number), topology.data_rank, topology.data_size)
-        return room_for(share, self._config.encoder.patch_size, topology.device, has_pixels=topology.is_first_stage)
+        return room_for(share, self._config.encoder.patch_size, topology.device, has_pixels=self._has_pixels)
 
     def _new_source(self) -> DataSource:
         """Returns a source of its own for each time, so that what a decoder holds is given back in between."""

@@ -20,6 +20,7 @@ from megatron_ove.config.data import BlockOrder
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.packing import Budget, pack_samples
 from megatron_ove.data.sampler import SourceSampler
+from megatron_ove.data.sources.base import Segments
 from megatron_ove.errors import ConfigError, DataError
 
 
@@ -45,6 +46,10 @@ class PlannedSource(Protocol):
         """Returns the patches, [n] int64, of samples `rows` drawn with `seeds`, both [n] int64; decodes nothing."""
         ...
 
+    def segments(self, rows: np.ndarray, seeds: np.ndarray) -> Segments:
+        """Returns the segments of samples; not asked of a source that is only assumed."""
+        ...
+
 
 @dataclass(frozen=True)
 class PlannedBudget:
@@ -54,19 +59,19 @@ class PlannedBudget:
         name: of the setting that limits it.
         capacity: of a microbatch.
         measure: (source, rows [n], seeds [n]) -> what each sample takes of it, [n] int64; decodes nothing.
-        largest: source -> the most that a sample can take of it, for plans of samples that are not there.
+        largest: name of a source -> the most that a sample can take of it, for plans of samples that are not there.
     """
 
     name: str
     capacity: int
-    measure: Callable[[str, np.ndarray, np.ndarray], np.ndarray]
+    measure: Callable[[PlannedSource, np.ndarray, np.ndarray], np.ndarray]
     largest: Callable[[str], int]
 
     def sizes(self, source: PlannedSource, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """Returns what samples of a source take, [n] int64; the most that they can of a source that is only assumed."""
         if getattr(source, "is_assumed", False):
             return np.full(len(rows), self.largest(source.name), dtype=np.int64)
-        return self.measure(source.name, rows, seeds)
+        return self.measure(source, rows, seeds)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.data.planner import PlannedBudget
+from megatron_ove.data.planner import PlannedBudget, PlannedSource
 from megatron_ove.shards.token_cache import SourceTexts, View
 
 SETTING = "data.text_tokens_per_microbatch"
+
+MeasureTexts = Callable[[SourceTexts, PlannedSource, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ def open_texts(config: TrainConfig, sources: Sequence[str], fingerprint: str) ->
 
 
 def text_budget(
-    config: TrainConfig, sources: Sequence[str], fingerprint: str, view: View, *, most: int, extra: int = 0
+    config: TrainConfig,
+    sources: Sequence[str],
+    fingerprint: str,
+    *,
+    measure: MeasureTexts,
+    largest: Callable[[str], int],
 ) -> PlannedBudget:
     """Returns the budget that an objective's texts share a microbatch by; caches are opened when it first measures.
 
@@ -49,25 +56,30 @@ def text_budget(
         config: the run.
         sources: that the objective reads.
         fingerprint: of the tokenizer.
-        view: which of the texts it reads.
-        most: tokens of a sample that are used; longer texts are cut, see `count_texts`.
-        extra: tokens that the objective puts around the texts of a sample, as its image tokens.
+        measure: (texts of a source, the source, rows, seeds) -> tokens of each sample, whatever the objective puts
+            around its texts included, [n] int64.
+        largest: name of a source -> the most tokens that a sample can have.
     """
     assert config.data.text_tokens_per_microbatch is not None, "TrainConfig asks for it"
     texts: dict[str, SourceTexts] = {}
 
-    def measure(source: str, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        del seeds
-        if source not in sources:
+    def measure_samples(source: PlannedSource, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        if source.name not in sources:
             return np.zeros(len(rows), dtype=np.int64)
-        if source not in texts:
-            texts.update(open_texts(config, [source], fingerprint))
-        return np.minimum(texts[source].lengths(view)[rows].astype(np.int64), most) + extra
+        if source.name not in texts:
+            # A held-out set comes under the name of the source that it is like.
+            own = getattr(source, "texts", None)
+            texts[source.name] = (
+                own(fingerprint) if own else open_texts(config, [source.name], fingerprint)[source.name]
+            )
+        return measure(texts[source.name], source, rows, seeds)
 
-    def largest(source: str) -> int:
-        return most + extra if source in sources else 0
-
-    return PlannedBudget(SETTING, config.data.text_tokens_per_microbatch, measure, largest)
+    return PlannedBudget(
+        SETTING,
+        config.data.text_tokens_per_microbatch,
+        measure_samples,
+        lambda name: largest(name) if name in sources else 0,
+    )
 
 
 def count_texts(texts: SourceTexts, view: View, *, most: int) -> TextCounts:

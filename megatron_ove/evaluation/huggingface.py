@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,28 @@ def load_exported_model(folder: str | Path) -> Any:
     """
     from megatron_ove.hf_model.folder import load_onevision_model
 
+    return _load(folder, load_onevision_model)
+
+
+def load_exported_reader(folder: str | Path) -> Any:
+    """Loads an exported reader in fp32, ready for evaluation; no code of the folder runs.
+
+    Raises:
+        ConfigError: the folder holds no exported reader, or a damaged one.
+    """
+    from megatron_ove.hf_model.folder import load_reader_model
+
+    return _load(folder, load_reader_model)
+
+
+def _load(folder: str | Path, load: Callable[[str | Path], Any]) -> Any:
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(
             f"{folder} is not an exported model, because it holds no config.json; make one with "
             "megatron-ove convert export"
         )
     try:
-        return load_onevision_model(folder)
+        return load(folder)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0][:200]
         raise ConfigError(

@@ -32,7 +32,8 @@ class OneVisionEncoderConfig(PretrainedConfig):
         rope_theta: base of the rotary frequencies.
         rope_temporal_size: frames of the temporal grid that `visible_indices` of a video count on; None = the
             video's own number of frames.
-        use_head: whether the model has its final norm and its attention-pooling head.
+        use_head: whether the model has its attention-pooling head.
+        final_norm: whether tokens pass a norm behind the last layer; None = where there is a head, as published.
     """
 
     model_type = "onevision_encoder"
@@ -54,6 +55,7 @@ class OneVisionEncoderConfig(PretrainedConfig):
         rope_theta: float = 10000.0,
         rope_temporal_size: int | None = 64,
         use_head: bool = True,
+        final_norm: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -80,3 +82,4 @@ class OneVisionEncoderConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.rope_temporal_size = rope_temporal_size
         self.use_head = use_head
+        self.final_norm = use_head if final_norm is None else final_norm

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from megatron_ove.hf_model.configuration_onevision_encoder import OneVisionEncoderConfig
+from megatron_ove.hf_model.configuration_onevision_reader import OneVisionReaderConfig
 from megatron_ove.hf_model.modeling_onevision_encoder import OneVisionEncoderModel
+from megatron_ove.hf_model.modeling_onevision_reader import OneVisionReaderModel
 
 MODEL_TYPE = OneVisionEncoderConfig.model_type
+READER_TYPE = OneVisionReaderConfig.model_type
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -40,13 +43,27 @@ def load_onevision_model(folder: str | Path) -> OneVisionEncoderModel:
         OSError: a file is missing or cannot be read.
         ValueError: with the reason; a model of another type, or damaged or missing weights.
     """
+    return _load(folder, OneVisionEncoderModel)
+
+
+def load_reader_model(folder: str | Path) -> OneVisionReaderModel:
+    """Loads a reader (encoder, bridge, text decoder) in fp32 on the CPU, ready for evaluation.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: with the reason; a model of another type, or damaged or missing weights.
+    """
+    return _load(folder, OneVisionReaderModel)
+
+
+def _load(folder: str | Path, model_class: Any) -> Any:
     from safetensors import SafetensorError
 
-    kind = read_config(folder).get("model_type")
-    if kind != MODEL_TYPE:
-        raise ValueError(f"its config.json has model_type = {kind!r} instead of {MODEL_TYPE!r}")
+    kind, wanted = read_config(folder).get("model_type"), model_class.config_class.model_type
+    if kind != wanted:
+        raise ValueError(f"its config.json has model_type = {kind!r} instead of {wanted!r}")
     try:
-        loaded: Any = OneVisionEncoderModel.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except (SafetensorError, RuntimeError, TypeError) as error:

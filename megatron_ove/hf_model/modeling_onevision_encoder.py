@@ -319,7 +319,7 @@ class OneVisionEncoderModel(PreTrainedModel):
         self.embeddings = OneVisionEncoderEmbeddings(config)
         self.layernorm_pre = _build_norm(config)
         self.encoder = OneVisionEncoderStack(config)
-        self.layernorm_post = _build_norm(config) if config.use_head else None
+        self.layernorm_post = _build_norm(config) if config.final_norm else None
         self.head = OneVisionEncoderPoolingHead(config) if config.use_head else None
         self.post_init()
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ove.batch import Batch, Samples
+from megatron_ove.batch import Batch, PatchPack, Samples
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.errors import CheckpointError
 from megatron_ove.optim.updates import RowTable
@@ -33,6 +33,7 @@ class ObjectiveContext:
     Attributes:
         topology: this rank's place.
         embedding_size: width of the encoder's features.
+        patch_size: side of a patch in pixels.
         seed: of the run.
         class_centers: optimizer of tables.
         dtype: of the run's weights and activations.
@@ -40,6 +41,7 @@ class ObjectiveContext:
 
     topology: ParallelTopology
     embedding_size: int
+    patch_size: int
     seed: int
     class_centers: ClassCenterOptimConfig
     dtype: torch.dtype
@@ -79,13 +81,22 @@ class Objective(ABC):
         """Returns the tables of rows."""
         return ()
 
-    def collate(self, samples: Samples, reader: SampleReader) -> Any:
+    def collate(self, samples: Samples, pack: PatchPack, reader: SampleReader) -> Any:
         """Returns the objective's inputs of a microbatch, host tensors; runs in a loader's thread.
+
+        Args:
+            samples: of the microbatch.
+            pack: what the encoder sees of them; segments and grids are there, patches and positions still to come.
+            reader: reads what is stored of samples.
 
         Raises:
             DataError: something stored cannot be used; names the sample.
         """
         return None
+
+    def collate_held_out(self, samples: Samples, pack: PatchPack, reader: SampleReader) -> Any:
+        """As `collate`, for samples that are only measured; more may be read of them."""
+        return self.collate(samples, pack, reader)
 
     @abstractmethod
     def num_items(self, batch: Batch) -> int:
@@ -135,20 +146,36 @@ class Objective(ABC):
     def end_step(self, *, accepted: bool) -> None:  # noqa: B027 - nothing to do unless there is a state beside tables
         """Ends a step after its tables were updated, or as if it had never begun; collective."""
 
+    def observe_held_out(self, features: VisionFeatures, batch: Batch) -> Any:
+        """Returns what `measure_held_out` is to know of a microbatch of held-out samples.
+
+        Collective over the tensor group, without a gradient. By default [b, h], a copy of their pooled embeddings.
+        """
+        return features.sample_embeddings(batch.num_samples).clone()
+
     def measure_held_out(
-        self, embeddings: Tensor, inputs: Sequence[Any], sample_counts: np.ndarray
-    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        self, observed: Sequence[Any], inputs: Sequence[Any], sample_counts: np.ndarray
+    ) -> Mapping[str, tuple[Tensor | float, Tensor | float]]:
         """Says how well held-out samples are understood; changes nothing. Between steps, collective as `forward` is.
 
         Args:
-            embeddings: [n, h], pooled embeddings of this replica's samples; n may be 0.
-            inputs: what `collate` returned for each of their microbatches.
+            observed: what `observe_held_out` returned for each of this replica's microbatches.
+            inputs: what `collate_held_out` returned for each of them.
             sample_counts: [replicas] int64, samples of every replica.
 
         Returns:
-            Figure -> (sum, count) over this replica's samples; the same names on every rank. None by default.
+            Figure -> (sum, count) over this replica's samples; the same names on every rank. None by default. "samples"
+            is how many counted, (number, 1); unless given the number of items.
         """
         return {}
+
+    def load_named_weights(self) -> None:  # noqa: B027 - most sections name none
+        """Takes over weights that the section itself names, like those of a published decoder; a new run asks for it
+        before it looks at `init_from`.
+
+        Raises:
+            CheckpointError: they cannot be read, or do not fit.
+        """
 
     def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
         """Returns what a checkpoint keeps besides modules, as megatron-core sharded tensors whose keys start with

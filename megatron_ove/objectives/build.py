@@ -23,6 +23,7 @@ def build_objectives(
     kinds: Kinds,
     topology: ParallelTopology,
     embedding_size: int,
+    patch_size: int = 14,
     seed: int,
     optim: ClassCenterOptimConfig,
     dtype: torch.dtype = torch.float32,
@@ -35,14 +36,15 @@ def build_objectives(
         configs: objective name -> its configuration.
         kinds: of the run.
         topology: this rank's place.
-        embedding_size: width of the pooled embedding.
+        embedding_size: width of the encoder's features.
+        patch_size: side of a patch in pixels.
         seed: of initial centers and negatives.
         optim: of class centers.
         dtype: of the run's weights and activations, which `compute_dtype: auto` follows.
         initializer_range: standard deviation of the initial weights of modules.
         frozen_parts: parts of the model that stay as they are.
     """
-    context = ObjectiveContext(topology, embedding_size, seed, optim, dtype)
+    context = ObjectiveContext(topology, embedding_size, patch_size, seed, optim, dtype)
     objectives = [kinds.objectives[config.kind].build(name, config, context) for name, config in configs.items()]
     weights = {name: config.loss_weight for name, config in configs.items()}
     frozen = [name for name in configs if is_in_any(f"objectives.{name}.class_centers", frozen_parts)]

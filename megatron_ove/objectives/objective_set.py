@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from megatron_ove.batch import Batch, Samples
+from megatron_ove.batch import Batch, PatchPack, Samples
 from megatron_ove.objectives.base import Objective
 from megatron_ove.objectives.step_exchange import MessageLayout, Messages, exchange, raise_mistake
 from megatron_ove.optim.updates import RowTable
@@ -92,9 +92,9 @@ class ObjectiveSet:
         """Returns how many items of this replica's microbatch an objective's loss is summed over."""
         return self._objectives[name].num_items(batch)
 
-    def collate(self, samples: Samples, reader: SampleReader) -> dict[str, Any]:
+    def collate(self, samples: Samples, pack: PatchPack, reader: SampleReader) -> dict[str, Any]:
         """Returns objective -> its inputs of a microbatch; runs in a loader's thread."""
-        return {name: objective.collate(samples, reader) for name, objective in self._objectives.items()}
+        return {name: objective.collate(samples, pack, reader) for name, objective in self._objectives.items()}
 
     def prepare_step(
         self, step: int, batches: Sequence[Batch], sample_counts: Mapping[str, np.ndarray]

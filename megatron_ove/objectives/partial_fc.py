@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_ove.batch import Batch, Samples
+from megatron_ove.batch import Batch, PatchPack, Samples
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
 from megatron_ove.errors import CheckpointError, ConfigError
@@ -102,7 +102,7 @@ class PartialFC(Objective):
     def tables(self) -> Sequence[RowTable]:
         return (self.centers,)
 
-    def collate(self, samples: Samples, reader: SampleReader) -> Tensor:
+    def collate(self, samples: Samples, pack: PatchPack, reader: SampleReader) -> Tensor:
         """Returns the stored labels of the samples of its sources, [m, L] int32, -1 = none."""
         return reader.labels(samples, *self.sources)
 
@@ -217,10 +217,11 @@ class PartialFC(Objective):
         return LossTerms(loss_sum, metrics)
 
     def measure_held_out(
-        self, embeddings: Tensor, inputs: Sequence[Tensor], sample_counts: np.ndarray
+        self, observed: Sequence[Tensor], inputs: Sequence[Tensor], sample_counts: np.ndarray
     ) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Returns what `retrieval_sums` says of the labels' ranks among all classes."""
         topology, centers = self._topology, self.centers
+        embeddings = torch.cat(list(observed))
         rows = rows_of_classes(torch.cat(list(inputs)), centers.num_classes).to(embeddings.device)
         num_own = len(embeddings)
         embeddings = embeddings.float() if self._mean is None else embeddings.float() - self._mean.value

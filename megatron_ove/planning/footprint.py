@@ -134,6 +134,14 @@ class ObjectiveFootprint:
         """Returns its dense weights on a rank of the last stage."""
         return []
 
+    def activations(self, config: TrainConfig, name: str, layout: Layout) -> ChunkActivations:
+        """Counts what its modules keep of one microbatch on a rank of the last stage."""
+        return ChunkActivations(0, 0, 0)
+
+    def frozen_bytes(self, config: TrainConfig, name: str, layout: Layout) -> int:
+        """Returns the bytes of weights on a rank of the last stage that no run trains or stores, as a teacher's."""
+        return 0
+
     def table(
         self, config: TrainConfig, name: str, layout: Layout, place: Place, counts: np.ndarray, device: Device
     ) -> TablePlan | None:

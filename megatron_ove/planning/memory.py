@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.planning.activations import peak_activations
-from megatron_ove.planning.footprint import activation_bytes
+from megatron_ove.planning.footprint import ChunkActivations, activation_bytes
 from megatron_ove.planning.layout import Layout, Place
-from megatron_ove.planning.needs import chunk_parameters, encoder_footprint
+from megatron_ove.planning.needs import chunk_parameters, encoder_footprint, objective_footprint
 from megatron_ove.planning.parameters import gradient_buffer
 from megatron_ove.planning.table_plan import TablePlan
 from megatron_ove.planning.workload import Workload
@@ -83,11 +83,17 @@ def plan_memory(
         optimizer += sum(owned) * (8 + (4 if item == 2 else 0)) + 4 * len(owned)
         buckets += [4 * size for size in buffer.buckets]
         all_owned += owned
+    is_last = place.stage == layout.pipeline - 1
+    objectives = {name: objective_footprint(config, name) for name in config.objectives} if is_last else {}
+    parameters += sum(one.frozen_bytes(config, name, layout) for name, one in objectives.items())
     samples = int(workload.num_samples[:, place.data].max())
     chunks = [
         encoder_footprint(config).activations(config, layout, stage=place.stage, chunk=chunk, num_samples=samples)
         for chunk in range(layout.chunks)
     ]
+    for name, one in objectives.items():  # on the last chunk, beside its part of the encoder
+        own, last = one.activations(config, name, layout), chunks[-1]
+        chunks[-1] = ChunkActivations(last.kept + own.kept, max(last.again, own.again), max(last.work, own.work))
     activations, in_flight = peak_activations(layout, place.stage, workload.num_microbatches, chunks)
     backward = activations + max(part.work for part in chunks) + sum(table.work_bytes for table in tables)
     # gloo reduces and scatters a copy; torch's AdamW makes three tensors of each parameter, on GPUs one of all at once.

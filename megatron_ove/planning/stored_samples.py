@@ -16,6 +16,7 @@ from megatron_ove.config.data import SourceConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.planner import MicrobatchPlan, PlannedSource, planner_of
 from megatron_ove.data.sampler import draw_choice
+from megatron_ove.data.sources.base import Segments
 from megatron_ove.errors import DataError
 from megatron_ove.kinds import Kinds
 
@@ -38,6 +39,9 @@ class LargestSamples:
 
     def count_tokens(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         return draw_choice(self.budgets, seeds, 0)
+
+    def segments(self, rows: np.ndarray, seeds: np.ndarray) -> Segments:
+        raise NotImplementedError("samples that are only assumed have no segments")
 
 
 def largest_samples(config: TrainConfig) -> list[LargestSamples]:
@@ -62,6 +66,9 @@ class _Remembering:
         if key not in self._counts:
             self._counts[key] = self._source.count_tokens(rows, seeds)
         return self._counts[key]
+
+    def segments(self, rows: np.ndarray, seeds: np.ndarray) -> Segments:
+        return self._source.segments(rows, seeds)
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,12 @@ from megatron_ove.shards.shard_set import ShardSet
 
 CACHE_FILE = "cache.json"
 MADE_BY = "tools/documents/cache_tokens.py"
-_VERSION = 1
+_VERSION = 2  # 2: names of special tokens in a text are text
 Normalisation = Literal["none", "nfc"]
 View = Literal["text", "turns", "captions"]
 """What lengths count: the text; questions and answers of all turns, an answer that is the text included; captions."""
 _MARK_BYTES = 4096
+_COUNTED_ROWS = 1 << 20
 
 
 class Role(IntEnum):
@@ -96,11 +97,35 @@ class TextTokenizer:
         self.fingerprint = hashlib.sha256(meaning.encode()).hexdigest()[:16]
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text."""
-        if self.normalisation == "nfc":
-            texts = [unicodedata.normalize("NFC", text) for text in texts]
-        return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    def encode(self, texts: Sequence[str], *, knows_special: bool = False) -> list[list[int]]:
+        """Returns the token ids of each text.
+
+        Args:
+            texts: as they are stored.
+            knows_special: whether the name of a special token in a text is that token, as in a template; else it is
+                text like any other, so that no page can end its own answer.
+        """
+        self._tokenizer.encode_special_tokens = not knows_special
+        texts = [self.normalise(text) for text in texts]
+        return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def normalise(self, text: str) -> str:
+        """Returns a text as it is encoded."""
+        return unicodedata.normalize("NFC", text) if self.normalisation == "nfc" else text
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids, special ones left out; ids behind the vocabulary are nothing."""
+        return self._tokenizer.decode([token for token in ids if token < self.vocab_size], skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token by its name; None = it has none such."""
+        return self._tokenizer.token_to_id(token)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Names of the special tokens, by id."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for _, token in sorted(added.items()) if token.special]
 
 
 def cached_texts(document: Document) -> list[tuple[Role, str, str]]:
@@ -206,6 +231,17 @@ class TokenCache:
             for role, task, own in zip(roles, tasks, ids, strict=True)
         ]
 
+    def count_turns(self) -> np.ndarray:
+        """Returns the answers of each sample, [n] int32."""
+        counts = np.zeros(self.info.num_samples, dtype=np.int32)
+        for start in range(0, self.info.num_samples, _COUNTED_ROWS):
+            bounds = self._first_texts[start : start + _COUNTED_ROWS + 1].astype(np.int64)
+            roles = self._roles[bounds[0] : bounds[-1]]
+            is_answer = (roles == Role.ANSWER) | (roles == Role.ANSWER_IS_TEXT)
+            before = np.concatenate([[0], np.cumsum(is_answer)])
+            counts[start : start + len(bounds) - 1] = np.diff(before[bounds - bounds[0]])
+        return counts
+
     def read_lengths(self, view: View) -> np.ndarray:
         """Returns the tokens of each sample, [n] int32; all of a view's texts together."""
         lengths = np.array(_load(self.folder / f"{view}_lengths.npy", "<i4"))
@@ -243,6 +279,12 @@ class SourceTexts:
         """Returns the texts of a sample, see `TokenCache.tokens`."""
         piece = int(np.searchsorted(self._firsts, row, side="right")) - 1
         return self._caches[piece].tokens(row - int(self._firsts[piece]))
+
+    def turn_counts(self) -> np.ndarray:
+        """Returns the answers of each sample, [n] int32, in memory; looks at a byte of every text when first asked."""
+        if "turn_counts" not in self._lengths:
+            self._lengths["turn_counts"] = np.concatenate([cache.count_turns() for cache in self._caches])
+        return self._lengths["turn_counts"]
 
     def lengths(self, view: View) -> np.ndarray:
         """Returns the tokens of each sample, [n] int32, in memory: 4 bytes a sample for each view that is asked for."""

@@ -25,9 +25,11 @@ from megatron_ove.data.bad_samples import BadSample, read_bad_samples
 from megatron_ove.data.held_out import RECORD_PREFIX, HeldOutSamples
 from megatron_ove.data.shard_fit import open_held_out_sets
 from megatron_ove.errors import MegatronOveError
+from megatron_ove.objectives.base import Objective
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.optim.optimizer import DenseOptimizer
 from megatron_ove.optim.weight_average import WeightAverage
+from megatron_ove.outputs import Observed
 from megatron_ove.parallel.topology import ParallelTopology
 from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.training.metrics import MetricAccumulator, Total, averages
@@ -68,7 +70,13 @@ class HeldOutEvaluation:
         known = self._check(config) if config.evaluation.sets else []
         self._samples: dict[str, HeldOutSamples] = {}
         for name, path in config.evaluation.sets.items():
-            self._samples[name] = HeldOutSamples(name, config, ShardSet.open(path, looks_at_shards=False), topology)
+            self._samples[name] = HeldOutSamples(
+                name,
+                config,
+                ShardSet.open(path, looks_at_shards=False),
+                topology,
+                wants_pixels=objectives is not None and objectives[name].wants_pixels,
+            )
             self._samples[name].know_bad(known)
 
     def is_due(self, step: int) -> bool:
@@ -110,28 +118,31 @@ class HeldOutEvaluation:
     ) -> Mapping[str, tuple[Tensor | float, Tensor | float]]:
         """Returns figure -> (sum, count) over this replica's samples, on one rank of the replica; {} elsewhere."""
         objective = None if self._objectives is None else self._objectives[name]
-        collate = None if objective is None else lambda some, reader: {name: objective.collate(some, reader)}
-        pooled: list[Tensor] = []
+        collate = None
+        if objective is not None:
+            collate = lambda some, pack, reader: {name: objective.collate_held_out(some, pack, reader)}  # noqa: E731
+        observed: list[Any] = []
         inputs: list[Any] = []
         num_items = num_bad = 0
         for part in samples.rounds(step, collate):
-            pooled += self._embed(part.batches)
+            observed += self._observe(objective, part.batches)
             num_bad += part.num_bad
             if objective is not None:
                 inputs += [batch.inputs[name] for batch in part.batches]
                 num_items += sum(objective.num_items(batch) for batch in part.batches)
         if objective is None:
             return {}
-        figures = objective.measure_held_out(torch.cat(pooled), inputs, samples.sample_counts)
+        figures = objective.measure_held_out(observed, inputs, samples.sample_counts)
         if self._topology.tensor_rank > 0:  # they hold the same
             return {}
-        return {**figures, "samples": (float(num_items), 1.0), "bad_samples": (float(num_bad), 1.0)}
+        return {"samples": (float(num_items), 1.0), "bad_samples": (float(num_bad), 1.0), **figures}
 
-    def _embed(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Returns the embeddings [b, h] of the samples of each microbatch on the last stage, [] elsewhere."""
+    def _observe(self, objective: Objective | None, batches: Sequence[Batch]) -> list[Any]:
+        """Returns what an objective observes in each microbatch on the last stage, [] elsewhere."""
+        observe = None if objective is None else objective.observe_held_out
 
         def forward_step(iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Any, Any]:
-            return model(next(iterator), None), _keep
+            return model(next(iterator), None, observe), _keep
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -160,9 +171,8 @@ class HeldOutEvaluation:
         return shared[0]
 
 
-def _keep(pooled: Tensor, non_loss_data: bool = True) -> Tensor:
-    # A copy: the interleaved schedule empties the tensor that the model returned.
-    return pooled.clone()
+def _keep(observed: Observed, non_loss_data: bool = True) -> Any:
+    return observed.value
 
 
 def _values(totals: Mapping[str, Total]) -> dict[str, float]:

@@ -6,7 +6,8 @@ DistributedDataParallel nor Float16Module sees them, and their rows are updated 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -16,7 +17,7 @@ from torch.nn import ModuleDict
 from megatron_ove.batch import Batch
 from megatron_ove.model.encoder_chunk import EncoderChunk
 from megatron_ove.objectives.objective_set import ObjectiveSet
-from megatron_ove.outputs import StepOutput, VisionFeatures
+from megatron_ove.outputs import Observed, StepOutput, VisionFeatures
 from megatron_ove.training.step_timers import StepTimers
 from megatron_ove.training.timed_head import timed_head
 
@@ -45,17 +46,23 @@ class PretrainModel(MegatronModule):
         """Takes what the stage before sent; called by the schedule."""
         self.encoder.set_input_tensor(input_tensor)
 
-    def forward(self, batch: Batch, scales: Mapping[str, float] | None) -> Tensor | StepOutput:
+    def forward(
+        self,
+        batch: Batch,
+        scales: Mapping[str, float] | None,
+        observe: Callable[[VisionFeatures, Batch], Any] | None = None,
+    ) -> Tensor | StepOutput | Observed:
         """Runs this chunk on one microbatch.
 
         Args:
             batch: the microbatch, identical on the tensor-parallel ranks.
-            scales: objective name -> factor of its loss sum (see `loss_scales`); used on the last chunk. None = the
-                encoder alone, for looking at embeddings between steps.
+            scales: objective name -> factor of its loss sum (see `loss_scales`); used on the last chunk. None = no
+                loss: `observe` looks at the features instead.
+            observe: on the last stage, without scales.
 
         Returns:
             [P, 1, h] hidden states ([P / tp, 1, h] under sequence parallelism) for the next chunk; a `StepOutput`
-            from the last one, or without scales the samples' embeddings [b, h].
+            from the last one, or without scales what was `Observed`.
         """
         output = self.encoder(batch.main)
         if self.objective_set is None:
@@ -63,7 +70,8 @@ class PretrainModel(MegatronModule):
         if not isinstance(output, VisionFeatures):
             raise TypeError(f"the last chunk of the encoder returned {type(output).__name__}, not VisionFeatures")
         if scales is None:
-            return output.sample_embeddings(batch.num_samples)
+            assert observe is not None, "without scales there is something to observe"
+            return Observed(observe(output, batch))
         timers: StepTimers | None = self.config.timers  # type: ignore[assignment]  # megatron-core says "a callable"
         if timers is None:
             return self.objective_set.forward(output, batch, scales)

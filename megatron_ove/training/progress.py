@@ -18,6 +18,8 @@ _SHOWN_PHASES = {
     "other": "other",
 }
 _HELD_OUT_FIGURES = {"mean_average_precision": "mAP", "first_right": "first right", "recall_at_10": "recall at 10"}
+_PLAIN_FIGURES = {"loss": "loss", "character_error_rate": "character errors", "exact": "exact", "cosine": "cosine"}
+"""Figures of objectives that chance is not compared with."""
 
 
 class ProgressDisplay:
@@ -79,6 +81,9 @@ def describe_held_out(row: Mapping[str, float]) -> str:
             f"{text} {row[f'{place}/{name}']:.3f} ({row[f'{place}/chance_{name}']:.2g})"
             for name, text in _HELD_OUT_FIGURES.items()
             if f"{place}/{name}" in row
+        ]
+        figures += [
+            f"{text} {row[f'{place}/{name}']:.3f}" for name, text in _PLAIN_FIGURES.items() if f"{place}/{name}" in row
         ]
         counts = f"{int(row[f'{place}/samples'])} samples"
         if row[f"{place}/bad_samples"]:

@@ -66,7 +66,15 @@ class StartWeights:
         Raises:
             CheckpointError: on all ranks, something cannot be read or does not fit.
         """
-        taken, paths = [], []
+        taken: list[str] = []
+        paths: list[str] = []
+        for name, objective in self._config.objectives.items():
+            if objective.starts_from:
+                self._together(
+                    lambda name=name: self._objectives[name].load_named_weights() if self._objectives else None
+                )
+                taken += [f"objectives.{name}.{part}" for part in objective.starts_from]
+                paths += objective.starts_from.values()
         for start in self._config.starts:
             unknown = parts_without_weights(start.parts, self._names)
             if unknown:

@@ -87,6 +87,7 @@ class Trainer:
                 kinds=config.kinds,
                 topology=topology,
                 embedding_size=config.encoder.hidden_size,
+                patch_size=config.encoder.patch_size,
                 seed=config.seed,
                 initializer_range=config.encoder.initializer_range,
                 frozen_parts=config.freeze,
@@ -233,15 +234,20 @@ class Trainer:
     def _restore(self, topology: ParallelTopology) -> None:
         path = self.checkpoints.restore(self.state)
         self._was_restored = path is not None
-        if path is None and self.config.starts:
+        if path is None and self._starts:
             start = StartWeights(self.config, topology, self.chunks, self.objectives, self.names)
             self.checkpoints.started_from(start.take())
         if self._is_main:
             if path is None:
-                weights = "other weights than random ones" if self.config.starts else "random weights"
+                weights = "other weights than random ones" if self._starts else "random weights"
                 logger.info("No checkpoint in %s: starting at step 0 with %s.", self._run_dir, weights)
             else:
                 logger.info("Resumed from %s at step %d.", path, self.state.step)
+
+    @property
+    def _starts(self) -> bool:
+        """Whether a new run takes weights from somewhere."""
+        return bool(self.config.starts) or any(one.starts_from for one in self.config.objectives.values())
 
     def _start_loading(self, topology: ParallelTopology) -> StepLoader:
         return build_loader(

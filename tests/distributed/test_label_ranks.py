@@ -43,7 +43,7 @@ def measure(rank: int, world_size: int, tensor_size: int) -> list[dict[str, Any]
         objectives = build(case, topology)
         objective, table = objectives["tags"], table_of(objectives)
         before = table.weight.clone()
-        sums = objective.measure_held_out(case.embeddings[own], [case.labels[own]], counts)
+        sums = objective.measure_held_out([case.embeddings[own]], [case.labels[own]], counts)
         assert torch.equal(table.weight, before)
         figures = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
         results.append({"figures": figures, "first": table.first_row, "weight": table.weight, "own": own})

@@ -120,7 +120,7 @@ def mean_after_steps(rank: int, world_size: int, case: Case, tensor_size: int, f
     assert torch.equal(again, means[-1]) and torch.equal(resumed[NAME].centers.weight, objectives[NAME].centers.weight)
     counts = np.array([9 if replica == 0 else 0 for replica in range(topology.data_size)])  # one replica has them all
     own = slice(0, counts[topology.data_rank])
-    held_out = objectives[NAME].measure_held_out(embeddings[0][own], [case.labels[own]], counts)
+    held_out = objectives[NAME].measure_held_out([embeddings[0][own]], [case.labels[own]], counts)
     centers = objectives[NAME].centers
     return {
         "means": means,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_ove.batch import Batch, Samples
+from megatron_ove.batch import Batch, PatchPack, Samples
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.data.build import build_loader
@@ -69,7 +69,7 @@ def single_process(**changes: Any) -> Any:
     return SimpleNamespace(**{**values, **changes})
 
 
-def collate_labels(samples: Samples, reader: SampleReader) -> dict[str, torch.Tensor]:
+def collate_labels(samples: Samples, pack: PatchPack, reader: SampleReader) -> dict[str, torch.Tensor]:
     """Makes the inputs of one objective for each source, which has its name."""
     return {name: reader.labels(samples, name) for name in samples.source_names}
 

@@ -12,6 +12,7 @@ from megatron_ove.config.base import StrictModel
 from megatron_ove.config.loader import config_from_dict, load_config
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.optim import ClassCenterOptimConfig
+from megatron_ove.config.text_generation import TextGenerationConfig
 from megatron_ove.errors import ConfigError
 from megatron_ove.kinds import load_kinds
 from megatron_ove.objectives.build import build_objectives
@@ -27,7 +28,8 @@ def test_a_section_without_its_kind_gets_a_sentence_that_says_what_to_write() ->
     with pytest.raises(ConfigError) as caught:
         config_from_dict(data, "run.yaml")
     assert str(caught.value).splitlines()[1:] == [
-        "  - missing key 'objectives.clusters.kind': it says which kind of section this is; add 'kind: partial_fc'",
+        "  - missing key 'objectives.clusters.kind': it says which kind of section this is; add 'kind: partial_fc' or "
+        "'kind: text_generation' or 'kind: feature_reconstruction' or 'kind: pixel_reconstruction'",
         "  - missing key 'data.sources.images.kind': it says which kind of section this is; add 'kind: image' or "
         "'kind: ocr' or 'kind: document' or 'kind: video'",
     ]
@@ -59,7 +61,7 @@ def test_recipes_stay_readable_when_there_are_several_kinds(recipe: Path) -> Non
     """Of a union of two or more kinds pydantic wants the tag itself; a default does not count."""
 
     class Union(StrictModel):
-        objectives: dict[str, Annotated[PartialFCConfig | TextConfig, Field(discriminator="kind")]]
+        objectives: dict[str, Annotated[PartialFCConfig | TextGenerationConfig, Field(discriminator="kind")]]
 
     objectives = load_config(recipe).model_dump(exclude_unset=True)["objectives"]
     assert Union.model_validate({"objectives": objectives}).objectives == load_config(recipe).objectives

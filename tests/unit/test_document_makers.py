@@ -29,7 +29,7 @@ from megatron_ove.preprocess.documents.caption_documents import CaptionTable, re
 from megatron_ove.preprocess.documents.known_text import KnownText, document_of, document_of_texts
 from megatron_ove.preprocess.documents.ocr_documents import document_of_lines
 from megatron_ove.preprocess.documents.preparing import DocumentInput, DocumentPreparer, PageBytes, PreparedDocument
-from megatron_ove.preprocess.documents.rendered_documents import PAGE_LOOKS, RenderedPages, document_of_picture
+from megatron_ove.preprocess.documents.rendered_documents import PAGE_LOOKS, RenderedPages
 from megatron_ove.preprocess.documents.tar_samples import TarSamples, list_tars
 from megatron_ove.preprocess.documents.writing import (
     add_document_options,
@@ -40,6 +40,7 @@ from megatron_ove.preprocess.documents.writing import (
 from megatron_ove.preprocess.file_runs import run_over_stream
 from megatron_ove.preprocess.ocr.lines import TextLine
 from megatron_ove.preprocess.text_render.passages import languages
+from megatron_ove.preprocess.text_render.picture_document import document_of_picture
 from megatron_ove.rejects import RejectsFile, read_rejects
 from megatron_ove.shards.documents import MAX_DOCUMENT_BYTES, Document
 from megatron_ove.shards.format import page_member

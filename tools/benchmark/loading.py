@@ -24,7 +24,7 @@ from unittest import mock
 from head_report import describe_machine
 from torch import Tensor
 
-from megatron_ove.batch import Batch, Samples
+from megatron_ove.batch import Batch, PatchPack, Samples
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.config.train import TrainConfig
@@ -141,7 +141,7 @@ def _measure_loading(
 
 
 def _start(config: TrainConfig, topology: ParallelTopology) -> StepLoader:
-    def collate(samples: Samples, reader: SampleReader) -> dict[str, Tensor]:
+    def collate(samples: Samples, pack: PatchPack, reader: SampleReader) -> dict[str, Tensor]:
         return {name: reader.labels(samples, name) for name in samples.source_names}
 
     return build_loader(config, topology, start_step=0, collate=collate)

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from megatron_ove.preprocess.text_render.look_options import look_share, pair_of
 from megatron_ove.preprocess.text_render.looks import LOOKS
 from megatron_ove.preprocess.text_render.passages import draw_word_list, languages
 from megatron_ove.preprocess.text_render.typefaces import script_of, typefaces
-from megatron_ove.preprocess.text_render.word_pages import WordPages, word_samples
+from megatron_ove.preprocess.text_render.word_pages import WordPages, WordSample, word_samples
 from megatron_ove.preprocess.tool_arguments import (
     add_shard_options,
     add_workers_option,
@@ -31,6 +32,7 @@ from megatron_ove.preprocess.tool_arguments import (
     run_tool,
     whole_number,
 )
+from megatron_ove.shards.format import DOCUMENT_MEMBER, page_member
 from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 
 
@@ -68,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give every picture the words of the next one, so that nothing but chance can be learned",
     )
+    parser.add_argument(
+        "--documents",
+        action="store_true",
+        help="write documents: words as text, a line each in the order of drawing, with boxes of words and characters",
+    )
     parser.add_argument("--strip-size", **pair_of_numbers("WIDTH", "HEIGHT"), default=(112, 28), help="default: 112 28")
     parser.add_argument(
         "--page-size", **pair_of_numbers("WIDTH", "HEIGHT"), default=(112, 112), help="default: 112 112"
@@ -103,15 +110,14 @@ def _recipe(arguments: argparse.Namespace, words: tuple[str, ...]) -> WordPages:
     )
 
 
-def _with_words_of_the_next(
-    samples: Iterator[tuple[bytes, tuple[int, ...]]],
-) -> Iterator[tuple[bytes, tuple[int, ...]]]:
-    """Yields the same pictures, each with the ids of the one that follows; the last one with those of the first."""
-    picture, first = next(samples)
-    for next_picture, ids in samples:
-        yield picture, ids
-        picture = next_picture
-    yield picture, first
+def _with_words_of_the_next(samples: Iterator[WordSample]) -> Iterator[WordSample]:
+    """Yields the same pictures, each with the words of the one that follows; the last one with those of the first."""
+    first = next(samples)
+    picture = first.picture
+    for sample in samples:
+        yield replace(sample, picture=picture)
+        picture = sample.picture
+    yield replace(first, picture=picture)
 
 
 def _work(arguments: argparse.Namespace) -> None:
@@ -126,7 +132,7 @@ def _work(arguments: argparse.Namespace) -> None:
     counts: Counter[int] = Counter()
     with ShardWriter(
         arguments.output,
-        kind="ocr",
+        kind="document" if arguments.documents else "ocr",
         num_classes=len(words),
         label_width=arguments.max_words,
         samples_per_shard=arguments.samples_per_shard,
@@ -135,13 +141,14 @@ def _work(arguments: argparse.Namespace) -> None:
     ) as writer:
         samples = word_samples(recipe, arguments.count, workers=arguments.workers)
         samples = _with_words_of_the_next(samples) if arguments.control else samples
-        for index, (jpeg, ids) in enumerate(
-            show_progress(samples, title="making pictures of words", total=arguments.count)
-        ):
+        for index, sample in enumerate(show_progress(samples, title="making pictures of words", total=arguments.count)):
             labels = np.full(arguments.max_words, -1, np.int32)
-            labels[: len(ids)] = ids
-            writer.add(f"words{index:08d}", {"jpg": jpeg}, labels)
-            counts.update(ids)
+            labels[: len(sample.ids)] = sample.ids
+            members = {"jpg": sample.picture}
+            if arguments.documents:
+                members = {DOCUMENT_MEMBER: sample.document, page_member(0): sample.picture}
+            writer.add(f"words{index:08d}", members, labels)
+            counts.update(sample.ids)
         info = {"engine": None, "segmentation": segmentation_name(), "num_pages": arguments.count}
         drawn = Vocabulary(words, tuple(counts[word] for word in range(len(words))), info)
         writer.add_file(VOCABULARY_FILE, (given or drawn).encode())

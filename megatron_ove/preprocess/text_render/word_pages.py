@@ -19,6 +19,7 @@ from megatron_ove.preprocess.text_render.canvas import Box, Canvas
 from megatron_ove.preprocess.text_render.ink import TextInk, draw_ink
 from megatron_ove.preprocess.text_render.looks import Look, draw_share
 from megatron_ove.preprocess.text_render.picture import TextPicture, finish_picture
+from megatron_ove.preprocess.text_render.picture_document import document_of_picture
 from megatron_ove.preprocess.text_render.typefaces import Typeface
 
 _SMALLEST_SIZE = 6  # pixels; below, letters cannot be told apart
@@ -134,8 +135,23 @@ def _draw_step(random: np.random.Generator, step: int, room: int) -> int:
     return step * int(random.integers(0, room // step + 1)) if step else 0
 
 
-def word_samples(recipe: WordPages, count: int, *, workers: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:
-    """Yields pictures 0 .. count - 1 as JPEG, with the ids of their words; the same for any number of `workers`.
+@dataclass(frozen=True)
+class WordSample:
+    """A picture of words as it is stored.
+
+    Attributes:
+        picture: JPEG.
+        ids: of its words.
+        document: what it says and where, the `json` member of a document; text in the order of the words.
+    """
+
+    picture: bytes
+    ids: tuple[int, ...]
+    document: bytes
+
+
+def word_samples(recipe: WordPages, count: int, *, workers: int) -> Iterator[WordSample]:
+    """Yields pictures 0 .. count - 1; the same for any number of `workers`.
 
     Raises:
         DataError: a word does not fit, or a worker process died.
@@ -158,6 +174,6 @@ def word_samples(recipe: WordPages, count: int, *, workers: int) -> Iterator[tup
             pool.shutdown(cancel_futures=True)  # after an error the rest is not wanted
 
 
-def _make_sample(recipe: WordPages, index: int) -> tuple[bytes, tuple[int, ...]]:
+def _make_sample(recipe: WordPages, index: int) -> WordSample:
     made = recipe.make(index)
-    return made.picture.encode(), made.ids
+    return WordSample(made.picture.encode(), made.ids, document_of_picture(made.picture).encode())

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from megatron_ove.batch import Batch
 from megatron_ove.config.objectives import ObjectiveConfig
-from megatron_ove.data.planner import PlannedBudget
+from megatron_ove.data.planner import PlannedBudget, PlannedSource
 from megatron_ove.kinds import ObjectiveKind
 from megatron_ove.objectives.base import Objective, ObjectiveContext
 from megatron_ove.outputs import LossTerms, VisionFeatures
@@ -31,7 +31,7 @@ class Spread(Objective):
     def __init__(self, name: str, config: SpreadConfig, context: ObjectiveContext) -> None:
         self.name, self.sources, self._size = name, config.sources, context.embedding_size
 
-    def collate(self, samples, reader):
+    def collate(self, samples, pack, reader):
         seeds = samples.seed[samples.of(*self.sources)].tolist()
         rows = [torch.randn(self._size, generator=torch.Generator().manual_seed(seed % 2**63)) for seed in seeds]
         return torch.stack(rows) if rows else torch.empty(0, self._size)
@@ -51,8 +51,8 @@ def budgets(run, name):
     section = run.objectives[name]
     assert isinstance(section, SpreadConfig)
 
-    def measure(source: str, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        return np.full(len(rows), int(source in section.sources))
+    def measure(source: PlannedSource, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        return np.full(len(rows), int(source.name in section.sources))
 
     setting = f"objectives.{name}.samples_per_microbatch"
     return [

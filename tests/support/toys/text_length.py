@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class TextLength(Objective):
     def modules(self) -> Mapping[str, nn.Module]:
         return {"layer": self.layer}
 
-    def collate(self, samples, reader) -> Tensor:
+    def collate(self, samples, pack, reader) -> Tensor:
         (source,) = self.sources
         rows = samples.row[samples.of(source)]
         texts = reader.texts(source, self._fingerprint)
@@ -70,7 +71,12 @@ def budgets(run: Any, name: str) -> list[Any]:
     """The text's tokens and one more."""
     section = run.objectives[name]
     fingerprint = tokenizer_at(section.tokenizer).fingerprint
-    return [text_budget(run, section.sources, fingerprint, "text", most=section.max_text_tokens, extra=1)]
+    most = section.max_text_tokens
+
+    def measure(texts, source, rows, seeds):
+        return np.minimum(texts.lengths("text")[rows].astype(np.int64), most) + 1
+
+    return [text_budget(run, section.sources, fingerprint, measure=measure, largest=lambda source: most + 1)]
 
 
 def find_mismatches(run: Any, name: str, sets: Mapping[str, Any]) -> list[str]:

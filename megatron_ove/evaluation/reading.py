@@ -1,0 +1,142 @@
+"""What an exported reader writes of the documents of a shard set, beside what stands on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ove.config.data import DocumentSourceConfig
+from megatron_ove.data.sources.documents import DocumentSource
+from megatron_ove.errors import DataError
+from megatron_ove.evaluation.huggingface import normalize_pixels
+from megatron_ove.objectives.reconstruction.pictures import to_pictures
+from megatron_ove.objectives.text_generation.measures import WrittenText
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.token_cache import TextTokenizer
+
+_TOGETHER = 32
+"""Texts that are written at a time."""
+
+
+@dataclass(frozen=True)
+class ReadingSettings:
+    """How documents are shown and read.
+
+    Attributes:
+        max_patches: most patches of a page, which is scaled down to as many.
+        max_tokens: most tokens that are written of a document.
+        device: torch device.
+    """
+
+    max_patches: int
+    max_tokens: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class ReadSet:
+    """What was read of a set.
+
+    Attributes:
+        keys: of the documents that have a text.
+        texts: wanted and written, in their order.
+        loss: mean cross entropy of the wanted tokens and the end, given the page.
+        token_accuracy: share of them that are the likeliest.
+        without_text: documents that nothing is wanted of, left out.
+    """
+
+    keys: list[str]
+    texts: list[WrittenText]
+    loss: float
+    token_accuracy: float
+    without_text: int
+
+
+@torch.inference_mode()
+def read_set(model: Any, tokenizer: TextTokenizer, shards: ShardSet, settings: ReadingSettings) -> ReadSet:
+    """Reads every document of a set that has a text.
+
+    Args:
+        model: a `OneVisionReaderModel`, ready for evaluation, on the device.
+        tokenizer: of the model.
+        shards: a document set.
+        settings: see there.
+
+    Raises:
+        DataError: the set holds no documents, or one cannot be read.
+    """
+    if not shards.info.has_pages:
+        raise DataError(
+            f"{shards.directory} holds samples of kind {shards.info.kind}, which have no text to compare with; give a "
+            "document set"
+        )
+    wanted = [(row, shards.read_document(row).text) for row in range(len(shards))]
+    rows = [(row, text) for row, text in wanted if text]
+    pages = _Pages(shards, int(model.config.vision_config.patch_size), settings)
+    end, texts, losses, right = int(model.config.end_token_id), [], [], 0
+    for start in range(0, len(rows), _TOGETHER):
+        chunk = rows[start : start + _TOGETHER]
+        pictures = [pages.of(row) for row, _ in chunk]
+        ids = model.generate(pictures, max_new_tokens=settings.max_tokens).tolist()
+        labels = [[*own, end] for own in tokenizer.encode([text for _, text in chunk])]
+        output = model(pictures, labels)
+        flat = [token for own in labels for token in own]
+        losses += [float(output.loss)] * len(flat)
+        right += int((output.logits.argmax(-1).cpu() == torch.tensor(flat)).sum())
+        for (_, text), own in zip(chunk, ids, strict=True):
+            written = own[: own.index(end)] if end in own else own
+            texts.append(WrittenText(text, tokenizer.decode(written), is_cut=end not in own))
+    count = max(1, len(losses))
+    keys = [shards.key(row) for row, _ in rows]
+    return ReadSet(keys, texts, sum(losses) / count, right / count, len(wanted) - len(rows))
+
+
+class _Pages:
+    """Documents as a reader is shown them: whole, at their own aspect, normalised."""
+
+    def __init__(self, shards: ShardSet, patch_size: int, settings: ReadingSettings) -> None:
+        most = max(1, shards.info.most_pages)
+        path = str(Path(shards.directory))
+        section = DocumentSourceConfig(kind="document", path=path, max_patches=settings.max_patches, max_pages=most)
+        self._source = DocumentSource(
+            "documents", section, shards=shards, patch_size=patch_size, device=torch.device("cpu"), num_threads=1
+        )
+        self._device, self._patch_size = settings.device, patch_size
+
+    def of(self, row: int) -> list[Tensor]:
+        """Returns the pages of a document, [3, height, width] each.
+
+        Raises:
+            DataError: one cannot be decoded.
+        """
+        rows, seeds = np.array([row]), np.zeros(1, dtype=np.int64)
+        segments = self._source.segments(rows, seeds)
+        target = torch.empty(int(segments.lengths.sum()), 3 * self._patch_size**2, dtype=torch.uint8)
+        problems = self._source.decode_into(rows, seeds, [target])
+        if problems:
+            raise DataError(problems[0])
+        parts = target.split(segments.lengths.tolist())
+        return [
+            normalize_pixels(to_pictures(part, 1, grid[1], grid[2])[0].to(self._device))
+            for part, grid in zip(parts, segments.grids.tolist(), strict=True)
+        ]
+
+
+def show_examples(read: ReadSet, count: int) -> Iterator[str]:
+    """Yields lines of what was wanted and written of some documents, spread evenly over the set."""
+    places: Sequence[int] = [i * len(read.texts) // count for i in range(min(count, len(read.texts)))]
+    for place in places:
+        text = read.texts[place]
+        mark = "" if text.wanted == text.written else f"   <- {_one_line(text.wanted)}"
+        yield f"{read.keys[place]}: {_one_line(text.written)}{mark}"
+
+
+def _one_line(text: str) -> str:
+    joined = " / ".join(text.splitlines())
+    return joined if len(joined) <= 100 else f"{joined[:97]}..."

@@ -1,0 +1,1 @@
+"""Text generation: a causal decoder writes down what the encoder's tokens show."""

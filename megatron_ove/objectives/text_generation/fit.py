@@ -1,0 +1,193 @@
+"""Do tokenizer, decoder and shard sets fit a section of kind text_generation? And what of its texts is not used?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ove.config.text_generation import TextDecoderConfig, TextGenerationConfig
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.convert.decoder_config import read_decoder_config
+from megatron_ove.data.planner import PlannedBudget, PlannedSource
+from megatron_ove.data.text_budget import TextCounts, describe_counts, open_texts, text_budget
+from megatron_ove.decoder.bridge import SHUFFLE_SIDE, count_image_tokens
+from megatron_ove.errors import ConfigError, DataError
+from megatron_ove.objectives.text_generation.text_layout import TextTemplates, longest_text, tokenizer_at
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.token_cache import SourceTexts
+
+_IDENTITY = (
+    *("kind", "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "ffn_hidden_size"),
+    *("vocab_size", "norm_epsilon", "rope_theta", "tied"),
+)
+
+
+def decoder_of(section: TextGenerationConfig, infos: Sequence[Any]) -> Mapping[str, Any]:
+    """Returns the decoder with all sizes: its folder's, or the tokenizer's number of tokens.
+
+    Raises:
+        CheckpointError, DataError: the folder or the tokenizer cannot be used, or sizes are given that the folder has
+            not.
+    """
+    del infos
+    given = section.decoder
+    if given.path is None:
+        tokenizer = tokenizer_at(section.tokenizer_path, section.normalisation)
+        return {"decoder": given.model_copy(update={"vocab_size": tokenizer.vocab_size}).model_dump()}
+    found = read_decoder_config(given.path)
+    for field in given.model_fields_set - {"path"}:
+        if getattr(given, field) not in (None, getattr(found, field)):
+            raise DataError(
+                f"decoder.{field} = {getattr(given, field)}, but {given.path} holds a decoder with "
+                f"{getattr(found, field)}; leave out what the folder says"
+            )
+    return {"decoder": found.model_dump()}
+
+
+def budgets(run: TrainConfig, name: str) -> list[PlannedBudget]:
+    """Returns the room that texts and image tokens share in a microbatch."""
+    section = _section(run, name)
+    tokenizer = tokenizer_at(section.tokenizer_path, section.normalisation)
+    templates = TextTemplates(section, tokenizer)
+
+    def measure(texts: SourceTexts, source: PlannedSource, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        segments = source.segments(rows, seeds)
+        images = count_image_tokens(section.bridge, segments.lengths, segments.grids)
+        firsts = np.cumsum(segments.counts) - segments.counts
+        return np.add.reduceat(images, firsts) + _text_tokens(section, templates, texts, rows) if len(rows) else images
+
+    def largest(source: str) -> int:
+        return section.max_text_tokens + most_image_tokens(run, section, source)
+
+    return [text_budget(run, section.sources, tokenizer.fingerprint, measure=measure, largest=largest)]
+
+
+def most_image_tokens(run: TrainConfig, section: TextGenerationConfig, source: str) -> int:
+    """Returns the image tokens of a sample whose pictures are as large as the configuration allows, and square."""
+    config = run.data.sources[source]
+    pages = getattr(config, "max_pages", 1)
+    patches = max(config.list_budgets(run.encoder.patch_size))
+    if section.bridge.kind == "queries":
+        return pages * (section.bridge.num_queries or 0)
+    if section.bridge.kind == "pixel_shuffle":
+        side = int(np.ceil(np.sqrt(patches / pages)))
+        return pages * int(-(-side // SHUFFLE_SIDE)) ** 2
+    return patches
+
+
+def find_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet]) -> list[str]:
+    """Returns a sentence for everything that could not be learned.
+
+    Args:
+        run: the run.
+        name: of the objective.
+        sets: source -> opened shard set.
+    """
+    section, problems = _section(run, name), []
+    try:
+        tokenizer = tokenizer_at(section.tokenizer_path, section.normalisation)
+        TextTemplates(section, tokenizer)
+    except (ConfigError, DataError) as error:
+        return [f"objectives.{name}: {error}"]
+    if tokenizer.vocab_size > (section.decoder.vocab_size or 0):
+        problems.append(
+            f"objectives.{name}: {tokenizer.path} has {tokenizer.vocab_size} tokens, more than decoder.vocab_size = "
+            f"{section.decoder.vocab_size}; use the decoder's own tokenizer, or raise vocab_size"
+        )
+    for source, shards in sets.items():
+        if not shards.info.has_pages:
+            problems.append(
+                f"objectives.{name}.source names {source}, whose set holds samples of kind {shards.info.kind} without "
+                "any text; name sources of kind document"
+            )
+        longest = section.max_text_tokens + most_image_tokens(run, section, source)
+        if longest > section.decoder.max_positions and section.decoder.kind == "opt":
+            problems.append(
+                f"objectives.{name}: texts of data.sources.{source} can have {longest} tokens with their pictures, "
+                f"more than decoder.max_positions = {section.decoder.max_positions}; lower max_text_tokens or the "
+                "pictures' max_patches, or use a bridge with fewer image tokens"
+            )
+    if not problems:
+        try:
+            open_texts(run, list(sets), tokenizer.fingerprint)
+        except DataError as error:
+            problems += str(error).split("\n")
+    return problems
+
+
+def find_doubts(run: TrainConfig, name: str, sets: Mapping[str, ShardSet], *, counts_samples: bool) -> list[str]:
+    """Returns a sentence for everything of the texts that a run does not use."""
+    del counts_samples
+    section = _section(run, name)
+    tokenizer = tokenizer_at(section.tokenizer_path, section.normalisation)
+    templates = TextTemplates(section, tokenizer)
+    doubts = []
+    for source, texts in open_texts(run, list(sets), tokenizer.fingerprint).items():
+        lengths = texts.lengths(section.texts)
+        turns = texts.turn_counts() if section.texts == "turns" else np.ones(len(lengths), dtype=np.int32)
+        whole = lengths.astype(np.int64) + templates.overhead[0] + turns.astype(np.int64) * templates.overhead[1]
+        is_cut = (whole > section.max_text_tokens) & (lengths > 0)
+        counts = TextCounts(
+            samples=len(lengths),
+            empty=int((lengths == 0).sum()),
+            cut=int(is_cut.sum()),
+            lost_tokens=int((whole[is_cut] - section.max_text_tokens).sum()),
+        )
+        doubts += describe_counts(source, counts, most=section.max_text_tokens)
+    return doubts
+
+
+def find_held_out_mismatches(run: TrainConfig, name: str, shards: ShardSet) -> list[str]:
+    """Returns a sentence for everything in which a held-out set differs from what the objective trains on."""
+    section = _section(run, name)
+    place = f"evaluation.sets.{name}"
+    if not shards.info.has_pages:
+        return [f"{place}: {shards.directory} holds samples without any text; name a set of kind document"]
+    try:
+        SourceTexts.open(shards.directories, tokenizer_at(section.tokenizer_path, section.normalisation).fingerprint)
+    except DataError as error:
+        return [f"{place}: {line}" for line in str(error).split("\n")]
+    return []
+
+
+def stored_differences(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a clause for everything that stored weights cannot be used with."""
+    before, now = (TextDecoderConfig.model_validate(section["decoder"]) for section in (there, here))
+    for field in _IDENTITY:
+        old, new = (
+            one.key_value_heads if field == "num_key_value_heads" else getattr(one, field) for one in (before, now)
+        )
+        if old != new:
+            yield f"objectives.{name}.decoder.{field} is {old} there and {new} here"
+    if now.kind == "opt" and before.max_positions != now.max_positions:
+        yield f"objectives.{name}.decoder.max_positions is {before.max_positions} there and {now.max_positions} here"
+    for field in ("kind", "num_queries"):
+        old, new = (section["bridge"].get(field) for section in (there, here))
+        if old != new:
+            yield f"objectives.{name}.bridge.{field} is {old} there and {new} here"
+
+
+def describe(section: Mapping[str, Any]) -> str:
+    """Says of a stored section what it learns."""
+    decoder = section["decoder"]
+    origin = f" from {Path(decoder['path']).name}" if decoder.get("path") else ""
+    return (
+        f"to write {section['texts']} down, by a {decoder['kind']} decoder{origin} of {decoder['num_layers']} layers, "
+        f"{decoder['hidden_size']} wide, {decoder['vocab_size']:,} tokens"
+    )
+
+
+def _text_tokens(
+    section: TextGenerationConfig, templates: TextTemplates, texts: SourceTexts, rows: np.ndarray
+) -> np.ndarray:
+    turns = texts.turn_counts()[rows] if section.texts == "turns" else np.ones(len(rows), dtype=np.int32)
+    return longest_text(section, texts.lengths(section.texts)[rows], turns, templates.overhead)
+
+
+def _section(run: TrainConfig, name: str) -> TextGenerationConfig:
+    section = run.objectives[name]
+    assert isinstance(section, TextGenerationConfig)
+    return section
