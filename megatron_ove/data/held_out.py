@@ -86,7 +86,7 @@ class HeldOutSamples:
         Raises:
             DataError: a sample has no patches, because the index is damaged.
         """
-        self._has_pixels = topology.is_first_stage or (wants_pixels and topology.is_last_stage)
+        self._wants_pixels = wants_pixels
         self.name = RECORD_PREFIX + objective
         self._config, self._topology, self._shards = config, topology, shards
         # What an objective collates belongs to one of its sources, so that is what the held-out samples come as.
@@ -117,6 +117,11 @@ class HeldOutSamples:
         self._per_round = topology.data_size * lcm(group, _MICROBATCHES_PER_ROUND)
         self.sample_counts = np.bincount(self._microbatch % topology.data_size, minlength=topology.data_size)
         self._bad_since: dict[int, int] = {}
+
+    @property
+    def _has_pixels(self) -> bool:
+        topology = self._topology
+        return topology.is_first_stage or (self._wants_pixels and topology.is_last_stage)
 
     @property
     def num_rounds(self) -> int:

@@ -16,10 +16,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("TRANSFORMERS5_DIR", Path(sys.prefix) / "transformers5"))
 FILES = ["tests/numerics/test_hf_parity.py", "tests/numerics/test_hf_model.py", "tests/integration/test_hf_export.py"]
+READER = "tests/integration/test_reader_export.py"
 
 
+# Layouts have nothing to do with transformers. Of readers one kind of decoder has all that a folder is made of.
+@pytest.mark.parametrize(("files", "chosen"), [(FILES, "not layout"), ([READER], "qwen2")], ids=["encoder", "reader"])
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no transformers 5 in {FOLDER}; make setup installs it")
-def test_everything_holds_under_transformers_5() -> None:
+def test_everything_holds_under_transformers_5(files: list[str], chosen: str) -> None:
     (distribution,) = FOLDER.glob("transformers-5.*.dist-info")
     version = re.fullmatch(r"transformers-(5\.[\d.]+)\.dist-info", distribution.name)
     assert version is not None
@@ -28,8 +31,7 @@ def test_everything_holds_under_transformers_5() -> None:
         "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "EXPECTED_TRANSFORMERS": version[1],
     }
-    # Layouts have nothing to do with transformers.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not layout", *FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
     result = subprocess.run(
         command, cwd=ROOT, env=environment, timeout=280, capture_output=True, text=True, check=False
     )
