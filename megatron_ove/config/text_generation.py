@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from megatron_ove.config.base import StrictModel
 from megatron_ove.config.objectives import ObjectiveConfig
@@ -18,6 +18,18 @@ VOCABULARY_MULTIPLE = 768
 since heads divide over 3 ranks too."""
 OPT_POSITION_OFFSET = 2
 """Rows of OPT's position table that no position uses."""
+
+TextView = Literal["text", "turns", "captions"]
+
+
+def _form_of_views(value: Any) -> str:
+    return "map" if isinstance(value, dict) else "name"
+
+
+TextViews = Annotated[
+    Annotated[TextView, Tag("name")] | Annotated[dict[str, TextView], Tag("map")], Discriminator(_form_of_views)
+]
+"""What is written of all sources, or source -> what is written of it."""
 
 _Positive = Annotated[int, Field(gt=0)]
 _SIZES = ("hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
@@ -144,9 +156,9 @@ class TextGenerationConfig(ObjectiveConfig):
 
     reads_texts: ClassVar[bool] = True
     kind: Literal["text_generation"]  # pyright: ignore[reportIncompatibleVariableOverride]
-    texts: Literal["text", "turns", "captions"] = "text"
-    """What is to be written: the text of the pages; the answers of all turns; a caption, of which each sample draws
-    one."""
+    texts: TextViews = "text"
+    """What is to be written: text = what stands on the pages; turns = the answers of all turns; captions = one of a
+    sample's captions, drawn by its seed. Or source -> one of these, of one decoder that serves several."""
     tokenizer: str | None = None
     """Folder with tokenizer.json, or the file; null = that of decoder.path."""
     normalisation: Literal["none", "nfc"] = "none"
@@ -161,6 +173,17 @@ class TextGenerationConfig(ObjectiveConfig):
     """Most tokens that are written to an answer of a held-out sample; null = max_text_tokens."""
     bridge: BridgeConfig = BridgeConfig()
     decoder: TextDecoderConfig
+
+    def view_of(self, source: str) -> TextView:
+        """Returns what is written of a source."""
+        return self.texts[source] if isinstance(self.texts, dict) else self.texts
+
+    def _check_texts(self) -> Iterator[str]:
+        if isinstance(self.texts, dict) and set(self.texts) != set(self.sources):
+            yield (
+                f"texts names {', '.join(self.texts) or 'nothing'}, and source names {', '.join(self.sources)}; say of "
+                "each source what is written"
+            )
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:

@@ -22,7 +22,10 @@ from tests.support.tool_scripts import run_script
 SIZES = {"hidden_size": 48, "num_layers": 2, "num_attention_heads": 6, "ffn_hidden_size": 96}
 DECODERS: dict[str, dict[str, Any]] = {
     "qwen2": {"decoder": {"kind": "qwen2", **SIZES, "num_key_value_heads": 2}, "bridge": {"kind": "pixel_shuffle"}},
-    "opt": {"decoder": {"kind": "opt", **SIZES, "max_positions": 128}, "texts": "turns"},
+    "opt": {
+        "decoder": {"kind": "opt", **SIZES, "max_positions": 128},
+        "texts": {"documents": "turns", "others": "captions"},
+    },
     "llama": {
         "decoder": {"kind": "llama", **SIZES, "num_key_value_heads": 2, "tied": False},
         "bridge": {"kind": "queries", "num_queries": 3},
@@ -55,6 +58,9 @@ def config_of(sources: dict[str, str], run_dir: Path, *, decoder: str = "qwen2",
     data["data"]["text_tokens_per_microbatch"] = 64
     head = {**data["objectives"]["classes"], "source": "pages", "num_classes": 13, "labels_per_step": 2}
     texts = {"kind": "text_generation", "source": "documents", "tokenizer": sources["tokenizer"]}
+    if decoder == "opt":  # one decoder, two sources
+        data["data"]["sources"]["others"] = {**documents, "path": sources["held_out"], "weight": 1.0}
+        texts |= {"source": ["documents", "others"]}
     texts |= {"max_text_tokens": 18, "instructions": {"ocr": "reading"}, "template": {"before_answer": "東京"}}
     texts |= {"max_written_tokens": 5, **copy.deepcopy(DECODERS[decoder])}
     data["objectives"] = {"classes": head, "read": texts}

@@ -54,6 +54,10 @@ def load(data: dict[str, Any]) -> Any:
         ({"decoder": {"kind": "opt", **SIZES, "num_key_value_heads": 2}}, "has no effect with kind: opt"),
         ({"decoder": {"kind": "opt", **SIZES, "num_attention_heads": 48}}, "gives no even head dim"),
         ({"tokenizer": None}, "tokenizer is not given, and neither is decoder.path"),
+        (
+            {"texts": {"pages": "text"}},
+            "texts names pages, and source names documents; say of each source what is written",
+        ),
         ({"bridge": {"kind": "queries"}}, "bridge.kind: queries does not say how many"),
         ({"bridge": {"num_queries": 3}}, "bridge.num_queries = 3 has no effect with kind: linear"),
     ],

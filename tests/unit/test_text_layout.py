@@ -47,7 +47,7 @@ def cached(tokenizer: TextTokenizer, document: Document) -> list[tuple[Role, str
 def laid_out(tokenizer: TextTokenizer, document: Document, most: int = 100, seed: int = 0, **fields: Any) -> Any:
     config = section(tokenizer, **fields)
     templates = TextTemplates(config, tokenizer)
-    return lay_out(questions_of(cached(tokenizer, document), config, templates, seed), templates, most)
+    return lay_out(questions_of(cached(tokenizer, document), config.view_of("d"), templates, seed), templates, most)
 
 
 def shown(tokenizer: TextTokenizer, layout: Any) -> tuple[str, str]:
@@ -115,7 +115,7 @@ def test_no_text_is_longer_than_it_was_planned(tokenizer: TextTokenizer, texts: 
         turns = len(document.turns) if texts == "turns" else 1
         most = longest_text(config, np.array([length]), np.array([turns]), templates.overhead)[0]
         for seed in range(3):
-            layout = lay_out(questions_of(own, config, templates, seed), templates, config.max_text_tokens)
+            layout = lay_out(questions_of(own, config.view_of("d"), templates, seed), templates, config.max_text_tokens)
             assert len(layout.before) + len(layout.rest) <= most <= 12
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ove.config.text_generation import TextDecoderConfig, TextGenerationConfig
+from megatron_ove.config.text_generation import TextDecoderConfig, TextGenerationConfig, TextView
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.convert.decoder_config import read_decoder_config
 from megatron_ove.data.planner import PlannedBudget, PlannedSource
@@ -57,7 +57,12 @@ def budgets(run: TrainConfig, name: str) -> list[PlannedBudget]:
         segments = source.segments(rows, seeds)
         images = count_image_tokens(section.bridge, segments.lengths, segments.grids)
         firsts = np.cumsum(segments.counts) - segments.counts
-        return np.add.reduceat(images, firsts) + _text_tokens(section, templates, texts, rows) if len(rows) else images
+        return (
+            np.add.reduceat(images, firsts)
+            + _text_tokens(section, section.view_of(source.name), templates, texts, rows)
+            if len(rows)
+            else images
+        )
 
     def largest(source: str) -> int:
         return section.max_text_tokens + most_image_tokens(run, section, source)
@@ -126,8 +131,9 @@ def find_doubts(run: TrainConfig, name: str, sets: Mapping[str, ShardSet], *, co
     templates = TextTemplates(section, tokenizer)
     doubts = []
     for source, texts in open_texts(run, list(sets), tokenizer.fingerprint).items():
-        lengths = texts.lengths(section.texts)
-        turns = texts.turn_counts() if section.texts == "turns" else np.ones(len(lengths), dtype=np.int32)
+        view = section.view_of(source)
+        lengths = texts.lengths(view)
+        turns = texts.turn_counts() if view == "turns" else np.ones(len(lengths), dtype=np.int32)
         whole = lengths.astype(np.int64) + templates.overhead[0] + turns.astype(np.int64) * templates.overhead[1]
         is_cut = (whole > section.max_text_tokens) & (lengths > 0)
         counts = TextCounts(
@@ -172,19 +178,20 @@ def stored_differences(name: str, there: Mapping[str, Any], here: Mapping[str, A
 
 def describe(section: Mapping[str, Any]) -> str:
     """Says of a stored section what it learns."""
-    decoder = section["decoder"]
+    decoder, texts = section["decoder"], section["texts"]
+    written = " and ".join(dict.fromkeys(texts.values())) if isinstance(texts, Mapping) else texts
     origin = f" from {Path(decoder['path']).name}" if decoder.get("path") else ""
     return (
-        f"to write {section['texts']} down, by a {decoder['kind']} decoder{origin} of {decoder['num_layers']} layers, "
+        f"to write {written} down, by a {decoder['kind']} decoder{origin} of {decoder['num_layers']} layers, "
         f"{decoder['hidden_size']} wide, {decoder['vocab_size']:,} tokens"
     )
 
 
 def _text_tokens(
-    section: TextGenerationConfig, templates: TextTemplates, texts: SourceTexts, rows: np.ndarray
+    section: TextGenerationConfig, view: TextView, templates: TextTemplates, texts: SourceTexts, rows: np.ndarray
 ) -> np.ndarray:
-    turns = texts.turn_counts()[rows] if section.texts == "turns" else np.ones(len(rows), dtype=np.int32)
-    return longest_text(section, texts.lengths(section.texts)[rows], turns, templates.overhead)
+    turns = texts.turn_counts()[rows] if view == "turns" else np.ones(len(rows), dtype=np.int32)
+    return longest_text(section, texts.lengths(view)[rows], turns, templates.overhead)
 
 
 def _section(run: TrainConfig, name: str) -> TextGenerationConfig:

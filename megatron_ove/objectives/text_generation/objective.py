@@ -165,7 +165,8 @@ class TextGeneration(Objective):
         for place in readable_samples(samples, *self.sources):
             source = samples.source_names[int(samples.source[place])]
             texts = reader.texts(source, self._tokenizer.fingerprint).tokens(int(samples.row[place]))
-            questions = questions_of(texts, self._config, self._templates, int(samples.seed[place]))
+            view = self._config.view_of(source)
+            questions = questions_of(texts, view, self._templates, int(samples.seed[place]))
             layout = lay_out(questions, self._templates, self._config.max_text_tokens)
             if layout.is_answer.any():
                 found.append((place, layout))

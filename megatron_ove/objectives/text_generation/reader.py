@@ -30,7 +30,7 @@ def write_reader(checkpoint_dir: str | Path, output_dir: str | Path, objective: 
         "after_images": templates.after_images,
         "before_question": templates.before_question,
         "before_answer": templates.before_answer,
-        "question": templates.instruction_of(_TASKS[section.texts]),
+        "question": templates.instruction_of(_TASKS[section.view_of(section.sources[0])]),
     }
     return export_reader(
         checkpoint_dir,

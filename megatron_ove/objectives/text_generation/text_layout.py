@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from megatron_ove.config.text_generation import TextGenerationConfig
+from megatron_ove.config.text_generation import TextGenerationConfig, TextView
 from megatron_ove.errors import ConfigError
 from megatron_ove.parallel.random import stateless_seed
 from megatron_ove.shards.token_cache import Role, TextTokenizer
@@ -107,18 +107,16 @@ class TextTemplates:
         return [*self.before_question, *asked, *self.before_answer]
 
 
-def questions_of(
-    texts: CachedTexts, config: TextGenerationConfig, templates: TextTemplates, seed: int
-) -> list[Question]:
+def questions_of(texts: CachedTexts, view: TextView, templates: TextTemplates, seed: int) -> list[Question]:
     """Returns the turns that a sample teaches; [] = it has nothing to be written.
 
     Args:
         texts: of the sample.
-        config: which of them.
+        view: which of them.
         templates: what stands around them.
         seed: of the sample, by which one of several captions is drawn.
     """
-    if config.texts == "turns":
+    if view == "turns":
         found, asked = [], np.empty(0, dtype=np.int32)
         for place, (role, task, ids) in enumerate(texts):
             if role == Role.QUESTION:
@@ -126,7 +124,7 @@ def questions_of(
             elif role in (Role.ANSWER, Role.ANSWER_IS_TEXT) and len(ids):
                 found.append(Question(templates.question_of(task, asked.tolist()), ids.tolist(), place))
         return found
-    role, task = (Role.TEXT, "ocr") if config.texts == "text" else (Role.CAPTION, "caption")
+    role, task = (Role.TEXT, "ocr") if view == "text" else (Role.CAPTION, "caption")
     own = [place for place, (one, _, ids) in enumerate(texts) if one == role and len(ids)]
     if not own:
         return []
