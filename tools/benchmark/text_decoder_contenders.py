@@ -69,7 +69,22 @@ class Reading:
         return linear
 
 
-class OurReader:
+class _ForwardBackward:
+    """Does the same work every time."""
+
+    def prepare(self) -> None:
+        """Nothing is to be made ready."""
+
+    def step(self) -> dict[str, float]:
+        """Forward and backward."""
+        self._forward_backward()
+        return {}
+
+    def _forward_backward(self) -> Tensor:
+        raise NotImplementedError
+
+
+class OurReader(_ForwardBackward):
     """Ours: one pack of pictures, one of texts, losses of the answers only."""
 
     def __init__(self, work: Reading) -> None:
@@ -96,14 +111,6 @@ class OurReader:
         assert patch is not None and self.bridge.weight.grad is not None
         return {"loss": loss.detach(), "bridge": self.bridge.weight.grad.clone(), "patches": patch.flatten().clone()}
 
-    def prepare(self) -> None:
-        """The same batch every time."""
-
-    def step(self) -> dict[str, float]:
-        """Forward and backward."""
-        self._forward_backward()
-        return {}
-
     def _forward_backward(self) -> Tensor:
         for module in (self.encoder, self.bridge, self.decoder):
             module.zero_grad()
@@ -115,7 +122,7 @@ class OurReader:
         return loss
 
 
-class PlainReader:
+class PlainReader(_ForwardBackward):
     """What a user would write: dense pictures, transformers' decoder, texts filled up, logits of every place."""
 
     def __init__(self, work: Reading) -> None:
@@ -145,14 +152,6 @@ class PlainReader:
         patch = self.encoder.embeddings.patch_embedding.weight.grad
         assert patch is not None and self.bridge.weight.grad is not None
         return {"loss": loss.detach(), "bridge": self.bridge.weight.grad.clone(), "patches": patch.flatten().clone()}
-
-    def prepare(self) -> None:
-        """The same batch every time."""
-
-    def step(self) -> dict[str, float]:
-        """Forward and backward."""
-        self._forward_backward()
-        return {}
 
     def _forward_backward(self) -> Tensor:
         for module in (self.encoder, self.bridge, self.decoder):
@@ -188,7 +187,7 @@ class LossWork:
         return 2 * 4 * self.hidden * (self.rows + self.vocabulary)
 
 
-class LossContender:
+class LossContender(_ForwardBackward):
     """The loss and its backward pass, in chunks or with the logits of all rows."""
 
     def __init__(self, work: LossWork, is_chunked: bool) -> None:
@@ -204,14 +203,6 @@ class LossContender:
         loss = self._forward_backward()
         assert self.rows.grad is not None and self.weight.grad is not None
         return {"loss": loss.detach(), "rows": self.rows.grad.clone(), "weight": self.weight.grad[:1000].clone()}
-
-    def prepare(self) -> None:
-        """The same rows every time."""
-
-    def step(self) -> dict[str, float]:
-        """Forward and backward."""
-        self._forward_backward()
-        return {}
 
     def _forward_backward(self) -> Tensor:
         self.rows.grad = self.weight.grad = None
