@@ -3,7 +3,7 @@
     python examples/read_lines/run.py --seed 1 --json read_lines.json
     python examples/read_lines/run.py --seed 1 --json control.json --control
 
-Starts from the encoder of examples/read_words (--encoder). Strips of 3,000 words train it; 500 other words are held
+Starts from the encoder of examples/read_words (--encoder). Strips of 7,500 words train it; 500 other words are held
 out, and so are typefaces. With --control every training strip gets the word of another one: what is learned then is
 which words there are. The figures go to the JSON file, the curve to the run folder. README.md has the results.
 """
@@ -46,7 +46,7 @@ class Sizes(argparse.Namespace):
     """Words for training and held out, strips for training and of each test set, steps."""
 
 
-FULL = Sizes(words=3000, unseen=500, strips=100_000, test=500, steps=3000)
+FULL = Sizes(words=7500, unseen=500, strips=100_000, test=500, steps=3000)
 TINY = Sizes(words=60, unseen=20, strips=200, test=24, steps=6)
 
 

@@ -56,7 +56,7 @@ def test_the_configuration_loads_and_holds_words_out() -> None:
     finally:
         sys.path.remove(str(RECIPE))
     words = recipe.draw_words(recipe.FULL)
-    assert [len(words[name]) for name in ("train", "unseen", "scrambled")] == [3000, 500, 500]
+    assert [len(words[name]) for name in ("train", "unseen", "scrambled")] == [7500, 500, 500]
     assert not set(words["train"]) & set(words["unseen"])
     originals = {"".join(sorted(word)) for word in words["train"]}
     assert all("".join(sorted(word)) in originals for word in words["scrambled"])
