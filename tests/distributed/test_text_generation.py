@@ -120,6 +120,24 @@ def test_a_run_goes_on_to_the_bit_and_in_another_layout(
     assert_alike(figures(tmp_path / "other"), references["llama"], 2e-5)
 
 
+def test_a_run_with_frozen_first_layers_goes_on(sources: dict[str, str], tmp_path: Path) -> None:
+    """Gated layers are stored by gates and ups, and layers by themselves where some are frozen."""
+
+    def run(name: str, parallel: dict[str, Any], **train: Any) -> dict[str, Any]:
+        data = config_of(sources, tmp_path / name, parallel={"timeout_s": 60, **parallel}, train=train)
+        return {**data, "freeze": ["objectives.read.decoder.transformer.layers.0", "encoder.layers.0-1"]}
+
+    sequence = {**SEQUENCE, "use_distributed_optimizer": True}
+    half = {"stop_after_steps": 3}
+    runs = {"straight": run("straight", OVERLAP), "a": run("same", OVERLAP, **half), "b": run("same", OVERLAP)}
+    runs |= {"c": run("other", sequence, **half), "d": run("other", OVERLAP)}
+    ranks = run_distributed(walk_filled, 2, runs)
+    assert figures(tmp_path / "same") == figures(tmp_path / "straight")
+    assert_alike(figures(tmp_path / "other"), figures(tmp_path / "straight"), 2e-5)
+    for name, values in ranks[0]["straight"].items():
+        assert (values - ranks[0]["d"][name]).abs().max() < 2e-3, name
+
+
 def test_held_out_texts_are_measured_alike_under_every_layout(sources: dict[str, str], tmp_path: Path) -> None:
     found = {}
     for size, name, layout in ((1, "one", {}), (2, "tp2_sp", SEQUENCE), (2, "vpp", VIRTUAL), (2, "dp2", OVERLAP)):
