@@ -10,6 +10,7 @@ import torch
 
 from megatron_ove.convert.checkpoint_files import read_tensors
 from megatron_ove.data.class_counts import fill_in_class_counts
+from megatron_ove.data.shard_fit import open_shard_sets
 from megatron_ove.errors import CheckpointError, DataError
 from tests.distributed.test_toy_kinds import (
     NUM_STEPS,
@@ -153,6 +154,8 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_a_teacher_that_is_not_there_or_has_changed_is_a_sentence(sources: dict[str, str], tmp_path: Path) -> None:
     data = config_of(sources, tmp_path / "run")
+    data["objectives"]["keep"]["teacher"] = {"path": sources["teacher"]}  # a run: not yet the very checkpoint
+    assert set(open_shard_sets(check(data))) == {"pictures", "pages"}
     data["objectives"]["keep"]["teacher"] = {"path": str(tmp_path / "nothing"), "fingerprint": None}
     with pytest.raises(
         DataError, match=r"objectives\.keep: teacher\.path = .* holds no finished checkpoint and is no Hug"

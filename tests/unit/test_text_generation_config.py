@@ -104,6 +104,14 @@ def test_sizes_are_those_of_the_folder_or_of_the_tokenizer(folder: Path, tmp_pat
         load(plain(folder, tokenizer=str(tmp_path / "nothing")))
 
 
+def test_sets_are_looked_at_before_and_after_sizes_are_known(folder: Path) -> None:
+    """As `train --check` does."""
+    for config in (config_from_dict(plain(folder), "tiny"), load(plain(folder))):
+        assert set(open_shard_sets(config)) == {"documents"}
+    missing = config_from_dict(plain(folder, decoder={"path": str(folder / "nothing")}), "tiny")
+    assert "objectives.read: " in mismatches(missing)
+
+
 def mismatches(config: Any) -> str:
     with pytest.raises(ConfigError) as error:
         open_shard_sets(config)

@@ -28,7 +28,7 @@ def find_teacher_mismatches(run: TrainConfig, name: str, sets: Mapping[str, Any]
     section = run.objectives[name]
     assert isinstance(section, FeatureReconstructionConfig)
     try:
-        teacher = read_teacher_config(section.teacher.path)
+        teacher = read_teacher_config(resolve_teacher(section.teacher).path)
     except CheckpointError as error:
         return [f"objectives.{name}.teacher: {error}"]
     problems = []

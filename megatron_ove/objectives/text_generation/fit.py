@@ -14,7 +14,7 @@ from megatron_ove.convert.decoder_config import read_decoder_config
 from megatron_ove.data.planner import PlannedBudget, PlannedSource
 from megatron_ove.data.text_budget import TextCounts, describe_counts, open_texts, text_budget
 from megatron_ove.decoder.bridge import SHUFFLE_SIDE, count_image_tokens
-from megatron_ove.errors import ConfigError, DataError
+from megatron_ove.errors import CheckpointError, ConfigError, DataError
 from megatron_ove.objectives.text_generation.text_layout import TextTemplates, longest_text, tokenizer_at
 from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.shards.token_cache import SourceTexts
@@ -93,14 +93,15 @@ def find_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet]) -
     """
     section, problems = _section(run, name), []
     try:
+        decoder = _known_decoder(section)
         tokenizer = tokenizer_at(section.tokenizer_path, section.normalisation)
         TextTemplates(section, tokenizer)
-    except (ConfigError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
         return [f"objectives.{name}: {error}"]
-    if tokenizer.vocab_size > (section.decoder.vocab_size or 0):
+    if tokenizer.vocab_size > (decoder.vocab_size or 0):
         problems.append(
             f"objectives.{name}: {tokenizer.path} has {tokenizer.vocab_size} tokens, more than decoder.vocab_size = "
-            f"{section.decoder.vocab_size}; use the decoder's own tokenizer, or raise vocab_size"
+            f"{decoder.vocab_size}; use the decoder's own tokenizer, or raise vocab_size"
         )
     for source, shards in sets.items():
         if not shards.info.has_pages:
@@ -109,10 +110,10 @@ def find_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet]) -
                 "any text; name sources of kind document"
             )
         longest = section.max_text_tokens + most_image_tokens(run, section, source)
-        if longest > section.decoder.max_positions and section.decoder.kind == "opt":
+        if longest > decoder.max_positions and decoder.kind == "opt":
             problems.append(
                 f"objectives.{name}: texts of data.sources.{source} can have {longest} tokens with their pictures, "
-                f"more than decoder.max_positions = {section.decoder.max_positions}; lower max_text_tokens or the "
+                f"more than decoder.max_positions = {decoder.max_positions}; lower max_text_tokens or the "
                 "pictures' max_patches, or use a bridge with fewer image tokens"
             )
     if not problems:
@@ -192,6 +193,13 @@ def _text_tokens(
 ) -> np.ndarray:
     turns = texts.turn_counts()[rows] if view == "turns" else np.ones(len(rows), dtype=np.int32)
     return longest_text(section, texts.lengths(view)[rows], turns, templates.overhead)
+
+
+def _known_decoder(section: TextGenerationConfig) -> TextDecoderConfig:
+    """Returns the decoder with all sizes, also of a section that is still to be filled in."""
+    if section.decoder.is_known:
+        return section.decoder
+    return TextDecoderConfig.model_validate(decoder_of(section, ())["decoder"])
 
 
 def _section(run: TrainConfig, name: str) -> TextGenerationConfig:
