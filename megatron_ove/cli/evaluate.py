@@ -38,8 +38,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--group-pattern", help="regular expression; its first group, found in a key, names the group")
     parser.add_argument("--k", type=int, default=10, help="cut-off of rankings (default 10)")
     parser.add_argument("--image-size", type=int, help="side of images in pixels (default: that of the training)")
-    parser.add_argument("--max-patches", type=int, default=1024, help="most patches of a page or clip (default 1024)")
-    parser.add_argument("--max-tokens", type=int, help="most tokens that a reader writes of a document (default 256)")
+    parser.add_argument(
+        "--max-patches",
+        type=int,
+        help="most patches of a page or clip (default 1024; of a reader as many as it was trained with)",
+    )
+    parser.add_argument("--max-tokens", type=int, help="most tokens of a document for a reader (default: as trained)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--output", help="also write the figures to this JSON file")
     parser.add_argument("--pages", type=int, default=5, help="pages whose words are printed (default 5; 0 = none)")
@@ -99,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_exported_model(arguments.model).to(arguments.device)
     patch_size = int(model.config.patch_size)
     image_size = int(model.config.image_size) if arguments.image_size is None else arguments.image_size
-    settings = SampleSettings(patch_size=patch_size, image_size=image_size, max_patches=arguments.max_patches)
+    settings = SampleSettings(patch_size=patch_size, image_size=image_size, max_patches=arguments.max_patches or 1024)
     embedded = embed_shard_set(huggingface_encoder(model, patch_size), shards, settings, device=arguments.device)
     head = load_class_head(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
     figures = evaluate_embeddings(embedded, k=arguments.k, head=head, group_pattern=arguments.group_pattern)
@@ -135,8 +139,13 @@ def _evaluate_reader(arguments: argparse.Namespace) -> int:
                 "away"
             )
     shards, model = ShardSet.open(arguments.shards), load_exported_reader(arguments.model).to(arguments.device)
-    settings = ReadingSettings(arguments.max_patches, arguments.max_tokens or 256, arguments.device)
-    read = read_set(model, TextTokenizer(arguments.model), shards, settings)
+    trained = model.config.trained_on
+    most_patches = arguments.max_patches or trained.get("max_patches") or 1024
+    settings = ReadingSettings(
+        most_patches, arguments.max_tokens or trained.get("max_text_tokens") or 256, arguments.device
+    )
+    tokenizer = TextTokenizer(arguments.model, normalisation=model.config.normalisation)
+    read = read_set(model, tokenizer, shards, settings)
     given = {"loss": read.loss, "token_accuracy": read.token_accuracy}
     figures = {"answers": given, **text_figures(read.texts)}
     sys.stdout.write(f"{len(read.texts)} documents of {arguments.shards}, {read.without_text} more without a text\n")

@@ -15,8 +15,8 @@ class TeacherConfig(StrictModel):
     """A frozen encoder."""
 
     path: str
-    """Run folder (its newest checkpoint is taken), checkpoint, or HuggingFace folder of a OneVision-Encoder with the
-    run's patch size. Read again when a run resumes, so it must stay where it is."""
+    """Checkpoint, HuggingFace folder, or run folder (its newest checkpoint is taken, so of a run that is over) of a
+    OneVision-Encoder with the run's patch size. Read again when a run resumes, so it must stay as it is."""
     fingerprint: str | None = None
     """Of its weights; filled in, and compared when a run resumes."""
     max_patches: Annotated[int, Field(gt=0)] | None = None

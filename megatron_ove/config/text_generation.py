@@ -161,6 +161,8 @@ class TextGenerationConfig(ObjectiveConfig):
     sample's captions, drawn by its seed. Or source -> one of these, of one decoder that serves several."""
     tokenizer: str | None = None
     """Folder with tokenizer.json, or the file; null = that of decoder.path."""
+    tokenizer_fingerprint: str | None = None
+    """Of the tokenizer's meaning; filled in, and compared when a run resumes or a reader is exported."""
     normalisation: Literal["none", "nfc"] = "none"
     """What is done to texts before they are encoded; nfc = Unicode's composed form."""
     instructions: dict[str, str] = {}
@@ -187,7 +189,8 @@ class TextGenerationConfig(ObjectiveConfig):
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
-        return () if self.decoder.is_known else ("decoder",)
+        is_known = self.decoder.is_known and self.tokenizer_fingerprint is not None
+        return () if is_known else ("decoder", "tokenizer_fingerprint")
 
     @property
     def tokenizer_path(self) -> str:

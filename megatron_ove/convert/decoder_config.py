@@ -29,12 +29,18 @@ _FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "enable_bias": (True,),
         "layer_norm_elementwise_affine": (True,),
     },
-    "qwen2": {"hidden_act": ("silu",), "use_sliding_window": (False,), "rope_scaling": (None,)},
+    "qwen2": {
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False,),
+        "rope_scaling": (None,),
+        "partial_rotary_factor": (1.0,),
+    },
     "llama": {
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "mlp_bias": (False,),
         "rope_scaling": (None,),
+        "partial_rotary_factor": (1.0,),
         "pretraining_tp": (1,),
     },
 }
@@ -81,6 +87,7 @@ def decoder_from_hf(values: Mapping[str, Any], *, origin: str, folder: str | Non
             "read; name a folder of one of these"
         )
     values = {**_PUBLISHED_DEFAULTS[kind], **{key: value for key, value in values.items() if value is not None}}
+    values |= _rotary_of(values)
     for key, allowed in _FIXED[kind].items():
         if values.get(key, allowed[0]) not in allowed:
             raise CheckpointError(
@@ -123,6 +130,21 @@ def decoder_from_hf(values: Mapping[str, Any], *, origin: str, folder: str | Non
         raise CheckpointError(
             f"{origin} describes a decoder that cannot be built ({reason}); correct the file"
         ) from error
+
+
+def _rotary_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns rope_theta and rope_scaling as transformers 4 writes them; 5 writes both as rope_parameters."""
+    rope = values.get("rope_parameters")
+    found: dict[str, Any] = {"rope_scaling": values.get("rope_scaling")}
+    if isinstance(rope, Mapping):
+        is_plain = rope.get("rope_type", "default") == "default" and set(rope) <= {"rope_type", "rope_theta"}
+        found = {"rope_scaling": None if is_plain else dict(rope)}
+        if "rope_theta" in rope:
+            found["rope_theta"] = rope["rope_theta"]
+    scaling = found["rope_scaling"]
+    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) == "default":
+        found["rope_scaling"] = None
+    return found
 
 
 def decoder_to_hf(section: TextDecoderConfig, *, dtype: str, end_token_id: int) -> dict[str, Any]:

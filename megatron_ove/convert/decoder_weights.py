@@ -68,7 +68,10 @@ class PublishedDecoder:
         stems = [root] if any(name.startswith(root) for name in self._file_of) else [root, root.partition(".")[2], ""]
         for removed in stems[1:]:
             if any(name.startswith(f"{removed}embed_tokens") for name in self._file_of):
-                renamed = {f"{root}{name.removeprefix(removed)}": name for name in self._file_of}
+                kept = ("lm_head.weight",)  # stands beside the model, whatever the model is called
+                renamed = {
+                    name if name in kept else f"{root}{name.removeprefix(removed)}": name for name in self._file_of
+                }
                 break
         else:
             renamed = {name: name for name in self._file_of}
@@ -89,14 +92,14 @@ class PublishedDecoder:
         entry = self._entries[name]
         try:
             parts = [self._read(one) for one in entry.theirs]
-            rows = {len(part) for part in parts if entry.rule == "vocabulary"}
-            joined = _join(entry, parts, self._section) if rows <= {self._section.vocab_size} else parts[0]
+            is_whole = entry.rule != "vocabulary" or len(parts[0]) == self._section.vocab_size
+            joined = _join(entry, parts, self._section) if is_whole else parts[0]
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self._folder} has {entry.theirs[0]} in a form that cannot be read ({error}); fetch it again"
             ) from error
         shape = self._shapes[name]
-        if tuple(joined.shape) != shape:
+        if tuple(joined.shape) != shape or not is_whole:
             raise CheckpointError(
                 f"{self._folder} has {entry.theirs[0]} of another shape than its config.json says "
                 f"({list(joined.shape)}, not {list(shape)}); fetch it again"

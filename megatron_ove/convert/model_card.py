@@ -126,7 +126,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained("FOLDER")
 
 # Sides must be whole patches of {patch} pixels. Pages are shown whole, at their own aspect.

@@ -33,6 +33,7 @@ def export_reader(
     output_dir: str | Path,
     *,
     objective: str,
+    view: str,
     template: Mapping[str, list[int]],
     end_token: int,
     tokenizer: bytes,
@@ -44,6 +45,7 @@ def export_reader(
         checkpoint_dir: a checkpoint folder.
         output_dir: new folder.
         objective: of kind text_generation.
+        view: what of it the reader asks for: text, turns or captions.
         template: token ids around image tokens and texts, see `OneVisionReaderConfig`.
         end_token: id of what ends an answer.
         tokenizer: content of tokenizer.json.
@@ -83,10 +85,17 @@ def export_reader(
         },
         "template": dict(template),
         "end_token_id": end_token,
+        "normalisation": section.normalisation,
+        "trained_on": {
+            "texts": view,
+            "max_patches": _most_patches(facts, section),
+            "max_text_tokens": section.max_text_tokens,
+        },
         "image_size": image_size,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    card = describe_reader(facts, objective, num_parameters=sum(tensor.numel() for tensor in published.values()))
+    counted = [tensor.numel() for name, tensor in published.items() if not (section.decoder.tied and "lm_head" in name)]
+    card = describe_reader(facts, objective, num_parameters=sum(counted))
     files = {
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": _json(
@@ -147,6 +156,14 @@ def _modules_of(
         for part in ("bridge.", "decoder.")
     ]
     return parts[0], parts[1]
+
+
+def _most_patches(facts: Mapping[str, Any], section: TextGenerationConfig) -> int | None:
+    """Returns the most patches of a page that any source of the objective showed; None = its sources say none."""
+    sources = facts["config"].get("data", {}).get("sources", {})
+    given = [sources[name].get("max_patches") for name in section.sources if name in sources]
+    numbers = [number for one in given for number in (one if isinstance(one, list | tuple) else [one]) if number]
+    return max(numbers, default=None)
 
 
 def _token_table(section: TextGenerationConfig) -> str:

@@ -49,22 +49,24 @@ class _VocabularyLoss(torch.autograd.Function):
         first = weight.shape[0] * group.rank()
         local = targets - first
         is_mine = (local >= 0) & (local < weight.shape[0])
-        # of every row: largest logit, sum of exponentials above it, the target's logit
-        parts = rows.new_empty(len(rows), 3, dtype=torch.float32)
+        # of every row: largest logit, sum of exponentials above it, the target's logit, the likeliest token, for which
+        # fp32 is exact up to 16 million
+        parts = rows.new_empty(len(rows), 4, dtype=torch.float32)
         for chunk in _chunks(rows, weight, chunk_rows):
             logits = _logits(rows[chunk], weight, vocab_size - first)
-            parts[chunk, 0] = logits.amax(1)
+            largest, best = logits.max(1)
+            parts[chunk, 0], parts[chunk, 3] = largest, (best + first).float()
             own = logits.gather(1, local[chunk].clamp(0, weight.shape[0] - 1)[:, None])[:, 0]
             parts[chunk, 2] = own.masked_fill(~is_mine[chunk], 0.0)
             # A rank may hold padding only: its largest logit is -inf, and its sum must be 0 and not nan.
             parts[chunk, 1] = logits.sub_(parts[chunk, 0].nan_to_num(neginf=0.0)[:, None]).exp_().sum(1)
-        largest, sums, target = _gather(parts, group).unbind(-1)  # [ranks, A] each
-        top = largest.amax(0)
+        largest, sums, target, best = _gather(parts, group).unbind(-1)  # [ranks, A] each
+        top, winner = largest.max(0)
         log_sum = top + (sums * (largest - top).exp()).sum(0).log()
         target = target.sum(0)
         ctx.save_for_backward(rows, weight, local, is_mine, log_sum)
         ctx.group, ctx.columns, ctx.chunk_rows = group, vocab_size - first, chunk_rows
-        is_right = target == top
+        is_right = best.gather(0, winner[None])[0] == targets
         ctx.mark_non_differentiable(is_right)
         return log_sum - target, is_right
 
@@ -103,7 +105,7 @@ def _logits(rows: Tensor, weight: Tensor, columns: int) -> Tensor:
 
 
 def _gather(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Returns [ranks, A, 3] of all ranks."""
+    """Returns [ranks, A, parts] of all ranks."""
     if group.size() == 1:
         return parts[None]
     everyone = parts.new_empty(group.size() * len(parts), parts.shape[1])

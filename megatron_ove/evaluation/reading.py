@@ -30,7 +30,7 @@ class ReadingSettings:
 
     Attributes:
         max_patches: most patches of a page, which is scaled down to as many.
-        max_tokens: most tokens that are written of a document.
+        max_tokens: most tokens that are written of a document, and of its text that the loss is taken of.
         device: torch device.
     """
 
@@ -69,32 +69,43 @@ def read_set(model: Any, tokenizer: TextTokenizer, shards: ShardSet, settings: R
         settings: see there.
 
     Raises:
-        DataError: the set holds no documents, or one cannot be read.
+        DataError: the set holds no documents with a text, one cannot be read, or the reader writes something else.
     """
     if not shards.info.has_pages:
         raise DataError(
             f"{shards.directory} holds samples of kind {shards.info.kind}, which have no text to compare with; give a "
             "document set"
         )
-    wanted = [(row, shards.read_document(row).text) for row in range(len(shards))]
-    rows = [(row, text) for row, text in wanted if text]
+    view = model.config.trained_on.get("texts", "text")
+    if view != "text":
+        raise DataError(
+            f"the reader learned to write {view}, and it is compared with what stands on the pages; measure it with "
+            "evaluation.sets while it trains"
+        )
     pages = _Pages(shards, int(model.config.vision_config.patch_size), settings)
-    end, texts, losses, right = int(model.config.end_token_id), [], [], 0
-    for start in range(0, len(rows), _TOGETHER):
-        chunk = rows[start : start + _TOGETHER]
+    end, keys, texts, loss = int(model.config.end_token_id), [], [], 0.0
+    count = right = 0
+    for start in range(0, len(shards), _TOGETHER):
+        stored = ((row, shards.read_document(row).text) for row in range(start, min(start + _TOGETHER, len(shards))))
+        chunk = [(row, tokenizer.normalise(text)) for row, text in stored if text]
+        if not chunk:
+            continue
         pictures = [pages.of(row) for row, _ in chunk]
         ids = model.generate(pictures, max_new_tokens=settings.max_tokens).tolist()
-        labels = [[*own, end] for own in tokenizer.encode([text for _, text in chunk])]
-        output = model(pictures, labels)
-        flat = [token for own in labels for token in own]
-        losses += [float(output.loss)] * len(flat)
-        right += int((output.logits.argmax(-1).cpu() == torch.tensor(flat)).sum())
-        for (_, text), own in zip(chunk, ids, strict=True):
+        keys += [shards.key(row) for row, _ in chunk]
+        for (_, text), own, page in zip(chunk, ids, pictures, strict=True):
             written = own[: own.index(end)] if end in own else own
             texts.append(WrittenText(text, tokenizer.decode(written), is_cut=end not in own))
-    count = max(1, len(losses))
-    keys = [shards.key(row) for row, _ in rows]
-    return ReadSet(keys, texts, sum(losses) / count, right / count, len(wanted) - len(rows))
+            labels = [*tokenizer.encode([text])[0], end][: settings.max_tokens]
+            output = model([page], [labels])  # one by one: the logits of many long texts are many GB
+            loss += float(output.loss) * len(labels)
+            right += int((output.logits.argmax(-1).cpu() == torch.tensor(labels)).sum())
+            count += len(labels)
+    if not texts:
+        raise DataError(
+            f"{shards.directory} holds no document with a text, so there is nothing to read; give another set"
+        )
+    return ReadSet(keys, texts, loss / count, right / count, len(shards) - len(texts))
 
 
 class _Pages:

@@ -23,6 +23,9 @@ class OneVisionReaderConfig(PretrainedConfig):
         template: token ids that stand around image tokens and texts: "before_images", "after_images",
             "before_question", "before_answer", lists of them, and "question", what is asked if nothing else is.
         end_token_id: ends an answer.
+        normalisation: what was done to texts before they were encoded: "none", or "nfc", Unicode's composed form.
+        trained_on: "texts": what it learned to write ("text", "turns" or "captions"), "max_patches": the most patches
+            of a page, "max_text_tokens": the most tokens of a text.
     """
 
     model_type = "onevision_reader"
@@ -35,6 +38,8 @@ class OneVisionReaderConfig(PretrainedConfig):
         bridge: Mapping[str, Any] | None = None,
         template: Mapping[str, list[int]] | None = None,
         end_token_id: int = 0,
+        normalisation: str = "none",
+        trained_on: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if vision_config is None or isinstance(vision_config, Mapping):
@@ -46,6 +51,7 @@ class OneVisionReaderConfig(PretrainedConfig):
         self.bridge = dict(bridge or {"kind": "linear"})
         names = ("before_images", "after_images", "before_question", "before_answer", "question")
         self.template = {name: list((template or {}).get(name, [])) for name in names}
-        self.end_token_id = end_token_id
+        self.end_token_id, self.normalisation = end_token_id, normalisation
+        self.trained_on = dict(trained_on or {})
         kwargs.pop("tie_word_embeddings", None)  # the decoder's own configuration says it
         super().__init__(tie_word_embeddings=False, **kwargs)

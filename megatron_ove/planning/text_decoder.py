@@ -33,7 +33,9 @@ class TextGenerationFootprint(ObjectiveFootprint):
         mlp = (2 if decoder.kind == "opt" else 4) * ffn  # gate, up, their product and the activation
         layer = 4 * share * hidden + tokens * (4 * hidden + 4 * keys + mlp) // layout.tensor
         kept = ((decoder.num_layers or 0) * layer + 3 * tokens * hidden) * item
-        return ChunkActivations(kept, 0, 3 * LOGIT_BYTES + 2 * tokens * (hidden + ffn // layout.tensor) * item)
+        # The table's gradient is added up in fp32 beside the product of a few rows, then rounded.
+        table = decoder.padded_vocab // layout.tensor * hidden * (4 + (0 if item == 4 else 4 + item))
+        return ChunkActivations(kept, 0, 3 * LOGIT_BYTES + table + 2 * tokens * (hidden + ffn // layout.tensor) * item)
 
 
 def _decoder(section: TextDecoderConfig, tensor: int) -> list[Parameter]:

@@ -172,6 +172,13 @@ def read_decoder_config_of(values: dict[str, Any], tmp_path: Path) -> Any:
         ("opt", {"do_layer_norm_before": False}, "has do_layer_norm_before = False, and this decoder computes True"),
         ("qwen2", {"use_sliding_window": True}, "has use_sliding_window = True, and this decoder computes False"),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "has rope_scaling = {'rope_type': 'llama3'}"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
+            "has rope_scaling = {'rope_type': 'llama3', 'rope_theta': 500000.0, 'factor': 8.0}, and this decoder",
+        ),
+        ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "has rope_scaling = {'full_attention'"),
+        ("qwen2", {"partial_rotary_factor": 0.5}, "has partial_rotary_factor = 0.5, and this decoder computes 1.0"),
         ("llama", {"head_dim": 32}, "has head_dim = 32, and this decoder's is hidden_size / num_attention_heads = 16"),
         ("llama", {"model_type": "gpt2"}, "describes a model of type 'gpt2', and decoders of type opt, qwen2, llama"),
         ("llama", {"hidden_size": None}, "lacks hidden_size, so no decoder can be built"),
@@ -185,6 +192,26 @@ def test_a_decoder_that_would_say_something_else_is_refused(
     with pytest.raises(CheckpointError, match=r"again/config\.json") as error:
         read_decoder_config_of(values, tmp_path)
     assert sentence in str(error.value)
+
+
+def test_rotary_positions_are_read_as_transformers_5_writes_them(tmp_path: Path) -> None:
+    values = decoder_to_hf(SECTIONS["qwen2"], dtype="float32", end_token_id=0)
+    del values["rope_theta"], values["rope_scaling"]
+    values["rope_parameters"] = {"rope_theta": 1e6, "rope_type": "default"}
+    assert read_decoder_config_of(values, tmp_path).rope_theta == 1e6
+
+
+def test_a_file_of_the_bare_model_is_read(tmp_path: Path) -> None:
+    """Its names begin without the model's prefix; lm_head stands beside it."""
+    from safetensors.torch import load_file, save_file
+
+    folder = write_published_decoder(tmp_path / "decoder", SECTIONS["llama"])
+    state = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in state.items()}, folder / "model.safetensors")
+    section = read_decoder_config(folder)
+    published = PublishedDecoder(folder, section)
+    found = decoder_to_published({name: published.whole(name) for name in published_shapes(section)}, section)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
 def test_a_folder_whose_weights_are_not_its_configuration_s_is_refused(tmp_path: Path) -> None:

@@ -130,6 +130,27 @@ def test_it_has_the_loss_of_the_run(run: dict[str, Any]) -> None:
     assert total / count == pytest.approx(run["loss"], rel=1e-5)
 
 
+def test_evaluate_reads_what_stands_on_pages_and_nothing_else(
+    run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, figures = run["data"]["evaluation"]["sets"]["read"], tmp_path / "figures.json"
+    command = ["evaluate", "--model", str(run["folder"]), "--shards", shards, "--output", str(figures)]
+    if view_of(run)["texts"] != "text":
+        assert main(command) != 0
+        assert "and it is compared with what stands on the pages" in capsys.readouterr().err
+        return
+    assert main([*command, "--max-tokens", "5", "--k", "3"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    assert set(found) == {"answers", "strict", "published"} and "8 documents" in shown and "1 more without" in shown
+    wanted, written = zip(*run["texts"], strict=True)
+    exact = sum(a == b for a, b in zip(wanted, written, strict=True)) / len(wanted)
+    assert found["strict"]["exact"] == exact and found["strict"]["cut"] == 1.0
+    assert found["published"]["edit_distance"] > 0.5
+    assert main([*command, "--objective", "read"]) != 0
+    assert "--objective has no effect on a reader" in capsys.readouterr().err
+
+
 def test_texts_of_several_lengths_are_generated_together(run: dict[str, Any]) -> None:
     model = load(run["folder"])
     pages = [pages for pages, _ in held_out_documents(run["data"])][:3]

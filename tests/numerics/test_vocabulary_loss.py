@@ -57,6 +57,22 @@ def test_losses_and_gradients_are_those_of_the_whole_table(size: int, dtype: tor
         assert max(differences) < tolerance
 
 
+def test_of_equal_logits_the_lowest_token_is_the_likeliest() -> None:
+    assert run_distributed(tie, 2)[1] == [True, False, False]
+
+
+def tie(rank: int, size: int) -> list[bool]:
+    import torch.distributed as dist
+
+    from megatron_ove.decoder.vocabulary_loss import vocabulary_loss
+
+    table = torch.zeros(4, 8)
+    _, is_right = vocabulary_loss(
+        torch.ones(3, 8), table, torch.tensor([0, 3, 5]), group=dist.group.WORLD, vocab_size=7
+    )
+    return is_right.tolist()
+
+
 def test_only_what_learns_gets_a_gradient() -> None:
     assert run_distributed(freeze, 1)[0] == (True, True)
 

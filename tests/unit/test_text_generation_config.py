@@ -98,6 +98,12 @@ def test_sizes_are_those_of_the_folder_or_of_the_tokenizer(folder: Path, tmp_pat
         DataError, match=r"objectives\.read: decoder\.num_layers = 9, but .* holds a decoder with 2; leave"
     ):
         load(plain(folder, decoder={"path": str(published), "num_layers": 9}))
+    whole = {**load(plain(folder, decoder={"path": str(published)})).model_dump()["objectives"]["read"]["decoder"]}
+    other = {**whole, "rope_theta": 1e5}  # all sizes are there, so that nothing is to be filled in
+    with pytest.raises(ConfigError, match=r"objectives\.read: decoder\.rope_theta = 100000\.0, but .* with 10000\.0"):
+        open_shard_sets(load(plain(folder, decoder=other, tokenizer_fingerprint=known_fingerprint(folder))))
+    with pytest.raises(DataError, match=r"is another tokenizer than tokenizer_fingerprint = 0123 says"):
+        load(plain(folder, tokenizer_fingerprint="0123"))
     with pytest.raises(DataError, match=r"objectives\.read: .*nothing/config\.json cannot be read"):
         load(plain(folder, decoder={"path": str(tmp_path / "nothing")}))
     with pytest.raises(DataError, match=r"objectives\.read: .*nothing.* cannot be read \(No such file or directory\)"):
@@ -116,6 +122,12 @@ def mismatches(config: Any) -> str:
     with pytest.raises(ConfigError) as error:
         open_shard_sets(config)
     return str(error.value)
+
+
+def known_fingerprint(folder: Path) -> str:
+    from megatron_ove.shards.token_cache import TextTokenizer
+
+    return TextTokenizer(folder / "tokenizer").fingerprint
 
 
 def test_what_does_not_fit_the_sets_gets_its_sentence(folder: Path, tmp_path: Path) -> None:

@@ -113,7 +113,9 @@ def test_no_text_is_longer_than_it_was_planned(tokenizer: TextTokenizer, texts: 
         own = cached(tokenizer, document)
         length = sum(len(ids) for role, _, ids in own if role in roles)
         turns = len(document.turns) if texts == "turns" else 1
-        most = longest_text(config, np.array([length]), np.array([turns]), templates.overhead)[0]
+        most = longest_text(config, np.array([length]), np.array([turns]), templates.overhead_of(config.view_of("d")))[
+            0
+        ]
         for seed in range(3):
             layout = lay_out(questions_of(own, config.view_of("d"), templates, seed), templates, config.max_text_tokens)
             assert len(layout.before) + len(layout.rest) <= most <= 12
@@ -122,8 +124,10 @@ def test_no_text_is_longer_than_it_was_planned(tokenizer: TextTokenizer, texts: 
 def test_an_end_token_that_is_not_there_is_a_sentence(tokenizer: TextTokenizer) -> None:
     with pytest.raises(ConfigError) as error:
         TextTemplates(section(tokenizer, template={"end_token": "</s>"}), tokenizer)
-    assert "template.end_token = '</s>' is no token of" in str(error.value)
-    assert "its special tokens are <|endoftext|>" in str(error.value)
+    assert "template.end_token = '</s>' is no special token of" in str(error.value)
+    assert "(which has <|endoftext|>), so answers would not end" in str(error.value)
+    with pytest.raises(ConfigError, match=r"template\.end_token = 'a' is no special token of"):
+        TextTemplates(section(tokenizer, template={"end_token": "a"}), tokenizer)
 
 
 def pack_of(lengths: list[int], sample: list[int]) -> PatchPack:

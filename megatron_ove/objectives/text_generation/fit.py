@@ -26,25 +26,31 @@ _IDENTITY = (
 
 
 def decoder_of(section: TextGenerationConfig, infos: Sequence[Any]) -> Mapping[str, Any]:
-    """Returns the decoder with all sizes: its folder's, or the tokenizer's number of tokens.
+    """Returns the decoder with all sizes, its folder's or the tokenizer's number of tokens, and the tokenizer's mark.
 
     Raises:
         CheckpointError, DataError: the folder or the tokenizer cannot be used, or sizes are given that the folder has
             not.
     """
     del infos
-    given = section.decoder
+    given, tokenizer = section.decoder, tokenizer_at(section.tokenizer_path, section.normalisation)
+    filled: dict[str, Any] = {"tokenizer_fingerprint": tokenizer.fingerprint}
+    if section.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise DataError(
+            f"{tokenizer.path} is another tokenizer than tokenizer_fingerprint = {section.tokenizer_fingerprint} says; "
+            "put the right one there, or leave the fingerprint out of a new run"
+        )
     if given.path is None:
-        tokenizer = tokenizer_at(section.tokenizer_path, section.normalisation)
-        return {"decoder": given.model_copy(update={"vocab_size": tokenizer.vocab_size}).model_dump()}
+        return {**filled, "decoder": given.model_copy(update={"vocab_size": given.vocab_size or tokenizer.vocab_size})
+                .model_dump()}  # fmt: skip
     found = read_decoder_config(given.path)
-    for field in given.model_fields_set - {"path"}:
+    for field in sorted(given.model_fields_set - {"path"}):
         if getattr(given, field) not in (None, getattr(found, field)):
             raise DataError(
                 f"decoder.{field} = {getattr(given, field)}, but {given.path} holds a decoder with "
                 f"{getattr(found, field)}; leave out what the folder says"
             )
-    return {"decoder": found.model_dump()}
+    return {**filled, "decoder": found.model_dump()}
 
 
 def budgets(run: TrainConfig, name: str) -> list[PlannedBudget]:
@@ -71,15 +77,16 @@ def budgets(run: TrainConfig, name: str) -> list[PlannedBudget]:
 
 
 def most_image_tokens(run: TrainConfig, section: TextGenerationConfig, source: str) -> int:
-    """Returns the image tokens of a sample whose pictures are as large as the configuration allows, and square."""
+    """Returns the most image tokens of a sample whose pictures are as large as the configuration allows, whatever their
+    aspect."""
     config = run.data.sources[source]
     pages = getattr(config, "max_pages", 1)
     patches = max(config.list_budgets(run.encoder.patch_size))
     if section.bridge.kind == "queries":
         return pages * (section.bridge.num_queries or 0)
     if section.bridge.kind == "pixel_shuffle":
-        side = int(np.ceil(np.sqrt(patches / pages)))
-        return pages * int(-(-side // SHUFFLE_SIDE)) ** 2
+        rows = np.arange(1, patches // pages + 1)
+        return pages * int((-(-rows // SHUFFLE_SIDE) * -(-(patches // pages // rows) // SHUFFLE_SIDE)).max())
     return patches
 
 
@@ -95,7 +102,7 @@ def find_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet]) -
     try:
         decoder = _known_decoder(section)
         tokenizer = tokenizer_at(section.tokenizer_path, section.normalisation)
-        TextTemplates(section, tokenizer)
+        templates = TextTemplates(section, tokenizer)
     except (CheckpointError, ConfigError, DataError) as error:
         return [f"objectives.{name}: {error}"]
     if tokenizer.vocab_size > (decoder.vocab_size or 0):
@@ -109,7 +116,13 @@ def find_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet]) -
                 f"objectives.{name}.source names {source}, whose set holds samples of kind {shards.info.kind} without "
                 "any text; name sources of kind document"
             )
-        longest = section.max_text_tokens + most_image_tokens(run, section, source)
+        # An answer may be written behind a whole text of several turns, or behind what stands before the only one.
+        view = section.view_of(source)
+        before = (
+            section.max_text_tokens if view == "turns" else sum(templates.overhead_of(view)) - 1
+        )  # no end token yet
+        written = before + (section.max_written_tokens or section.max_text_tokens)
+        longest = max(section.max_text_tokens, written) + most_image_tokens(run, section, source)
         if longest > decoder.max_positions and decoder.kind == "opt":
             problems.append(
                 f"objectives.{name}: texts of data.sources.{source} can have {longest} tokens with their pictures, "
@@ -134,14 +147,16 @@ def find_doubts(run: TrainConfig, name: str, sets: Mapping[str, ShardSet], *, co
     for source, texts in open_texts(run, list(sets), tokenizer.fingerprint).items():
         view = section.view_of(source)
         lengths = texts.lengths(view)
-        turns = texts.turn_counts() if view == "turns" else np.ones(len(lengths), dtype=np.int32)
-        whole = lengths.astype(np.int64) + templates.overhead[0] + turns.astype(np.int64) * templates.overhead[1]
-        is_cut = (whole > section.max_text_tokens) & (lengths > 0)
+        of_sample, of_turn = templates.overhead_of(view)
+        room = section.max_text_tokens - of_sample - of_turn
+        # Which caption is drawn is not known here, nor which turns ask by an instruction: these are counted while they
+        # are read, as the metric cut_tokens.
+        is_cut = (lengths > max(0, room)) & (view == "text")
         counts = TextCounts(
             samples=len(lengths),
             empty=int((lengths == 0).sum()),
             cut=int(is_cut.sum()),
-            lost_tokens=int((whole[is_cut] - section.max_text_tokens).sum()),
+            lost_tokens=int((lengths[is_cut].astype(np.int64) - room).sum()),
         )
         doubts += describe_counts(source, counts, most=section.max_text_tokens)
     return doubts
@@ -163,6 +178,9 @@ def find_held_out_mismatches(run: TrainConfig, name: str, shards: ShardSet) -> l
 def stored_differences(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     """Yields a clause for everything that stored weights cannot be used with."""
     before, now = (TextDecoderConfig.model_validate(section["decoder"]) for section in (there, here))
+    marks = [section.get("tokenizer_fingerprint") for section in (there, here)]
+    if marks[0] != marks[1]:
+        yield f"objectives.{name}.tokenizer is another one (fingerprint {marks[0]} there and {marks[1]} here)"
     for field in _IDENTITY:
         old, new = (
             one.key_value_heads if field == "num_key_value_heads" else getattr(one, field) for one in (before, now)
@@ -192,12 +210,14 @@ def _text_tokens(
     section: TextGenerationConfig, view: TextView, templates: TextTemplates, texts: SourceTexts, rows: np.ndarray
 ) -> np.ndarray:
     turns = texts.turn_counts()[rows] if view == "turns" else np.ones(len(rows), dtype=np.int32)
-    return longest_text(section, texts.lengths(view)[rows], turns, templates.overhead)
+    return longest_text(section, texts.lengths(view)[rows], turns, templates.overhead_of(view))
 
 
 def _known_decoder(section: TextGenerationConfig) -> TextDecoderConfig:
-    """Returns the decoder with all sizes, also of a section that is still to be filled in."""
-    if section.decoder.is_known:
+    """Returns the decoder with all sizes, also of a section that is still to be filled in; compares it with its folder
+    as long as that is there, which a resumed run does not need."""
+    path = section.decoder.path
+    if section.decoder.is_known and (path is None or not (Path(path) / "config.json").is_file()):
         return section.decoder
     return TextDecoderConfig.model_validate(decoder_of(section, ())["decoder"])
 

@@ -7,7 +7,7 @@ layout. A microbatch without texts runs a pack of padding, so that every weight 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from megatron_ove.objectives.text_generation.text_layout import (
     questions_of,
     tokenizer_at,
 )
-from megatron_ove.objectives.text_generation.text_pack import TextPack, build_text_pack, readable_samples
+from megatron_ove.objectives.text_generation.text_pack import Pictures, TextPack, build_text_pack, readable_samples
 from megatron_ove.outputs import LossTerms, VisionFeatures
 from megatron_ove.shards.token_cache import Role, cached_texts
 
@@ -45,13 +45,13 @@ class HeldOutTexts:
 
     Attributes:
         pack: with the answers, for the loss.
-        prompts: what stands before each answer, for writing.
-        wanted: the answers as they are stored.
+        prompts: what stands before each answer, for writing; no pack has more tokens than the one with the answers.
+        wanted: the answers of each pack as they are stored.
     """
 
     pack: TextPack
-    prompts: TextPack
-    wanted: list[str]
+    prompts: list[TextPack]
+    wanted: list[list[str]]
 
 
 class TextGeneration(Objective):
@@ -96,10 +96,15 @@ class TextGeneration(Objective):
     def collate_held_out(self, samples: Samples, pack: PatchPack, reader: SampleReader) -> HeldOutTexts:
         layouts = self._layouts(samples, reader)
         answers = [(sample, layout, start, place) for sample, layout in layouts for start, place in layout.answers]
-        prompts = self._build([(sample, layout_before(layout, start)) for sample, layout, start, _ in answers], pack)
+        whole = self._build(layouts, pack)
+        prompts = [(sample, layout_before(layout, start)) for sample, layout, start, _ in answers]
         stored = self._stored_texts([sample for sample, _ in layouts], samples, reader)
-        wanted = [stored[answers[i][0]][answers[i][3]] for i in prompts.order]
-        return HeldOutTexts(self._build(layouts, pack), prompts, wanted)
+        wanted = [stored[sample][place] for sample, _, _, place in answers]
+        packs, texts = [], []
+        for own in self._shares(prompts, pack, most=len(whole.token_ids)):
+            packs.append(self._build([prompts[i] for i in own], pack))
+            texts.append([wanted[own[i]] for i in packs[-1].order])
+        return HeldOutTexts(whole, packs, texts)
 
     def num_items(self, batch: Batch) -> int:
         """Returns the number of answer tokens."""
@@ -107,16 +112,26 @@ class TextGeneration(Objective):
         return len((inputs.pack if isinstance(inputs, HeldOutTexts) else inputs).predicting)
 
     def forward(self, features: VisionFeatures, batch: Batch) -> LossTerms:
-        losses, is_right = self._losses(features, batch.inputs[self.name].to(self._topology.device))
+        pack: TextPack = batch.inputs[self.name].to(self._topology.device)
+        losses, is_right = self._losses(features, pack)
         count = torch.tensor(float(len(losses)), device=losses.device)
+        cut, texts = (torch.tensor(float(x), device=losses.device) for x in (pack.num_lost, len(pack.order)))
         loss = losses.sum()
-        return LossTerms(loss, {"loss": (loss.detach(), count), "token_accuracy": (is_right.sum().float(), count)})
+        right = is_right.sum().float()
+        metrics = {"loss": (loss.detach(), count), "token_accuracy": (right, count), "cut_tokens": (cut, texts)}
+        return LossTerms(loss, metrics)
 
     def observe_held_out(self, features: VisionFeatures, batch: Batch) -> dict[str, Any]:
         inputs: HeldOutTexts = batch.inputs[self.name]
         device = self._topology.device
         losses, is_right = self._losses(features, inputs.pack.to(device))
-        prompts = inputs.prompts.to(device)
+        texts = []
+        for prompts, wanted in zip(inputs.prompts, inputs.wanted, strict=True):
+            texts += self._write(features, prompts.to(device), wanted)
+        return {"losses": losses, "is_right": is_right, "texts": texts}
+
+    def _write(self, features: VisionFeatures, prompts: TextPack, wanted: Sequence[str]) -> list[WrittenText]:
+        """Writes an answer behind each prompt of a pack on the device."""
         most = self._config.max_written_tokens or self._config.max_text_tokens
         lengths = prompts.cu_seqlens.diff().tolist()
         written = write_greedily(
@@ -128,11 +143,10 @@ class TextGeneration(Objective):
             end_token=self._templates.end_token,
             most=most,
         )
-        texts = [
-            WrittenText(wanted, self._tokenizer.decode(ids), is_cut=len(ids) >= most)
-            for wanted, ids in zip(inputs.wanted, written, strict=True)
+        return [
+            WrittenText(text, self._tokenizer.decode(ids), is_cut=len(ids) >= most)
+            for text, ids in zip(wanted, written, strict=True)
         ]
-        return {"losses": losses, "is_right": is_right, "texts": texts}
 
     def measure_held_out(
         self, observed: Sequence[dict[str, Any]], inputs: Sequence[Any], sample_counts: np.ndarray
@@ -145,6 +159,20 @@ class TextGeneration(Objective):
         texts = [text for one in observed for text in one["texts"]]
         figures = {"samples": (float(len(texts)), 1.0), "loss": (losses, count), "token_accuracy": (right, count)}
         return {**figures, **measure_texts(texts)}
+
+    def _shares(self, prompts: Sequence[tuple[int, TextLayout]], pack: PatchPack, *, most: int) -> Iterator[list[int]]:
+        """Yields the prompts that are written to together, in order: each brings its pictures with it once more, so
+        several turns of a sample would be several times the microbatch. At least one, else at most `most` tokens."""
+        pictures, own, size = Pictures(pack, self._config.bridge), [], 0
+        for place, (sample, layout) in enumerate(prompts):
+            length = len(layout.before) + pictures.count_of(sample) + len(layout.rest)
+            if own and size + length > most:
+                yield own
+                own, size = [], 0
+            own.append(place)
+            size += length
+        if own:
+            yield own
 
     def _stored_texts(self, chosen: Sequence[int], samples: Samples, reader: SampleReader) -> dict[int, list[str]]:
         """Returns sample -> its texts as they are stored, in the order of a token cache."""

@@ -25,17 +25,25 @@ def write_reader(checkpoint_dir: str | Path, output_dir: str | Path, objective: 
         templates = TextTemplates(section, tokenizer)
     except (ConfigError, DataError) as error:
         raise CheckpointError(f"the tokenizer of objectives.{objective} cannot be used: {error}") from error
+    if section.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise CheckpointError(
+            f"{tokenizer.path} is another tokenizer than objectives.{objective} was trained with (fingerprint "
+            f"{tokenizer.fingerprint}, not {section.tokenizer_fingerprint}); put the right one there"
+        )
+    views = [section.view_of(source) for source in section.sources]
+    view = "text" if "text" in views else views[0]
     template = {
         "before_images": templates.before_images,
         "after_images": templates.after_images,
         "before_question": templates.before_question,
         "before_answer": templates.before_answer,
-        "question": templates.instruction_of(_TASKS[section.view_of(section.sources[0])]),
+        "question": templates.instruction_of(_TASKS[view]),
     }
     return export_reader(
         checkpoint_dir,
         output_dir,
         objective=objective,
+        view=view,
         template=template,
         end_token=templates.end_token,
         tokenizer=tokenizer.path.read_bytes(),

@@ -65,7 +65,6 @@ class TextTemplates:
 
     Attributes:
         end_token: id of what ends an answer.
-        overhead: tokens that a sample has besides its texts: of the sample, and of each turn.
     """
 
     def __init__(self, config: TextGenerationConfig, tokenizer: TextTokenizer) -> None:
@@ -79,11 +78,11 @@ class TextTemplates:
         encoded = tokenizer.encode([getattr(template, name) for name in names], knows_special=True)
         self.before_images, self.after_images, self.before_question, self.before_answer = encoded
         end_token = tokenizer.token_id(template.end_token)
-        if end_token is None:
+        if end_token is None or template.end_token not in tokenizer.special_tokens:
             known = ", ".join(tokenizer.special_tokens[:8]) or "none"
             raise ConfigError(
-                f"template.end_token = {template.end_token!r} is no token of {tokenizer.path} (its special tokens are "
-                f"{known}), so answers would not end; name one of them"
+                f"template.end_token = {template.end_token!r} is no special token of {tokenizer.path} (which has "
+                f"{known}), so answers would not end, or end in the middle of a text; name one of them"
             )
         self.end_token = end_token
         self._instructions = dict(
@@ -93,9 +92,13 @@ class TextTemplates:
                 strict=True,
             )
         )
-        longest = max(map(len, self._instructions.values()), default=0)
-        each = len(self.before_question) + longest + len(self.before_answer) + 1
-        self.overhead = len(self.before_images) + len(self.after_images), each
+        self._around = len(self.before_question) + len(self.before_answer) + 1
+
+    def overhead_of(self, view: TextView) -> tuple[int, int]:
+        """Returns the most tokens that a sample has besides its texts: of the sample, and of each turn."""
+        own = {"text": ["ocr"], "captions": ["caption"]}.get(view, list(self._instructions))
+        longest = max((len(self.instruction_of(task)) for task in own), default=0)
+        return len(self.before_images) + len(self.after_images), self._around + longest
 
     def instruction_of(self, task: str) -> list[int]:
         """Returns what is asked where a text of this task has no question."""
