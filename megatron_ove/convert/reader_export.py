@@ -123,7 +123,8 @@ def text_generation_section(
             f"{', '.join(writing) or 'none'}); name one of them"
         )
     try:
-        section = kinds_of(facts["config"]).objectives["text_generation"].config.model_validate(stored[objective])
+        section_class = kinds_of(facts["config"]).objectives["text_generation"].config
+        section = section_class.model_validate_json(json.dumps(stored[objective]))  # lists of plain values are tuples
     except (ConfigError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint {checkpoint_dir} has a section objectives.{objective} that this version does not "

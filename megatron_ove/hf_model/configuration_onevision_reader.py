@@ -29,7 +29,8 @@ class OneVisionReaderConfig(PretrainedConfig):
     """
 
     model_type = "onevision_reader"
-    sub_configs: Any = {"vision_config": OneVisionEncoderConfig, "text_config": AutoConfig}
+    # Without an annotation, which would make it a field of a dataclass in transformers 5.
+    sub_configs = {"vision_config": OneVisionEncoderConfig, "text_config": AutoConfig}  # pyright: ignore
 
     def __init__(
         self,

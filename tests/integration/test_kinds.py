@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.config.error_report import field_paths
 from megatron_ove.config.loader import config_from_dict
+from megatron_ove.convert.checkpoint_files import write_encoder_checkpoint
+from megatron_ove.convert.mapping import mcore_shapes
 from megatron_ove.errors import ConfigError
 from megatron_ove.kinds import load_kinds
 from tests.distributed.test_toy_kinds import toy_config
@@ -59,6 +63,23 @@ def add_documents(data: dict[str, Any], folder: Path) -> None:
     data["objectives"]["texts"] = {"kind": "text_length", "source": "documents", "tokenizer": str(tokenizer)}
 
 
+def add_writing(data: dict[str, Any], folder: Path) -> None:
+    """Adds a decoder that reads the same documents, and what keeps features of a teacher and pixels."""
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "ffn_hidden_size": 48}
+    data["objectives"]["read"] = {
+        **{"kind": "text_generation", "source": "documents", "decoder": {"kind": "llama", **sizes}},
+        **{"tokenizer": data["objectives"]["texts"]["tokenizer"], "max_text_tokens": 12},
+    }
+    data["data"]["text_tokens_per_microbatch"] = 60
+    teacher = EncoderConfig(hidden_size=64, num_layers=1, num_attention_heads=2, ffn_hidden_size=32)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in mcore_shapes(teacher).items()}
+    write_encoder_checkpoint(folder / "teacher", state, teacher, facts={})
+    teaches = {"path": str(folder / "teacher"), "max_patches": 4}
+    data["objectives"]["keep"] = {"kind": "feature_reconstruction", "source": "pages", "teacher": teaches}
+    data["objectives"]["pixels"] = {"kind": "pixel_reconstruction", "source": "pages", "structure_weight": 0.5}
+
+
 SETS = {"first": range(7), "second": range(7, 12)}
 
 
@@ -70,6 +91,7 @@ def test_every_kind_walks_through_a_run(encoder: str, sources: dict[str, str], t
     data["data"]["sources"]["clips"] = tiny_config(sources, run_dir)["data"]["sources"]["video"]
     data["objectives"]["clip_classes"] = {**data["objectives"]["classes"], "source": "clips", "num_classes": 7}
     add_documents(data, tmp_path)
+    add_writing(data, tmp_path)
     kinds = load_kinds(tuple(data["plugins"]))
     assert {one["kind"] for one in data["objectives"].values()} == set(kinds.objectives)
     seen = {one["kind"] for one in data["data"]["sources"].values()}
@@ -95,6 +117,7 @@ def test_every_kind_walks_through_a_run(encoder: str, sources: dict[str, str], t
     command("convert", "export", "--checkpoint", checkpoint, "--output", str(tmp_path / "export"), "--average")
     card = (tmp_path / "export" / "README.md").read_text()
     assert "brightness" in card and "11 classes" in card
+    assert "to write text down, by a llama decoder of 1 layers" in card and "to keep the features of teacher" in card
 
 
 def test_fields_of_a_plugin_are_checked_as_others(sources: dict[str, str], tmp_path: Path) -> None:

@@ -22,7 +22,12 @@ from tests.support.tiny_run import NUM_CLASSES, write_tiny_sources
 
 EXAMPLES = repository_root() / "examples"
 RECIPES = {path: load_config(path) for path in sorted(EXAMPLES.glob("*/config*.yaml"))}
-STARTED = [path for path, config in RECIPES.items() if config.init_from is not None]
+STARTED = [
+    path
+    for path, config in RECIPES.items()
+    # Those that write have sets and tokenizers of their own, and tests of their own.
+    if config.init_from is not None and {one.kind for one in config.objectives.values()} == {"partial_fc"}
+]
 
 SMALL = (
     *("encoder.hidden_size=64", "encoder.num_layers=2", "encoder.num_attention_heads=2", "encoder.ffn_hidden_size=96"),
