@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_ove.model.attention import PADDING_SEGMENT, SegmentRun, find_runs, split_runs
+from megatron_ove.model.attention import SegmentRun, cut_padding, find_runs, split_runs
 
 
 @dataclass
@@ -46,9 +46,7 @@ def build_text_segments(cu_seqlens: Tensor, num_tokens: int, device: torch.devic
         device: of the decoder.
     """
     bounds = cu_seqlens.tolist()
-    rest = num_tokens - bounds[-1]
-    padding = [PADDING_SEGMENT] * (rest // PADDING_SEGMENT) + [rest % PADDING_SEGMENT] * (rest % PADDING_SEGMENT > 0)
-    lengths = [stop - start for start, stop in itertools.pairwise(bounds)] + padding
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)] + cut_padding(num_tokens - bounds[-1])
     covering = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     starts = covering[:-1].long().repeat_interleave(torch.tensor(lengths))
     longest = max(lengths)

@@ -73,9 +73,7 @@ def build_segments(cu_seqlens: Tensor, angles: Tensor, dtype: torch.dtype) -> Pa
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     if min(lengths, default=1) < 1 or bounds[-1] > num_tokens:
         raise ValueError(f"cu_seqlens {bounds} does not describe non-empty samples within {num_tokens} tokens")
-    num_padding = num_tokens - bounds[-1]
-    padding_lengths = [PADDING_SEGMENT] * (num_padding // PADDING_SEGMENT)
-    padding_lengths += [num_padding % PADDING_SEGMENT] * (num_padding % PADDING_SEGMENT > 0)
+    padding_lengths = cut_padding(num_tokens - bounds[-1])
     covering = torch.tensor([0, *lengths, *padding_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     covering = covering.to(angles.device, non_blocking=True)
     longest = max(lengths + padding_lengths, default=0)
@@ -91,6 +89,12 @@ def build_segments(cu_seqlens: Tensor, angles: Tensor, dtype: torch.dtype) -> Pa
         sample_runs=find_runs(lengths, start=0),
         padding_runs=find_runs(padding_lengths, start=bounds[-1]),
     )
+
+
+def cut_padding(num_tokens: int) -> list[int]:
+    """Returns the lengths of the short segments that padding is cut into."""
+    rest = num_tokens % PADDING_SEGMENT
+    return [PADDING_SEGMENT] * (num_tokens // PADDING_SEGMENT) + [rest] * (rest > 0)
 
 
 def find_runs(lengths: list[int], *, start: int) -> list[SegmentRun]:

@@ -12,7 +12,7 @@ from megatron_ove.config.text_generation import TextDecoderConfig, TextGeneratio
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.convert.decoder_config import read_decoder_config
 from megatron_ove.data.planner import PlannedBudget, PlannedSource
-from megatron_ove.data.text_budget import TextCounts, describe_counts, open_texts, text_budget
+from megatron_ove.data.text_budget import count_texts, describe_counts, open_texts, text_budget
 from megatron_ove.decoder.bridge import SHUFFLE_SIDE, count_image_tokens
 from megatron_ove.errors import CheckpointError, ConfigError, DataError
 from megatron_ove.objectives.text_generation.text_layout import TextTemplates, longest_text, tokenizer_at
@@ -60,15 +60,13 @@ def budgets(run: TrainConfig, name: str) -> list[PlannedBudget]:
     templates = TextTemplates(section, tokenizer)
 
     def measure(texts: SourceTexts, source: PlannedSource, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        if not len(rows):
+            return np.zeros(0, dtype=np.int64)
         segments = source.segments(rows, seeds)
         images = count_image_tokens(section.bridge, segments.lengths, segments.grids)
         firsts = np.cumsum(segments.counts) - segments.counts
-        return (
-            np.add.reduceat(images, firsts)
-            + _text_tokens(section, section.view_of(source.name), templates, texts, rows)
-            if len(rows)
-            else images
-        )
+        view = section.view_of(source.name)
+        return np.add.reduceat(images, firsts) + _text_tokens(section, view, templates, texts, rows)
 
     def largest(source: str) -> int:
         return section.max_text_tokens + most_image_tokens(run, section, source)
@@ -118,9 +116,8 @@ def find_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet]) -
             )
         # An answer may be written behind a whole text of several turns, or behind what stands before the only one.
         view = section.view_of(source)
-        before = (
-            section.max_text_tokens if view == "turns" else sum(templates.overhead_of(view)) - 1
-        )  # no end token yet
+        no_answer = sum(templates.overhead_of(view)) - 1  # there is no end token yet
+        before = section.max_text_tokens if view == "turns" else no_answer
         written = before + (section.max_written_tokens or section.max_text_tokens)
         longest = max(section.max_text_tokens, written) + most_image_tokens(run, section, source)
         if longest > decoder.max_positions and decoder.kind == "opt":
@@ -146,18 +143,10 @@ def find_doubts(run: TrainConfig, name: str, sets: Mapping[str, ShardSet], *, co
     doubts = []
     for source, texts in open_texts(run, list(sets), tokenizer.fingerprint).items():
         view = section.view_of(source)
-        lengths = texts.lengths(view)
-        of_sample, of_turn = templates.overhead_of(view)
-        room = section.max_text_tokens - of_sample - of_turn
-        # Which caption is drawn is not known here, nor which turns ask by an instruction: these are counted while they
-        # are read, as the metric cut_tokens.
-        is_cut = (lengths > max(0, room)) & (view == "text")
-        counts = TextCounts(
-            samples=len(lengths),
-            empty=int((lengths == 0).sum()),
-            cut=int(is_cut.sum()),
-            lost_tokens=int((lengths[is_cut].astype(np.int64) - room).sum()),
-        )
+        # Which caption is drawn is not known here, nor which turns ask by an instruction: what is cut of these is
+        # counted while they are read, as the metric cut_tokens.
+        room = section.max_text_tokens - sum(templates.overhead_of(view)) if view == "text" else np.iinfo(np.int32).max
+        counts = count_texts(texts, view, most=max(0, int(room)))
         doubts += describe_counts(source, counts, most=section.max_text_tokens)
     return doubts
 
