@@ -3,9 +3,10 @@
     python examples/read_lines/run.py --seed 1 --json read_lines.json
     python examples/read_lines/run.py --seed 1 --json control.json --control
 
-Starts from the encoder of examples/read_words (--encoder). Strips of 7,500 words train it; 500 other words are held
-out, and so are typefaces. With --control every training strip gets the word of another one: what is learned then is
-which words there are. The figures go to the JSON file, the curve to the run folder. README.md has the results.
+Starts from the encoder of examples/read_words (--encoder). Strips of some 8,000 words and 20,000 misspelt ones train
+it; 500 other words are held out with all their misspellings, and so are typefaces. With --control every training strip
+gets the word of another one: what is learned then is which words there are. The figures go to the JSON file, the curve
+to the run folder. README.md has the results.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ CONFIG = Path(__file__).with_name("config.yaml")
 MARKER = "made_by_read_lines"
 NUM_PROCESSES = 2
 OBJECTIVE = "read"
-LOOKS = ("--looks", "fixed=0.5", "aligned", "anywhere", "coloured", "--pages=0")
+LOOKS = ("--looks", "fixed=0.25", "aligned=0.5", "anywhere=0.75", "coloured=1.5", "--pages=0")
 TEST_LOOKS = ("--looks", "coloured", "--pages=0")
 # Test set -> (its words, its typefaces); made alike for every seed of a run.
 TESTS = {
-    "seen_words": ("train", "train"),
+    "seen_words": ("words", "train"),
     "unseen_words": ("unseen", "train"),
     "unseen_words_siblings": ("unseen", "siblings"),
     "unseen_words_families": ("unseen", "families"),
@@ -43,11 +44,11 @@ TESTS = {
 
 
 class Sizes(argparse.Namespace):
-    """Words for training and held out, strips for training and of each test set, steps."""
+    """Words held out, strips for training and of each test set, steps."""
 
 
-FULL = Sizes(words=7500, unseen=500, strips=100_000, test=500, steps=3000)
-TINY = Sizes(words=60, unseen=20, strips=200, test=24, steps=6)
+FULL = Sizes(unseen=500, strips=120_000, test=500, steps=3000)
+TINY = Sizes(unseen=20, strips=200, test=24, steps=6)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,23 +101,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def draw_words(sizes: Sizes) -> dict[str, list[str]]:
-    """Returns list -> words: some for training, others held out, and the former with their letters shuffled.
+def draw_words(num_unseen: int) -> dict[str, list[str]]:
+    """Returns list -> words: `train`, of which `words` are spelt right; `unseen`; and `scrambled`, letters of `words`
+    shuffled.
 
-    English words of 3 to 8 letters, the right spellings in the dictionary of codespell, which this project's checks
-    install; the same for every seed.
+    English words of 3 to 8 letters and how people misspell them: the dictionary of codespell, which this project's
+    checks install. Misspelt words keep the decoder from guessing a word by its first letters. No misspelling of an
+    unseen word is trained on. The lists are the same for every seed.
     """
     dictionary = importlib.resources.files("codespell_lib") / "data/dictionary.txt"
-    found = set()
+    meant: dict[str, list[str]] = {}
     for line in dictionary.read_text(encoding="utf-8").splitlines():
-        right = line.partition("->")[2].split(",")
-        found.update(word.strip() for word in right if re.fullmatch("[a-z]{3,8}", word.strip()))
-    random = np.random.default_rng(0)
-    words = random.permutation(sorted(found)).tolist()
-    train, unseen = words[: sizes.words], words[sizes.words : sizes.words + sizes.unseen]
-    scrambled = ("".join(random.permutation(list(word))) for word in train)
-    others = dict.fromkeys(word for word in scrambled if word not in found)
-    return {"train": train, "unseen": unseen, "scrambled": list(others)[: sizes.unseen]}
+        misspelt, _, right = line.partition("->")
+        meant[misspelt] = [word for part in right.split(",") if (word := part.strip())]
+
+    random, is_short = np.random.default_rng(0), re.compile("[a-z]{3,8}").fullmatch
+    right_words = {word for words in meant.values() for word in words if is_short(word)}
+    drawn = random.permutation(sorted(right_words)).tolist()
+    unseen, words = drawn[:num_unseen], drawn[num_unseen:]
+    misspelt = {word for word in meant if is_short(word) and not set(meant[word]) & set(unseen)} - right_words
+    shuffled = dict.fromkeys("".join(random.permutation(list(word))) for word in words)
+    scrambled = [word for word in shuffled if word not in right_words | misspelt]
+    return {
+        "train": [*words, *sorted(misspelt)],
+        "words": words,
+        "unseen": unseen,
+        "scrambled": scrambled[:num_unseen],
+    }
 
 
 def make_sets(run_dir: Path, sizes: Sizes, *, seed: int, control: bool) -> None:
@@ -125,7 +136,7 @@ def make_sets(run_dir: Path, sizes: Sizes, *, seed: int, control: bool) -> None:
 
     data = run_dir / "data"
     data.mkdir()
-    for name, words in draw_words(sizes).items():
+    for name, words in draw_words(sizes.unseen).items():
         Vocabulary(tuple(words), (1,) * len(words), {"num_pages": 0}).save(data / f"{name}.json")
     make(data / "train", sizes.strips, 1000 + seed, data / "train.json", "train", LOOKS, control=control)
     for place, (name, (words, typefaces)) in enumerate(TESTS.items()):

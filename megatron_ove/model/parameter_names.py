@@ -44,3 +44,15 @@ def global_name(name: str, layer_offset: int) -> str:
         index = int(match["index"]) + layer_offset
         name = f"{match['prefix']}decoder.layers.{index}.{name[match.end() :]}"
     return canonical_name(name)
+
+
+def part_name(name: str, layer_offset: int) -> str:
+    """Returns the global name of a weight as `freeze` and other settings know it.
+
+    Where megatron-core's schedules look for layers is nothing that a user should have to know.
+
+    Args:
+        name: begins with `encoder.` or `objectives.`.
+        layer_offset: layers that come before this chunk.
+    """
+    return global_name(name, layer_offset).replace("encoder.decoder.", "encoder.", 1)

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.planning.footprint import activation_bytes
 from megatron_ove.planning.layout import Layout, Place
-from megatron_ove.planning.needs import chunk_parameters, encoder_footprint, objective_footprint
+from megatron_ove.planning.needs import encoder_footprint, objective_footprint, trained_parameters
 from megatron_ove.planning.parameters import gradient_buffer
 from megatron_ove.planning.table_plan import TablePlan
 from megatron_ove.planning.workload import Workload
@@ -140,7 +140,7 @@ def _add_heads(
 def _add_gradients(ledger: _Ledger, config: TrainConfig, layout: Layout, place: Place) -> None:
     summed = averaged = 0
     for chunk in range(layout.chunks):
-        parameters = chunk_parameters(config, layout, stage=place.stage, chunk=chunk)
+        parameters = trained_parameters(config, layout, stage=place.stage, chunk=chunk)
         for size in gradient_buffer(parameters, layout, stage=place.stage, chunk=chunk).buckets:
             if layout.distributed_optimizer:
                 ledger.add("data", "reduce_scatter", 4 * size)

@@ -8,7 +8,7 @@ from megatron_ove.config.train import TrainConfig
 from megatron_ove.planning.activations import peak_activations
 from megatron_ove.planning.footprint import ChunkActivations, activation_bytes
 from megatron_ove.planning.layout import Layout, Place
-from megatron_ove.planning.needs import chunk_parameters, encoder_footprint, objective_footprint
+from megatron_ove.planning.needs import chunk_parameters, encoder_footprint, objective_footprint, trained_parameters
 from megatron_ove.planning.parameters import gradient_buffer
 from megatron_ove.planning.table_plan import TablePlan
 from megatron_ove.planning.workload import Workload
@@ -73,13 +73,15 @@ def plan_memory(
     parameters = gradients = optimizer = 0
     buckets, all_owned = [0], [0]
     for chunk in range(layout.chunks):
-        sizes = chunk_parameters(config, layout, stage=place.stage, chunk=chunk)
+        all_sizes = chunk_parameters(config, layout, stage=place.stage, chunk=chunk)
+        sizes = trained_parameters(config, layout, stage=place.stage, chunk=chunk)
+        frozen = sum(p.size for p in all_sizes) - sum(p.size for p in sizes)
         buffer = gradient_buffer(sizes, layout, stage=place.stage, chunk=chunk)
         owned = buffer.owned(place.data, layout.data) if layout.distributed_optimizer else [p.size for p in sizes]
-        parameters += item * (buffer.size if layout.distributed_optimizer else sum(p.size for p in sizes))
+        parameters += item * (frozen + (buffer.size if layout.distributed_optimizer else sum(p.size for p in sizes)))
         gradients += 4 * buffer.size
         if config.train.ema_decay is not None:
-            parameters += 4 * sum(p.size for p in sizes)
+            parameters += 4 * sum(p.size for p in all_sizes)
         optimizer += sum(owned) * (8 + (4 if item == 2 else 0)) + 4 * len(owned)
         buckets += [4 * size for size in buffer.buckets]
         all_owned += owned

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from megatron_ove.config.train import TrainConfig
+from megatron_ove.model.parameter_names import part_name
+from megatron_ove.optim.parts import is_in_any
 from megatron_ove.planning.devices import Device
 from megatron_ove.planning.footprint import EncoderFootprint, ObjectiveFootprint
 from megatron_ove.planning.layout import Layout, Place
@@ -28,6 +30,18 @@ def chunk_parameters(config: TrainConfig, layout: Layout, *, stage: int, chunk: 
         for name in config.objectives:
             parameters = parameters + objective_footprint(config, name).parameters(config, name, layout)
     return parameters
+
+
+def trained_parameters(config: TrainConfig, layout: Layout, *, stage: int, chunk: int) -> list[Parameter]:
+    """Returns the weights of a model chunk that have gradients, moments and room in a buffer: all but `freeze`."""
+    offset = layout.layers_of(stage, chunk).start
+    encoder = encoder_footprint(config).parameters(config, layout, stage=stage, chunk=chunk)
+    named = [(part_name(f"encoder.{one.name}", offset), one) for one in encoder]
+    if layout.is_last(stage, chunk):
+        for name in config.objectives:
+            own = objective_footprint(config, name).parameters(config, name, layout)
+            named += [(f"objectives.{name}.{one.name}", one) for one in own]
+    return [one for name, one in named if not is_in_any(name, config.freeze)]
 
 
 def plan_tables(

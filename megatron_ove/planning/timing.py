@@ -22,7 +22,7 @@ from megatron_ove.planning.devices import (
 from megatron_ove.planning.footprint import Work, activation_bytes
 from megatron_ove.planning.layout import Layout
 from megatron_ove.planning.memory import RankMemory
-from megatron_ove.planning.needs import chunk_parameters, encoder_footprint
+from megatron_ove.planning.needs import encoder_footprint, trained_parameters
 from megatron_ove.planning.parameters import gradient_buffer
 from megatron_ove.planning.table_plan import TablePlan
 from megatron_ove.planning.workload import Workload
@@ -142,7 +142,7 @@ def _hidden_seconds(config: TrainConfig, layout: Layout, device: Device, stage: 
         return 0.0
     buckets: list[int] = []
     for chunk in range(layout.chunks):
-        parameters = chunk_parameters(config, layout, stage=stage, chunk=chunk)
+        parameters = trained_parameters(config, layout, stage=stage, chunk=chunk)
         buckets += gradient_buffer(parameters, layout, stage=stage, chunk=chunk).buckets
     elements = sum(buckets) - (buckets[-1] if stage == 0 else 0)
     link = device.network_link if layout.spans_nodes("data") else device.node_link

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.model.parameter_names import global_name
+from megatron_ove.model.parameter_names import part_name
 from megatron_ove.model.pooling import AttentionPoolingHead
 from megatron_ove.objectives.objective_set import ObjectiveSet
 from megatron_ove.optim.parts import is_in_any
@@ -84,8 +84,7 @@ def parameter_names(chunks: Sequence[DistributedDataParallel]) -> dict[Tensor, s
 
 def _named_parameters(model: PretrainModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for name, parameter in model.named_parameters():
-        # Where megatron-core's schedules look for layers is nothing that a user should have to know.
-        yield global_name(name, model.encoder.layer_offset).replace("encoder.decoder.", "encoder.", 1), parameter
+        yield part_name(name, model.encoder.layer_offset), parameter
 
 
 def _average_replicated_gradients(model: PretrainModel, *, sequence_parallel: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,6 +45,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, par
         {"bucket_size": 90_000},
     ),
     "dp2_overlap": (2, OVERLAP, {"precision": "bf16", "bucket_size": 150_000}),
+    "pp2_dp2_frozen": (4, {**PP2, **DISTRIBUTED}, {"freeze": ["encoder.head", "encoder.layernorm_pre"]}),
 }
 
 
@@ -154,6 +156,7 @@ def run_config(
     precision: str = "fp32",
     recompute: str = "none",
     class_group: str = "stage",
+    freeze: Sequence[str] = (),
 ) -> dict[str, Any]:
     data = tiny_config(
         sources,
@@ -163,6 +166,7 @@ def run_config(
         train={"num_steps": 4, "global_batch_size": 24, "precision": precision, "log_interval_steps": 1},
     )
     data["data"]["tokens_per_microbatch"] = 64
+    data["freeze"] = list(freeze)
     for objective in data["objectives"].values():
         objective["class_group"] = class_group
     return data

@@ -38,10 +38,31 @@ def start_fake_world(config: TrainConfig, rank: int, world_size: int) -> Paralle
 
 
 def build_on_meta(config: TrainConfig, topology: ParallelTopology) -> list[Any]:
-    """Returns this rank's wrapped model chunks without objectives, weights without values."""
+    """Returns this rank's wrapped model chunks with the dense weights of objectives, all without values; a frozen
+    teacher, which is in no chunk, is left out."""
     from megatron_ove.model import encoder
+    from megatron_ove.objectives import build as objectives
+    from megatron_ove.objectives.reconstruction import teacher
     from megatron_ove.training.build_model import build_model_chunks
 
+    def know_width(self: Any, section: Any, *rest: Any) -> None:
+        del rest
+        self.width = teacher.read_teacher_config(section.path).hidden_size
+
     encoder.initialize_parameters = lambda *args, **options: None  # type: ignore[assignment]
+    objectives.initialize_parameters = lambda *args, **options: None  # type: ignore[assignment]
+    teacher.Teacher.__init__ = know_width  # type: ignore[assignment,method-assign]
+    dense = {name: section for name, section in config.objectives.items() if section.kind != "partial_fc"}
     with OnMeta():
-        return build_model_chunks(config, topology, None)
+        built = None
+        if dense and topology.is_last_stage:
+            built = objectives.build_objectives(
+                dense,
+                kinds=config.kinds,
+                topology=topology,
+                embedding_size=config.encoder.hidden_size,
+                seed=config.seed,
+                optim=config.optim.class_centers,
+                dtype=torch.bfloat16,
+            )
+        return build_model_chunks(config, topology, built)
