@@ -41,7 +41,7 @@ class Sizes(argparse.Namespace):
     """Pictures and strips for training, pictures and strips held out, steps of each part."""
 
 
-FULL = Sizes(pictures=20_000, strips=26_000, held_out=1000, steps=400)
+FULL = Sizes(pictures=12_000, strips=20_000, held_out=1000, steps=300)
 TINY = Sizes(pictures=300, strips=200, held_out=100, steps=6)
 
 

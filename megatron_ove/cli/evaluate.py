@@ -36,7 +36,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--checkpoint", help="checkpoint folder whose class centers rank the labels")
     parser.add_argument("--objective", help="objective of the checkpoint whose class centers are meant")
     parser.add_argument("--group-pattern", help="regular expression; its first group, found in a key, names the group")
-    parser.add_argument("--k", type=int, default=10, help="cut-off of rankings (default 10)")
+    parser.add_argument("--k", type=int, help="cut-off of rankings (default 10)")
+    parser.add_argument("--samples", type=int, help="most samples to look at, spread evenly (default: all)")
     parser.add_argument("--image-size", type=int, help="side of images in pixels (default: that of the training)")
     parser.add_argument(
         "--max-patches",
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ove.evaluation.huggingface import huggingface_encoder, load_exported_model
     from megatron_ove.shards.shard_set import ShardSet
 
-    for name in ("k", "image_size", "max_patches", "max_tokens"):
+    for name in ("k", "samples", "image_size", "max_patches", "max_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} looks at nothing; give at least 1")
@@ -104,15 +105,24 @@ def run(arguments: argparse.Namespace) -> int:
     patch_size = int(model.config.patch_size)
     image_size = int(model.config.image_size) if arguments.image_size is None else arguments.image_size
     settings = SampleSettings(patch_size=patch_size, image_size=image_size, max_patches=arguments.max_patches or 1024)
-    embedded = embed_shard_set(huggingface_encoder(model, patch_size), shards, settings, device=arguments.device)
+    rows = _chosen_rows(len(shards), arguments.samples)
+    embedded = embed_shard_set(
+        huggingface_encoder(model, patch_size), shards, settings, device=arguments.device, indices=rows
+    )
     head = load_class_head(arguments.checkpoint, arguments.objective) if arguments.checkpoint else None
-    figures = evaluate_embeddings(embedded, k=arguments.k, head=head, group_pattern=arguments.group_pattern)
-    sys.stdout.write(f"{len(shards)} samples of {arguments.shards}\n{format_figures(figures)}\n")
+    figures = evaluate_embeddings(embedded, k=arguments.k or 10, head=head, group_pattern=arguments.group_pattern)
+    sys.stdout.write(f"{len(rows)} samples of {arguments.shards}\n{format_figures(figures)}\n")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if head is not None and words is not None:
-        _show_pages(arguments, shards, embedded, head, words)
+        _show_pages(arguments, shards, rows, embedded, head, words)
     return 0
+
+
+def _chosen_rows(count: int, most: int | None) -> list[int]:
+    """Returns the samples to look at, spread evenly over the set."""
+    chosen = count if most is None else min(most, count)
+    return [i * count // chosen for i in range(chosen)]
 
 
 def _is_reader(folder: str) -> bool:
@@ -129,10 +139,11 @@ def _evaluate_reader(arguments: argparse.Namespace) -> int:
     from megatron_ove.evaluation.huggingface import load_exported_reader
     from megatron_ove.evaluation.reading import ReadingSettings, read_set, show_examples
     from megatron_ove.evaluation.text_figures import text_figures
+    from megatron_ove.preprocess.file_runs import show_progress
     from megatron_ove.shards.shard_set import ShardSet
     from megatron_ove.shards.token_cache import TextTokenizer
 
-    for name in ("checkpoint", "objective", "group_pattern", "image_size"):
+    for name in ("checkpoint", "objective", "group_pattern", "image_size", "k"):
         if getattr(arguments, name) is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} has no effect on a reader, which is measured by what it writes; leave it "
@@ -145,7 +156,10 @@ def _evaluate_reader(arguments: argparse.Namespace) -> int:
         most_patches, arguments.max_tokens or trained.get("max_text_tokens") or 256, arguments.device
     )
     tokenizer = TextTokenizer(arguments.model, normalisation=model.config.normalisation)
-    read = read_set(model, tokenizer, shards, settings)
+    rows = _chosen_rows(len(shards), arguments.samples)
+    read = read_set(
+        model, tokenizer, shards, settings, rows=rows, progress=lambda places: show_progress(places, title="reading")
+    )
     given = {"loss": read.loss, "token_accuracy": read.token_accuracy}
     figures = {"answers": given, **text_figures(read.texts)}
     sys.stdout.write(f"{len(read.texts)} documents of {arguments.shards}, {read.without_text} more without a text\n")
@@ -160,7 +174,12 @@ def _evaluate_reader(arguments: argparse.Namespace) -> int:
 
 
 def _show_pages(
-    arguments: argparse.Namespace, shards: ShardSet, embedded: EmbeddedSet, head: ClassHead, words: Vocabulary
+    arguments: argparse.Namespace,
+    shards: ShardSet,
+    chosen: list[int],
+    embedded: EmbeddedSet,
+    head: ClassHead,
+    words: Vocabulary,
 ) -> None:
     from megatron_ove.evaluation.pages_read import choose_pages, draw_pages, read_pages
 
@@ -171,5 +190,6 @@ def _show_pages(
         write_line(f"  {page}")
     if arguments.picture:
         rows = choose_pages(embedded, _DRAWN_PAGES)
-        draw_pages(shards, rows, read_pages(embedded, rows, head, words), arguments.picture)
+        pages = read_pages(embedded, rows, head, words)
+        draw_pages(shards, [chosen[row] for row in rows], pages, arguments.picture)
         sys.stdout.write(f"{arguments.picture}\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,15 @@ class ReadSet:
 
 
 @torch.inference_mode()
-def read_set(model: Any, tokenizer: TextTokenizer, shards: ShardSet, settings: ReadingSettings) -> ReadSet:
+def read_set(
+    model: Any,
+    tokenizer: TextTokenizer,
+    shards: ShardSet,
+    settings: ReadingSettings,
+    *,
+    rows: Sequence[int] | None = None,
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> ReadSet:
     """Reads every document of a set that has a text.
 
     Args:
@@ -67,6 +75,8 @@ def read_set(model: Any, tokenizer: TextTokenizer, shards: ShardSet, settings: R
         tokenizer: of the model.
         shards: a document set.
         settings: see there.
+        rows: which documents; None = all.
+        progress: is given the place of each chunk of documents, and yields it again; shows how far they are.
 
     Raises:
         DataError: the set holds no documents with a text, one cannot be read, or the reader writes something else.
@@ -85,13 +95,17 @@ def read_set(model: Any, tokenizer: TextTokenizer, shards: ShardSet, settings: R
     pages = _Pages(shards, int(model.config.vision_config.patch_size), settings)
     end, keys, texts, loss = int(model.config.end_token_id), [], [], 0.0
     count = right = 0
-    for start in range(0, len(shards), _TOGETHER):
-        stored = ((row, shards.read_document(row).text) for row in range(start, min(start + _TOGETHER, len(shards))))
+    rows = range(len(shards)) if rows is None else rows
+    for start in progress(range(0, len(rows), _TOGETHER)):
+        stored = ((row, shards.read_document(row).text) for row in rows[start : start + _TOGETHER])
         chunk = [(row, tokenizer.normalise(text)) for row, text in stored if text]
         if not chunk:
             continue
         pictures = [pages.of(row) for row, _ in chunk]
-        ids = model.generate(pictures, max_new_tokens=settings.max_tokens).tolist()
+        try:
+            ids = model.generate(pictures, max_new_tokens=settings.max_tokens).tolist()
+        except ValueError as error:  # more tokens than the decoder has places for
+            raise DataError(str(error)) from error
         keys += [shards.key(row) for row, _ in chunk]
         for (_, text), own, page in zip(chunk, ids, pictures, strict=True):
             written = own[: own.index(end)] if end in own else own
@@ -105,7 +119,7 @@ def read_set(model: Any, tokenizer: TextTokenizer, shards: ShardSet, settings: R
         raise DataError(
             f"{shards.directory} holds no document with a text, so there is nothing to read; give another set"
         )
-    return ReadSet(keys, texts, loss / count, right / count, len(shards) - len(texts))
+    return ReadSet(keys, texts, loss / count, right / count, len(rows) - len(texts))
 
 
 class _Pages:

@@ -154,6 +154,7 @@ class OneVisionReaderModel(PreTrainedModel):
         embed, losses, logits = self.get_input_embeddings(), [], []
         for before, answer in zip(self.embed_texts(pixel_values, questions), labels, strict=True):
             ids = torch.tensor(list(answer), dtype=torch.long, device=before.device)
+            self._check_room(len(before), len(ids))
             output = self.language_model(inputs_embeds=torch.cat([before, embed(ids)])[None])
             own = output.logits[0, len(before) - 1 : -1].float()
             losses.append(F.cross_entropy(own, ids, reduction="none"))
@@ -182,4 +183,15 @@ class OneVisionReaderModel(PreTrainedModel):
         end = self.config.end_token_id
         defaults = {"eos_token_id": end, "pad_token_id": end, "do_sample": False, "max_new_tokens": 256}
         mask = torch.tensor(seen, device=embedded.device)
-        return self.language_model.generate(inputs_embeds=embedded, attention_mask=mask, **{**defaults, **options})
+        given = {**defaults, **options}
+        self._check_room(longest, int(given["max_new_tokens"]))
+        return self.language_model.generate(inputs_embeds=embedded, attention_mask=mask, **given)
+
+    def _check_room(self, before: int, written: int) -> None:
+        """Raises `ValueError` if a text has more tokens than the decoder has learned places; rotary ones never end."""
+        most = self.config.text_config.max_position_embeddings
+        if self.config.text_config.model_type == "opt" and before + written > most:
+            raise ValueError(
+                f"{before} tokens with the pictures and {written} to be written are more than the {most} positions of "
+                "the decoder; show smaller pictures or write less"
+            )

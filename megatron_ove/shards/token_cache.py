@@ -35,8 +35,7 @@ _VERSION = 2  # 2: names of special tokens in a text are text
 Normalisation = Literal["none", "nfc"]
 View = Literal["text", "turns", "captions"]
 """What lengths count: the text; questions and answers of all turns, an answer that is the text included; captions."""
-_MARK_BYTES = 4096
-_COUNTED_ROWS = 1 << 20
+_TURN_COUNTS = "turn_counts"
 
 
 class Role(IntEnum):
@@ -231,23 +230,19 @@ class TokenCache:
             for role, task, own in zip(roles, tasks, ids, strict=True)
         ]
 
-    def count_turns(self) -> np.ndarray:
+    def read_turn_counts(self) -> np.ndarray:
         """Returns the answers of each sample, [n] int32."""
-        counts = np.zeros(self.info.num_samples, dtype=np.int32)
-        for start in range(0, self.info.num_samples, _COUNTED_ROWS):
-            bounds = self._first_texts[start : start + _COUNTED_ROWS + 1].astype(np.int64)
-            roles = self._roles[bounds[0] : bounds[-1]]
-            is_answer = (roles == Role.ANSWER) | (roles == Role.ANSWER_IS_TEXT)
-            before = np.concatenate([[0], np.cumsum(is_answer)])
-            counts[start : start + len(bounds) - 1] = np.diff(before[bounds - bounds[0]])
-        return counts
+        return self._read_counts(_TURN_COUNTS)
 
     def read_lengths(self, view: View) -> np.ndarray:
         """Returns the tokens of each sample, [n] int32; all of a view's texts together."""
-        lengths = np.array(_load(self.folder / f"{view}_lengths.npy", "<i4"))
-        if len(lengths) != self.info.num_samples:
-            raise DataError(f"the token cache {self.folder} is damaged: it lacks lengths; delete it and run {MADE_BY}")
-        return lengths
+        return self._read_counts(f"{view}_lengths")
+
+    def _read_counts(self, name: str) -> np.ndarray:
+        counts = np.array(_load(self.folder / f"{name}.npy", "<i4"))
+        if len(counts) != self.info.num_samples:
+            raise DataError(f"the token cache {self.folder} is damaged: it lacks counts; delete it and run {MADE_BY}")
+        return counts
 
 
 class SourceTexts:
@@ -281,9 +276,9 @@ class SourceTexts:
         return self._caches[piece].tokens(row - int(self._firsts[piece]))
 
     def turn_counts(self) -> np.ndarray:
-        """Returns the answers of each sample, [n] int32, in memory; looks at a byte of every text when first asked."""
+        """Returns the answers of each sample, [n] int32, in memory."""
         if "turn_counts" not in self._lengths:
-            self._lengths["turn_counts"] = np.concatenate([cache.count_turns() for cache in self._caches])
+            self._lengths["turn_counts"] = np.concatenate([cache.read_turn_counts() for cache in self._caches])
         return self._lengths["turn_counts"]
 
     def lengths(self, view: View) -> np.ndarray:
@@ -293,6 +288,8 @@ class SourceTexts:
         return self._lengths[view]
 
 
+_COUNTS = (_TURN_COUNTS, *(f"{view}_lengths" for view in get_args(View)))
+"""Files of a number a sample, read into memory."""
 _FILES = {"ids": "<i4", "firsts": "<i8", "first_texts": "<i8", "roles": "u1", "tasks": "<u4"}
 
 
@@ -394,6 +391,7 @@ class _EncodedTexts:
         self._firsts, self._first_texts = array("q", [0]), array("q", [0])
         self._roles, self._task_numbers = bytearray(), array("I")
         self._lengths = {view: array("i") for view in get_args(View)}
+        self._turn_counts = array("i")
 
     @property
     def num_tokens(self) -> int:
@@ -410,6 +408,7 @@ class _EncodedTexts:
             is_text = role == Role.ANSWER_IS_TEXT
             counts[Role.ANSWER if is_text else role] += counts[Role.TEXT] if is_text else len(ids)
         self._first_texts.append(len(self._roles))
+        self._turn_counts.append(sum(role in (Role.ANSWER, Role.ANSWER_IS_TEXT) for role, _, _ in texts))
         for view, roles in _ROLE_OF_VIEW.items():
             self._lengths[view].append(sum(counts[role] for role in roles))
 
@@ -421,6 +420,7 @@ class _EncodedTexts:
             "first_texts": np.asarray(self._first_texts, dtype="<i8"),
             "roles": np.frombuffer(bytes(self._roles), dtype="u1"),
             "tasks": np.asarray(self._task_numbers, dtype="<u4"),
+            _TURN_COUNTS: np.asarray(self._turn_counts, dtype="<i4"),
             **lengths,
         }
         for name, values in arrays.items():
@@ -469,7 +469,7 @@ def join_cache(shards: ShardSet, fingerprint: str, count: int) -> CacheInfo:
         )
     tasks = tuple(dict.fromkeys(task for info in infos for task in info.tasks))
     with new_folder(folder) as path:
-        for name, kind in {**_FILES, **{f"{view}_lengths": "<i4" for view in get_args(View)}}.items():
+        for name, kind in {**_FILES, **dict.fromkeys(_COUNTS, "<i4")}.items():
             _join_file(path / f"{name}.npy", np.dtype(kind), list(_pieces(name, pieces, infos, tasks)))
         info = CacheInfo(**{**asdict(infos[0]), "num_samples": sum(i.num_samples for i in infos), "tasks": tasks})
         _write_info(info, path)

@@ -139,7 +139,7 @@ def test_evaluate_reads_what_stands_on_pages_and_nothing_else(
         assert main(command) != 0
         assert "and it is compared with what stands on the pages" in capsys.readouterr().err
         return
-    assert main([*command, "--max-tokens", "5", "--k", "3"]) == 0
+    assert main([*command, "--max-tokens", "5"]) == 0
     shown = capsys.readouterr().out
     found = json.loads(figures.read_text())
     assert set(found) == {"answers", "strict", "published"} and "8 documents" in shown and "1 more without" in shown
@@ -147,8 +147,23 @@ def test_evaluate_reads_what_stands_on_pages_and_nothing_else(
     exact = sum(a == b for a, b in zip(wanted, written, strict=True)) / len(wanted)
     assert found["strict"]["exact"] == exact and found["strict"]["cut"] == 1.0
     assert found["published"]["edit_distance"] > 0.5
-    assert main([*command, "--objective", "read"]) != 0
-    assert "--objective has no effect on a reader" in capsys.readouterr().err
+    for option in ("--objective", "--k"):
+        assert main([*command, option, "3"]) != 0
+        assert f"{option} has no effect on a reader" in capsys.readouterr().err
+    assert main([*command, "--max-tokens", "5", "--samples", "3"]) == 0
+    assert "3 documents" in capsys.readouterr().out
+
+
+def test_more_tokens_than_learned_positions_is_a_sentence(run: dict[str, Any]) -> None:
+    model = load(run["folder"])
+    if model.config.text_config.model_type != "opt":
+        pytest.skip("rotary positions do not end")
+    pages, _ = held_out_documents(run["data"])[0]
+    most = model.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"are more than the {most} positions of the decoder"):
+        model([pages], [[5] * most])
+    with pytest.raises(ValueError, match="show smaller pictures or write less"):
+        model.generate([pages], max_new_tokens=most)
 
 
 def test_texts_of_several_lengths_are_generated_together(run: dict[str, Any]) -> None:
