@@ -12,6 +12,7 @@ import pytest
 
 from megatron_ove.config.loader import load_config
 from tests.integration.test_read_words import RECIPE as READ_WORDS
+from tests.support.recipes import load_script
 
 RECIPE = Path(__file__).parents[2] / "examples/read_lines"
 
@@ -50,13 +51,9 @@ def test_without_an_encoder_or_in_a_folder_of_something_else_nothing_happens(tmp
 def test_the_configuration_loads_and_holds_words_out() -> None:
     config = load_config(RECIPE / "config.yaml")
     assert config.evaluation.sets == {"read": f"{config.run_dir}/data/unseen_words"}
-    sys.path.insert(0, str(RECIPE))
-    try:
-        import run as recipe
-    finally:
-        sys.path.remove(str(RECIPE))
-    words = recipe.draw_words(recipe.FULL)
-    assert [len(words[name]) for name in ("train", "unseen", "scrambled")] == [7500, 500, 500]
-    assert not set(words["train"]) & set(words["unseen"])
-    originals = {"".join(sorted(word)) for word in words["train"]}
+    words = load_script("read_lines/run.py").draw_words(500)
+    assert [len(words[name]) for name in ("words", "unseen", "scrambled")] == [7970, 500, 500]
+    assert len(words["train"]) > 30_000 and set(words["words"]) < set(words["train"])
+    assert not (set(words["unseen"]) | set(words["scrambled"])) & set(words["train"])
+    originals = {"".join(sorted(word)) for word in words["words"]}
     assert all("".join(sorted(word)) in originals for word in words["scrambled"])
