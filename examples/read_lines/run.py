@@ -59,9 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--control", action="store_true", help="train with the words of other strips")
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/read_lines", help="default: runs/read_lines")
     parser.add_argument("--encoder", type=Path, default=ROOT / "runs/read_words", help="default: runs/read_words")
+    parser.add_argument("--steps", type=int, help=f"of 128 strips (default: {FULL.steps})")
     parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
     arguments = parser.parse_args(argv)
     run_dir, sizes = arguments.run_dir.resolve(), TINY if arguments.tiny else FULL
+    if arguments.steps is not None:
+        sizes = Sizes(**{**vars(sizes), "steps": arguments.steps})
     if not arguments.encoder.exists():
         sys.exit(
             f"{arguments.encoder} does not exist; make it first (examples/read_words/run.py --seed 1 --json "
