@@ -42,7 +42,7 @@ OBJECTIVES = {
         find_doubts=lazily("megatron_ove.objectives.label_fit:find_doubts"),
         find_held_out_mismatches=lazily("megatron_ove.objectives.label_fit:find_held_out_mismatches"),
         differences=lazily("megatron_ove.objectives.label_fit:stored_differences"),
-        exact_fields=("labels_per_step", "sample_rate", "num_sampled", "negatives", "negative_groups"),
+        exact_fields=("labels_per_step", "sample_rate", "num_sampled", "negatives", "negative_groups", "regions"),
         chance_loss=lazily("megatron_ove.objectives.chance:chance_loss"),
         describe=lazily("megatron_ove.objectives.label_fit:describe"),
     ),

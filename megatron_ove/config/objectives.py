@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from megatron_ove.config.base import StrictModel
+from megatron_ove.config.regions import RegionConfig
 
 if TYPE_CHECKING:
     from megatron_ove.config.train import TrainConfig
@@ -34,8 +35,10 @@ class ObjectiveConfig(StrictModel):
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of this objective in the total loss."""
 
-    reads_pooled: ClassVar[bool] = False
-    """Whether it needs an embedding of every sample from the encoder."""
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether it needs an embedding of every sample from the encoder."""
+        return False
 
     reads_texts: ClassVar[bool] = False
     """Whether it reads texts of samples, for which `data.text_tokens_per_microbatch` has room."""
@@ -52,6 +55,11 @@ class ObjectiveConfig(StrictModel):
     def starts_from(self) -> dict[str, str]:
         """Its parts whose weights a new run takes from folders that the section names -> these."""
         return {}
+
+    @property
+    def items_per_sample(self) -> int:
+        """Items of a sample that its loss is about, where it shows their embeddings to other ranks."""
+        return 1
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -76,14 +84,17 @@ def source_names(section: Mapping[str, Any]) -> tuple[str, ...]:
 class PartialFCConfig(ObjectiveConfig):
     """Cluster discrimination against class centers sharded over ranks: a margin softmax per drawn label."""
 
-    reads_pooled: ClassVar[bool] = True
     from_shards: ClassVar[tuple[str, ...]] = ("num_classes",)
     kind: Literal["partial_fc"]  # pyright: ignore[reportIncompatibleVariableOverride]
     num_classes: Annotated[int, Field(gt=1, le=2**31)] | None = None
     """Rows of the class-center table; label ids are 0 .. num_classes - 1. null = as many as the source's shard set has;
     the resolved configuration and checkpoints hold the number."""
+    level: Literal["sample", "region"] = "sample"
+    """What has labels: sample = all that a sample shows, as one embedding; region = boxes in it, see `regions`."""
+    regions: RegionConfig = RegionConfig()
+    """Of level: region."""
     labels_per_step: Annotated[int, Field(gt=0)] = 8
-    """Labels drawn per sample and step from its stored ones, without replacement."""
+    """Labels drawn per sample (of a region: per region) and step from its stored ones, without replacement."""
     margin_type: Literal["cosface", "arcface", "combined"] = "cosface"
     """cosface: cos - margin on the target; arcface: cos(angle + margin); combined: cos(m1 angle + m2) - m3."""
     margin: Annotated[float, Field(ge=0, lt=1.5)] = 0.3
@@ -119,6 +130,19 @@ class PartialFCConfig(ObjectiveConfig):
     """Who computes softmax and update: plain torch, or fused Triton kernels. auto: Triton on a GPU that has it."""
     chunk_size: Annotated[int, Field(gt=0)] = 1024
     """Active rows that plain torch works on at a time; few enough to stay in cache."""
+
+    @property
+    def reads_pooled(self) -> bool:
+        return self.level == "sample"
+
+    @property
+    def items_per_sample(self) -> int:
+        """Embeddings of a sample that meet the table."""
+        return self.regions.per_sample if self.level == "region" else 1
+
+    def _check_level(self) -> Iterator[str]:
+        if self.level == "sample" and self.regions != RegionConfig():
+            yield "regions has no effect with level: sample, which sees whole samples; set level: region or remove it"
 
     def _check_margin(self) -> Iterator[str]:
         if self.margin_type == "cosface" and self.margin >= 1:

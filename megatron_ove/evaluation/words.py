@@ -241,7 +241,11 @@ def _choose_objective(config: Mapping[str, Any], checkpoint: Path, given: str | 
     """Returns the name of an objective whose source is of kind ocr."""
     objectives = config.get("objectives", {})
     sources = config.get("data", {}).get("sources", {})
-    kinds = {name: sources[source_names(item)[0]]["kind"] for name, item in objectives.items() if "num_classes" in item}
+    kinds = {
+        name: sources[source_names(item)[0]]["kind"]
+        for name, item in objectives.items()
+        if "num_classes" in item and item.get("level", "sample") == "sample"
+    }
     candidates = [name for name, kind in kinds.items() if kind == "ocr"]
     known = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none: it holds an encoder only"
     if not candidates:

@@ -11,6 +11,12 @@ import numpy as np
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import DataError
+from megatron_ove.objectives.regions.region_fit import (
+    region_class_count,
+    region_doubts,
+    region_held_out_mismatches,
+    region_mismatches,
+)
 from megatron_ove.shards.format import DatasetInfo, read_vocabulary
 from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.vocabulary import VOCABULARY_FILE, describe_difference
@@ -34,6 +40,8 @@ def find_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet]) -
         sets: source -> its shard set, of the sources that could be opened.
     """
     problems: list[str] = []
+    if _section(run, name).level == "region":
+        return region_mismatches(run, name, sets)
     for source, shards in sets.items():
         problems += _label_mismatches(run, name, source, shards)
     pairs = list(sets.items())
@@ -103,6 +111,8 @@ def find_doubts(run: TrainConfig, name: str, sets: Mapping[str, ShardSet], *, co
         counts_samples: whether labels are looked at: up to 256 MiB of them are read.
     """
     doubts = []
+    if _section(run, name).level == "region":
+        return region_doubts(_section(run, name), sets)
     for shards in sets.values():
         known, path = shards.info.num_classes, shards.directory
         size = _section(run, name).num_classes or known
@@ -146,6 +156,8 @@ def find_held_out_mismatches(run: TrainConfig, name: str, shards: ShardSet) -> l
         name: of the objective.
         shards: of `evaluation.sets`.
     """
+    if _section(run, name).level == "region":
+        return region_held_out_mismatches(run, name, shards)
     source = run.data.sources[run.objectives[name].sources[0]]
     place, path, info = f"evaluation.sets.{name}", shards.directory, shards.info
     problems = []
@@ -185,6 +197,8 @@ def _word_difference(folder: Path, info: DatasetInfo, shards: ShardSet) -> str:
 
 def class_count_of(section: PartialFCConfig, infos: Sequence[DatasetInfo]) -> Mapping[str, Any]:
     """Returns the number of classes that the shard sets of a head's sources have, where it is not given."""
+    if section.level == "region":
+        return region_class_count(section, infos)
     most = max(info.num_classes for info in infos)
     return {"num_classes": most} if section.num_classes is None and most else {}  # sets without labels are refused
 
@@ -207,7 +221,8 @@ def stored_differences(name: str, there: Mapping[str, Any], here: Mapping[str, A
 
 def describe(section: Mapping[str, Any]) -> str:
     """Says of a stored section what it learns."""
-    return f"{section['num_classes']:,} classes, {section['margin_type']} {section['margin']:g}"
+    regions = f" of {section['regions']['unit']}" if section.get("level") == "region" else ""
+    return f"{section['num_classes']:,} classes{regions}, {section['margin_type']} {section['margin']:g}"
 
 
 def _section(run: TrainConfig, name: str) -> PartialFCConfig:

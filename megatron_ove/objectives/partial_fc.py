@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from megatron_ove.batch import Batch, PatchPack, Samples
@@ -37,6 +38,7 @@ from megatron_ove.heads.margin_softmax import LARGEST_FP32_SCALE
 from megatron_ove.heads.sampled_softmax import HeadShare, SampledSoftmax, exchange_statistics
 from megatron_ove.objectives.base import Objective, ObjectiveContext
 from megatron_ove.objectives.chance import margin_softmax_of
+from megatron_ove.objectives.items import Items, SampleItems
 from megatron_ove.objectives.label_check import find_bad_label
 from megatron_ove.objectives.label_slots import draw_label_slots
 from megatron_ove.objectives.partial_fc_step import CoPositives, MicrobatchPlan, StepPlan, plan_microbatches
@@ -66,10 +68,13 @@ class PartialFC(Objective):
         seed: int,
         optim: ClassCenterOptimConfig,
         dtype: torch.dtype,
+        items: Items | None = None,
     ) -> None:
+        """`items` is what it embeds; None = samples."""
         self.name = name
         self.sources = config.sources
-        self.message_width = config.labels_per_step
+        self._items: Items = items or SampleItems(config.sources)
+        self.message_width = config.labels_per_step * self._items.per_sample
         self._config = config
         self._topology = topology
         self._seed = seed
@@ -102,27 +107,35 @@ class PartialFC(Objective):
     def tables(self) -> Sequence[RowTable]:
         return (self.centers,)
 
-    def collate(self, samples: Samples, pack: PatchPack, reader: SampleReader) -> Tensor:
-        """Returns the stored labels of the samples of its sources, [m, L] int32, -1 = none."""
-        return reader.labels(samples, *self.sources)
+    def modules(self) -> Mapping[str, nn.Module]:
+        return self._items.modules()
+
+    def collate(self, samples: Samples, pack: PatchPack, reader: SampleReader) -> Any:
+        return self._items.collate(samples, pack, reader)
 
     def num_items(self, batch: Batch) -> int:
-        """Returns the number of samples that have a label."""
-        return int((batch.inputs[self.name] >= 0).any(1).sum())
+        """Returns the number of items that have a label."""
+        return int((self._labels_of(batch) >= 0).any(1).sum())
 
     def find_mistake(self, batches: Sequence[Batch]) -> str:
-        labels = [batch.inputs[self.name] for batch in batches]
-        return find_bad_label(self.name, self.sources, self._config.table_size, batches, labels)
+        of_samples = []
+        for batch in batches:
+            labels = self._labels_of(batch)  # [m * q, L]
+            of_samples.append(labels.reshape(-1, self._items.per_sample * labels.shape[1]))
+        return find_bad_label(self.name, self.sources, self._config.table_size, batches, of_samples)
 
     def message(self, batches: Sequence[Batch]) -> np.ndarray:
-        """Returns the class ids of the drawn labels, [n_own, k] int32, -1 = none."""
+        """Returns the class ids of the labels that are drawn, of all items of a sample one after the other,
+        [n_own, q * k] int32, -1 = none."""
         drawn = [self._draw_slots(batch) for batch in batches]
-        return torch.cat(drawn).numpy()
+        return torch.cat(drawn).reshape(-1, self.message_width).numpy()
 
     def prepare_step(
         self, step: int, batches: Sequence[Batch], sample_counts: np.ndarray, messages: np.ndarray
     ) -> StepPlan:
         config, device = self._config, self._topology.device
+        messages = messages.reshape(-1, config.labels_per_step)
+        sample_counts = sample_counts * self._items.per_sample
         step_labels = rows_of_classes(torch.from_numpy(messages), config.table_size).numpy()  # of all replicas
         draw, set_of_slot = self._draw_class_sets(step, step_labels)
         positives = collect_positives(step_labels, set_of_slot, draw.num_sets)
@@ -141,7 +154,7 @@ class PartialFC(Objective):
             set_of_slot=host_tensor(set_of_slot, device),
             labels=host_tensor(labels, device),
             co_positives=co_positives,
-            rows=host_tensor(np.concatenate([batch.samples.of(*self.sources).numpy() for batch in batches]), device),
+            rows=host_tensor(np.concatenate([self._items.rows(batch).numpy() for batch in batches]), device),
             counts=sample_counts,
             samples=samples,
             own=own,
@@ -216,13 +229,20 @@ class PartialFC(Objective):
         }
         return LossTerms(loss_sum, metrics)
 
+    def observe_held_out(self, features: VisionFeatures, batch: Batch) -> Tensor:
+        """Returns [m * q, e], a copy of the embeddings of held-out items."""
+        found = self._items.embeddings(features, batch, batch.inputs[self.name])
+        return found[self._items.rows(batch).to(found.device)].clone()
+
     def measure_held_out(
         self, observed: Sequence[Tensor], inputs: Sequence[Tensor], sample_counts: np.ndarray
     ) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Returns what `retrieval_sums` says of the labels' ranks among all classes."""
         topology, centers = self._topology, self.centers
+        sample_counts = sample_counts * self._items.per_sample
         embeddings = torch.cat(list(observed))
-        rows = rows_of_classes(torch.cat(list(inputs)), centers.num_classes).to(embeddings.device)
+        labels = _joined([self._items.labels_of(one) for one in inputs])
+        rows = rows_of_classes(labels, centers.num_classes).to(embeddings.device)
         num_own = len(embeddings)
         embeddings = embeddings.float() if self._mean is None else embeddings.float() - self._mean.value
         own = slice(0, num_own)
@@ -281,12 +301,16 @@ class PartialFC(Objective):
 
     def _draw_slots(self, batch: Batch) -> Tensor:
         """Returns class ids of the drawn labels, [b_own, k] int32, -1 = none."""
-        rows, labels = batch.samples.of(*self.sources), batch.inputs[self.name]
-        if labels.shape[0] != rows.shape[0]:
+        seeds, labels = self._items.seeds(batch), self._labels_of(batch)
+        if labels.shape[0] != seeds.shape[0]:
             raise ValueError(
-                f"a batch has {rows.shape[0]} samples for objective '{self.name}' but {labels.shape[0]} rows of labels"
+                f"a batch has {seeds.shape[0]} items for objective '{self.name}' but {labels.shape[0]} rows of labels"
             )
-        return draw_label_slots(labels, batch.samples.seed[rows], self._config.labels_per_step).int()
+        return draw_label_slots(labels, seeds, self._config.labels_per_step).int()
+
+    def _labels_of(self, batch: Batch) -> Tensor:
+        """Returns [m * q, L] int32, the labels of a microbatch's items."""
+        return self._items.labels_of(batch.inputs[self.name])
 
     def _draw_class_sets(self, step: int, labels: np.ndarray) -> tuple[NegativeDraw, np.ndarray]:
         """Returns (the step's negatives, the class set of each slot [k]); slots without any label have no set.
@@ -365,8 +389,7 @@ def _forward_heads(heads: Sequence[PartialFC], features: VisionFeatures, batch: 
     """Three collectives for heads whose tables are sharded over the same ranks: gather, sum, reduce-scatter."""
     plans = [head.plan_of(batch) for head in heads]
     topology, centers = heads[0]._topology, heads[0].centers
-    pooled = features.sample_embeddings(batch.num_samples)
-    own = pooled[torch.cat([plan.rows for plan in plans])].float().split([len(plan.rows) for plan in plans])
+    own = _own_embeddings(heads, plans, features, batch)
     embeddings = torch.cat([head.before_gather(x) for head, x in zip(heads, own, strict=True)])
     if heads[0]._is_stage_wide:
         counts = np.stack([plan.row_counts for plan in plans])
@@ -378,11 +401,39 @@ def _forward_heads(heads: Sequence[PartialFC], features: VisionFeatures, batch: 
     parts = [head.softmax_of(x, plan) for head, x, plan in zip(heads, directions, plans, strict=True)]
     statistics = exchange_statistics(parts, centers.class_group)
     terms = [head.loss_terms(*pair, plan) for head, pair, plan in zip(heads, statistics, plans, strict=True)]
-    return [_with_health(term, x[plan.own]) for term, x, plan in zip(terms, directions, plans, strict=True)]
+    return [
+        _with_more(term, x[plan.own], head._items.metrics(batch.inputs[head.name]))
+        for head, term, x, plan in zip(heads, terms, directions, plans, strict=True)
+    ]
 
 
-def _with_health(terms: LossTerms, embeddings: Tensor) -> LossTerms:
-    return replace(terms, metrics={**terms.metrics, **embedding_health(embeddings)})
+def _own_embeddings(
+    heads: Sequence[PartialFC], plans: Sequence[MicrobatchPlan], features: VisionFeatures, batch: Batch
+) -> list[Tensor]:
+    """Returns [b_own, e] fp32 of each head; those of all heads on whole samples are taken in one go."""
+    found: dict[str, Tensor] = {}
+    of_samples = [pair for pair in zip(heads, plans, strict=True) if isinstance(pair[0]._items, SampleItems)]
+    if of_samples:
+        rows = [plan.rows for _, plan in of_samples]
+        pooled = features.sample_embeddings(batch.num_samples)[torch.cat(rows)].float()
+        names = (head.name for head, _ in of_samples)
+        found |= zip(names, pooled.split([len(one) for one in rows]), strict=True)
+    for head, plan in zip(heads, plans, strict=True):
+        if head.name not in found:
+            embeddings = head._items.embeddings(features, batch, batch.inputs[head.name])
+            found[head.name] = embeddings.float()[plan.rows]
+    return [found[head.name] for head in heads]
+
+
+def _joined(labels: Sequence[Tensor]) -> Tensor:
+    """Returns labels one after the other; those with fewer columns are filled up with -1."""
+    width = max(one.shape[1] for one in labels)
+    return torch.cat([F.pad(one, (0, width - one.shape[1]), value=-1) for one in labels])
+
+
+def _with_more(terms: LossTerms, embeddings: Tensor, counted: Mapping[str, tuple[float, float]]) -> LossTerms:
+    on_device = {name: tuple(embeddings.new_tensor(x) for x in pair) for name, pair in counted.items()}
+    return replace(terms, metrics={**terms.metrics, **embedding_health(embeddings), **on_device})
 
 
 class _SumOwn(torch.autograd.Function):
@@ -401,6 +452,11 @@ class _SumOwn(torch.autograd.Function):
 
 def build_partial_fc(name: str, config: PartialFCConfig, context: ObjectiveContext) -> PartialFC:
     """Builds the objective of a section, with a fresh table."""
+    items = None
+    if config.level == "region":
+        from megatron_ove.objectives.regions.region_items import RegionItems
+
+        items = RegionItems(config.sources, config.regions, context)
     return PartialFC(
         name,
         config,
@@ -409,4 +465,5 @@ def build_partial_fc(name: str, config: PartialFCConfig, context: ObjectiveConte
         seed=context.seed,
         optim=context.class_centers,
         dtype=context.dtype,
+        items=items,
     )

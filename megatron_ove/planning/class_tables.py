@@ -16,6 +16,7 @@ from megatron_ove.parallel.shard_range import shard_range
 from megatron_ove.planning.devices import Device
 from megatron_ove.planning.footprint import ObjectiveFootprint
 from megatron_ove.planning.layout import Layout, Place
+from megatron_ove.planning.parameters import Parameter
 from megatron_ove.planning.table_plan import TablePlan
 
 _STORAGE_BYTES = {"float32": 4, "bfloat16": 2, "none": 0}
@@ -30,7 +31,10 @@ class PartialFCFootprint(ObjectiveFootprint):
         return plan_table(name, _section(config, name), config, layout, place, counts, device)
 
     def message_width(self, section: PartialFCConfig) -> int:
-        return section.labels_per_step
+        return section.labels_per_step * section.items_per_sample
+
+    def parameters(self, config: TrainConfig, name: str, layout: Layout) -> list[Parameter]:
+        return region_pool_parameters(_section(config, name), config.encoder.hidden_size)
 
     def num_table_elements(self, config: TrainConfig, name: str) -> int:
         return _section(config, name).table_size * config.encoder.hidden_size
@@ -41,6 +45,19 @@ class PartialFCFootprint(ObjectiveFootprint):
             yield {f"objectives.{name}.class_group": "stage"}
         if section.num_sampled is None:
             yield {f"objectives.{name}.sample_rate": section.sample_rate / 2}
+
+
+def region_pool_parameters(section: PartialFCConfig, width: int) -> list[Parameter]:
+    """Returns those of `objectives/regions/region_pool.py`, where a head has one."""
+    if section.level != "region" or section.regions.pooling != "attention":
+        return []
+    return [
+        Parameter("region_pool.probe", (width,)),
+        Parameter("region_pool.key_value.weight", (2 * width, width)),
+        Parameter("region_pool.key_value.bias", (2 * width,)),
+        Parameter("region_pool.out.weight", (width, width)),
+        Parameter("region_pool.out.bias", (width,)),
+    ]
 
 
 def _section(config: TrainConfig, name: str) -> PartialFCConfig:

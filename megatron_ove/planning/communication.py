@@ -112,7 +112,7 @@ def _add_heads(
         heads = [table for table in tables if table.is_stage_wide == is_wide]
         if not heads:
             continue
-        counts = np.sum([workload.samples_of(config.objectives[head.name]) for head in heads], axis=0)
+        counts = np.sum([workload.items_of(config.objectives[head.name]) for head in heads], axis=0)
         for index in range(workload.num_microbatches):
             totals = [int(total) for total in counts[index]]
             if not is_wide:

@@ -51,7 +51,7 @@ def plan_tables(
     if place.stage != layout.pipeline - 1:
         return []
     tables = [
-        objective_footprint(config, name).table(config, name, layout, place, workload.samples_of(objective), device)
+        objective_footprint(config, name).table(config, name, layout, place, workload.items_of(objective), device)
         for name, objective in config.objectives.items()
     ]
     return [table for table in tables if table is not None]

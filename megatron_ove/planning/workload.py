@@ -48,6 +48,10 @@ class Workload:
         """Returns [n, replicas] int64, samples that an objective sees in each microbatch."""
         return sum((self.sample_counts[source] for source in objective.sources), np.zeros_like(self.real_tokens))
 
+    def items_of(self, objective: ObjectiveConfig) -> np.ndarray:
+        """Returns [n, replicas] int64, embeddings of an objective's samples that meet its table."""
+        return self.samples_of(objective) * objective.items_per_sample
+
     @property
     def padding_share(self) -> float:
         return 1 - float(self.real_tokens.sum()) / (self.real_tokens.size * self.tokens_per_microbatch)

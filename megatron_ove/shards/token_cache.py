@@ -108,6 +108,16 @@ class TextTokenizer:
         texts = [self.normalise(text) for text in texts]
         return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Returns token ids of a text, and [n, 2] int64, the characters [start, stop) of it that each stands for.
+
+        A character that takes several tokens, as in byte-level vocabularies, belongs to each of them. With a
+        normalisation that changes the text they are places in the normalised one.
+        """
+        self._tokenizer.encode_special_tokens = True
+        found = self._tokenizer.encode(self.normalise(text), add_special_tokens=False)
+        return found.ids, np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+
     def normalise(self, text: str) -> str:
         """Returns a text as it is encoded."""
         return unicodedata.normalize("NFC", text) if self.normalisation == "nfc" else text

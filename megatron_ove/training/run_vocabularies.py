@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ove.config.objectives import ObjectiveConfig
+from megatron_ove.config.objectives import ObjectiveConfig, PartialFCConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import CheckpointError, DataError, MegatronOveError
 from megatron_ove.shards.format import DatasetInfo, read_vocabulary
@@ -52,6 +52,11 @@ class RunVocabularies:
             for name, objective in config.objectives.items()
             for source in _sources_of_pages(config, objective)[:1]  # all of them have the same words
         }
+        self._given = {
+            name: Path(section.regions.vocabulary)
+            for name, section in config.objectives.items()
+            if isinstance(section, PartialFCConfig) and section.level == "region" and section.regions.vocabulary
+        }
         self._stored: dict[str, _StoredWords] = {}
         self._on_main(self._read_sources)
 
@@ -70,6 +75,12 @@ class RunVocabularies:
 
     def _read_sources(self) -> None:
         for name, (source, folder) in self._sources.items():
+            if name in self._given:
+                file = self._given[name]
+                words = len(Vocabulary.load(file))
+                self._stored[name] = _StoredWords(file, file.read_bytes())
+                logger.info("The %d words of objectives.%s are those of %s.", words, name, file)
+                continue
             file = folder / VOCABULARY_FILE
             if not file.exists():
                 if folder.is_dir():
@@ -119,7 +130,9 @@ class RunVocabularies:
 
 def _sources_of_pages(config: TrainConfig, objective: ObjectiveConfig) -> list[str]:
     """Returns the sources whose words an objective's classes stand for; none of one without classes."""
-    if not hasattr(objective, "num_classes"):
+    if not isinstance(objective, PartialFCConfig):
         return []
+    if objective.level == "region" and objective.regions.labels == "tokens":
+        return []  # a tokenizer knows them
     kinds = config.kinds.sources
     return [name for name in objective.sources if kinds[config.data.sources[name].kind].shard_kind in _WORDED]

@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_ove.shards.documents import Boxes, Document, Turn
 from megatron_ove.shards.writer import ShardWriter
+from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary
 from tests.support.id_shards import encode, id_picture
 
 WORDS = ("alpha", "Straße", "東京", "reading", "a", "transformer", "café", "नमस्ते")
@@ -56,3 +57,25 @@ def write_tokenizer(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     return path
+
+
+def write_boxed_documents(directory: Path, rows: range, words: tuple[str, ...] = WORDS) -> Path:
+    """Writes documents whose every word has a box, some without any, with the vocabulary of their classes; every
+    second word of `words` is one."""
+    vocabulary = Vocabulary(words[::2], (1,) * len(words[::2]), {})
+    with ShardWriter(
+        directory, kind="document", num_classes=len(vocabulary), label_width=1, samples_per_shard=4
+    ) as writer:
+        for row in rows:
+            count = 1 + row % 2
+            said = [words[(3 * row + i) % len(words)] for i in range(row % 6)]
+            boxes, start = [], 0
+            for number, word in enumerate(said):
+                left, top = 3 * number, 4 * number
+                boxes.append([number % count, left, top, left + 17 + number, top + 9, start, start + len(word)])
+                start += len(word) + 1
+            document = Document(" ".join(said), words=Boxes.of(boxes))
+            pages = {f"page{page:04d}.jpg": encode(id_picture(row, 44, 36 + 10 * page)) for page in range(count)}
+            writer.add(f"boxed-{row}", {"json": document.encode(), **pages}, np.array([-1]))
+        writer.add_file(VOCABULARY_FILE, vocabulary.encode())
+    return directory

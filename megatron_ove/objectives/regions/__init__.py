@@ -1,0 +1,1 @@
+"""Regions of a sample: boxes that move with its picture, the tokens in them, and what each says."""

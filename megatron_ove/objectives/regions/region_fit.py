@@ -1,0 +1,130 @@
+"""Do the boxes of shard sets fit a head on regions?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ove.config.objectives import PartialFCConfig
+from megatron_ove.config.train import TrainConfig
+from megatron_ove.errors import DataError
+from megatron_ove.objectives.regions.region_labels import vocabulary_of
+from megatron_ove.shards.format import DatasetInfo
+from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.shards.token_cache import TextTokenizer
+from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary, describe_difference
+
+_COUNTED_ROWS = 1 << 20
+"""Samples, from the first on, whose boxes are counted."""
+
+
+def region_class_count(section: PartialFCConfig, infos: Sequence[DatasetInfo]) -> Mapping[str, Any]:
+    """Returns the number of classes: of the vocabulary or tokenizer that is named, else of the shard sets.
+
+    Raises:
+        DataError: neither says it, or a file cannot be read.
+    """
+    if section.num_classes is not None:
+        return {}
+    if section.regions.labels == "tokens":
+        return {"num_classes": TextTokenizer(section.regions.tokenizer or "").vocab_size}
+    if section.regions.vocabulary is not None:
+        return {"num_classes": len(Vocabulary.load(section.regions.vocabulary))}
+    most = max(info.num_classes for info in infos)
+    if not most:
+        raise DataError(
+            "regions.vocabulary is not given, and the sources' shard sets have no classes, so it is not known what "
+            "words there are; name a vocabulary.json"
+        )
+    return {"num_classes": most}
+
+
+def region_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet]) -> list[str]:
+    """Returns a sentence for everything in the boxes of its sources that the head could not learn."""
+    section = _section(run, name)
+    problems = [sentence for source, shards in sets.items() for sentence in _no_boxes(name, source, shards)]
+    if problems or not sets:
+        return problems
+    directories = [Path(shards.directory) for shards in sets.values()]
+    try:
+        count = _num_labels(section, directories[0])
+    except DataError as error:
+        return [f"objectives.{name}.regions: {error}"]
+    if (section.num_classes or count) < count:
+        problems.append(
+            f"objectives.{name}.num_classes = {section.num_classes} is smaller than the {count} classes that its "
+            f"regions can have, so some would have no class center; set it to {count}"
+        )
+    if section.regions.labels == "vocabulary" and section.regions.vocabulary is None:
+        for other in directories[1:]:
+            problems += _word_difference(f"objectives.{name} reads", directories[0], other)
+    return problems
+
+
+def region_doubts(section: PartialFCConfig, sets: Mapping[str, ShardSet]) -> list[str]:
+    """Returns a sentence about boxes that a step leaves out and samples that have none."""
+    doubts = []
+    for source, shards in sets.items():
+        boxes = shards.index.columns.get("boxes")
+        if boxes is None:
+            continue
+        counts = boxes[: min(len(shards), _COUNTED_ROWS)]
+        without = int((counts == 0).sum())
+        if without:
+            doubts.append(
+                f"{without:,} of the first {len(counts):,} samples of data.sources.{source} have no box of any unit "
+                "and teach nothing; leave them out of the set, or do not mind it"
+            )
+    return doubts
+
+
+def region_held_out_mismatches(run: TrainConfig, name: str, shards: ShardSet) -> list[str]:
+    """Returns a sentence for everything in which a held-out set differs from what the head trains on."""
+    section, place = _section(run, name), f"evaluation.sets.{name}"
+    problems = [f"{place}: {sentence}" for sentence in _no_boxes(name, section.sources[0], shards)]
+    if problems or section.regions.labels == "tokens" or section.regions.vocabulary is not None:
+        return problems
+    trained = Path(run.data.sources[section.sources[0]].paths[0])
+    return _word_difference(f"{place}:", trained, Path(shards.directory))
+
+
+def _num_labels(section: PartialFCConfig, directory: Path) -> int:
+    if section.regions.labels == "tokens":
+        return TextTokenizer(section.regions.tokenizer or "").vocab_size
+    return len(vocabulary_of(section.regions, directory))
+
+
+def _no_boxes(name: str, source: str, shards: ShardSet) -> list[str]:
+    path = shards.directory
+    if not shards.info.has_pages:
+        return [
+            f"objectives.{name} looks at regions of data.sources.{source}, but {path} holds samples of kind "
+            f"{shards.info.kind}, which have no boxes; name sources of kind document"
+        ]
+    boxes = shards.index.columns.get("boxes")
+    if boxes is not None and not boxes[: min(len(shards), _COUNTED_ROWS)].any():
+        return [
+            f"objectives.{name} looks at regions of data.sources.{source}, but no sample of {path} has a box; write "
+            "the set with boxes of words, lines or characters"
+        ]
+    return []
+
+
+def _word_difference(begin: str, one: Path, other: Path) -> list[str]:
+    files = one / VOCABULARY_FILE, other / VOCABULARY_FILE
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return []
+    difference = describe_difference(Vocabulary.load(files[0]).words, Vocabulary.load(files[1]).words)
+    if not difference:
+        return []
+    return [
+        f"{begin} {other} with other words than {one} ({difference}), so equal classes would mean different things; "
+        "write both sets with one vocabulary, or name one in regions.vocabulary"
+    ]
+
+
+def _section(run: TrainConfig, name: str) -> PartialFCConfig:
+    section = run.objectives[name]
+    assert isinstance(section, PartialFCConfig)
+    return section
