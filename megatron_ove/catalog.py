@@ -7,6 +7,7 @@ from megatron_ove.config.encoder import EncoderConfig
 from megatron_ove.config.objectives import PartialFCConfig
 from megatron_ove.config.reconstruction import FeatureReconstructionConfig, PixelReconstructionConfig
 from megatron_ove.config.text_generation import TextGenerationConfig
+from megatron_ove.config.token_alignment import TokenAlignmentConfig
 from megatron_ove.kinds import EncoderKind, ObjectiveKind, SourceKind, lazily
 
 ENCODERS = {
@@ -68,6 +69,17 @@ OBJECTIVES = {
         find_held_out_mismatches=lazily("megatron_ove.objectives.reconstruction.fit:no_held_out_mismatches"),
         differences=lazily("megatron_ove.objectives.reconstruction.fit:teacher_differences"),
         describe=lazily("megatron_ove.objectives.reconstruction.fit:describe_features"),
+    ),
+    "token_alignment": ObjectiveKind(
+        config=TokenAlignmentConfig,
+        build=lazily("megatron_ove.objectives.token_alignment.objective:TokenAlignment"),
+        footprint=lazily("megatron_ove.planning.token_alignment:TokenAlignmentFootprint"),
+        fill_in=lazily("megatron_ove.objectives.token_alignment.fit:table_of"),
+        find_mismatches=lazily("megatron_ove.objectives.token_alignment.fit:find_mismatches"),
+        find_held_out_mismatches=lazily("megatron_ove.objectives.token_alignment.fit:find_held_out_mismatches"),
+        differences=lazily("megatron_ove.objectives.token_alignment.fit:stored_differences"),
+        exact_fields=("unit", "max_tokens"),
+        describe=lazily("megatron_ove.objectives.token_alignment.fit:describe"),
     ),
     "pixel_reconstruction": ObjectiveKind(
         config=PixelReconstructionConfig,

@@ -83,11 +83,11 @@ def _share(full: Tensor, parameter: nn.Parameter, dim: int, rank: int, size: int
 def initial_value(name: str, shape: list[int], *, seed: int, initializer_range: float) -> Tensor:
     """Returns the initial value of the parameter with this global name and full shape: fp32 on the CPU.
 
-    Weights N(0, initializer_range), biases 0, norms 1, the pooling query N(0, 1), and the pooling head's joint
-    projection Xavier-uniform. Source: OneVision-Encoder; the last is torch's default for MultiheadAttention.
+    Weights N(0, initializer_range), biases and offsets 0, norms 1, the pooling query N(0, 1), and the pooling head's
+    joint projection Xavier-uniform. Source: OneVision-Encoder; the last is torch's default for MultiheadAttention.
     """
     module, _, kind = name.rpartition(".")
-    if kind.endswith("bias"):
+    if kind.endswith(("bias", "offset")):
         return torch.zeros(shape)
     if kind == "weight" and module.endswith(("norm", "layernorm_pre")):
         return torch.ones(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -246,4 +247,5 @@ def named_weights(rank: int, size: int, data: dict[str, Any]) -> list[tuple[str,
     trainer.loader.close()
     (chunk,) = trainer.chunks
     names = ((name.removeprefix("module."), tuple(one.shape)) for name, one in chunk.module.named_parameters())
-    return [(name.removeprefix("encoder.").removeprefix("objectives.words."), shape) for name, shape in names]
+    objective = re.compile(r"objectives\.\w+\.")
+    return [(objective.sub("", name.removeprefix("encoder.")), shape) for name, shape in names]

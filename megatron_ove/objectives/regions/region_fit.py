@@ -43,7 +43,7 @@ def region_class_count(section: PartialFCConfig, infos: Sequence[DatasetInfo]) -
 def region_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet]) -> list[str]:
     """Returns a sentence for everything in the boxes of its sources that the head could not learn."""
     section = _section(run, name)
-    problems = [sentence for source, shards in sets.items() for sentence in _no_boxes(name, source, shards)]
+    problems = [sentence for source, shards in sets.items() for sentence in no_boxes(name, source, shards)]
     if problems or not sets:
         return problems
     directories = [Path(shards.directory) for shards in sets.values()]
@@ -82,7 +82,7 @@ def region_doubts(section: PartialFCConfig, sets: Mapping[str, ShardSet]) -> lis
 def region_held_out_mismatches(run: TrainConfig, name: str, shards: ShardSet) -> list[str]:
     """Returns a sentence for everything in which a held-out set differs from what the head trains on."""
     section, place = _section(run, name), f"evaluation.sets.{name}"
-    problems = [f"{place}: {sentence}" for sentence in _no_boxes(name, section.sources[0], shards)]
+    problems = [f"{place}: {sentence}" for sentence in no_boxes(name, section.sources[0], shards)]
     if problems or section.regions.labels == "tokens" or section.regions.vocabulary is not None:
         return problems
     trained = Path(run.data.sources[section.sources[0]].paths[0])
@@ -95,7 +95,8 @@ def _num_labels(section: PartialFCConfig, directory: Path) -> int:
     return len(vocabulary_of(section.regions, directory))
 
 
-def _no_boxes(name: str, source: str, shards: ShardSet) -> list[str]:
+def no_boxes(name: str, source: str, shards: ShardSet) -> list[str]:
+    """Returns a sentence if a set has no boxes that an objective could look at."""
     path = shards.directory
     if not shards.info.has_pages:
         return [

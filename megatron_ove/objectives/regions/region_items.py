@@ -6,7 +6,7 @@ all others. Words of a page have as many classes as page tags have, so page and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from megatron_ove.config.regions import RegionConfig
 from megatron_ove.data.windows import Windows, visible_share
 from megatron_ove.objectives.base import ObjectiveContext
 from megatron_ove.objectives.regions.box_tokens import tokens_in_boxes
+from megatron_ove.objectives.regions.documents import documents_of
 from megatron_ove.objectives.regions.region_labels import LabelBoxes, labels_of_section
 from megatron_ove.objectives.regions.region_pool import RegionPool, mean_of_regions
 from megatron_ove.outputs import VisionFeatures
@@ -82,7 +83,7 @@ class RegionItems:
         labels: list[list[int]] = [[] for _ in range(len(chosen) * self.per_sample)]
         tokens: dict[int, np.ndarray] = {}  # of each region that has some
         num_boxes = num_known = 0
-        for sample, document, windows, first_page in self._documents(samples, first_segment, reader):
+        for sample, document, windows, first_page in documents_of(samples, self._sources, first_segment, reader):
             known = self._known_boxes(document, windows, first_page, first_segment[sample + 1] - first_segment[sample])
             num_boxes, num_known = num_boxes + len(document.boxes[self._section.unit]), num_known + len(known)
             first_region = place_of[sample] * self.per_sample
@@ -103,26 +104,6 @@ class RegionItems:
             num_boxes=num_boxes,
             num_known=num_known,
         )
-
-    def _documents(
-        self, samples: Samples, first_segment: Sequence[int], reader: SampleReader
-    ) -> Iterator[tuple[int, Document, Windows, int]]:
-        """Yields (place in the microbatch, document, windows of pages, number of its first page) of what could be read,
-        in microbatch order within each source."""
-        for name in self._sources:
-            if name not in samples.source_names:
-                continue  # a held-out set comes under the name of one source
-            own = samples.of(name)
-            own = own[samples.is_valid[own]]
-            if not len(own):
-                continue
-            rows, seeds, places = samples.row[own], samples.seed[own], own.tolist()
-            windows = reader.windows(name, rows, seeds)
-            assert windows is not None, "documents are pictures"
-            pages = [first_segment[place + 1] - first_segment[place] for place in places]
-            firsts = np.cumsum([0, *pages]).tolist()
-            for place, document, first in zip(places, reader.documents(name, rows), firsts, strict=False):
-                yield place, document, windows, first
 
     def _known_boxes(
         self, document: Document, windows: Windows, first_page: int, num_pages: int
