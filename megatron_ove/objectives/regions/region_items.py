@@ -123,7 +123,7 @@ class RegionItems:
     def _draw(self, count: int, seed: int) -> list[int]:
         """Returns the boxes of a sample that are drawn, a function of its seed; fewer than `per_sample` where there are
         fewer and none is repeated."""
-        order = np.argsort(mix64(np.int64(seed), _PURPOSE, np.arange(count)), kind="stable")
+        order = np.argsort(mix64(np.array([seed]), _PURPOSE, np.arange(count)), kind="stable")
         if count and self._section.fill == "repeat":
             order = np.resize(order, self.per_sample)
         return order[: self.per_sample].tolist()

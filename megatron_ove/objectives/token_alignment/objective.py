@@ -175,7 +175,7 @@ class TokenAlignment(Objective):
 
     def _draw(self, count: int, seed: int) -> list[int]:
         """Returns the tokens of a sample that are used, in reading order; a function of its seed."""
-        order = np.argsort(mix64(np.int64(seed), _PURPOSE, np.arange(count)), kind="stable")
+        order = np.argsort(mix64(np.array([seed]), _PURPOSE, np.arange(count)), kind="stable")
         return sorted(order[: self._config.max_tokens].tolist())
 
 
