@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ove.checkpoint.manager import CheckpointManager
 from megatron_ove.checkpoint.manifest import checkpoints_at
+from megatron_ove.checkpoint.trust import require_data
 from megatron_ove.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,10 @@ def load_start(path: str | Path, state: ShardedStateDict, *, given: str) -> Stat
     Raises:
         CheckpointError: on all ranks, when it cannot be read.
     """
+    try:
+        require_data(path, looks_at_objects=False)  # these are not read
+    except CheckpointError as error:
+        raise CheckpointError(f"init_from = {given}: {error}", on_every_rank=True) from error
     try:
         # Of stacked layers, some may be wanted and others not, which the check of access would take for a mistake.
         loaded: Any = dist_checkpointing.load(state, str(path), validate_access_integrity=False)

@@ -47,6 +47,7 @@ from megatron_ove.checkpoint.manifest import (
     sync_folder,
     write_manifest,
 )
+from megatron_ove.checkpoint.trust import require_data
 from megatron_ove.config.upgrade import CONFIG_VERSION, upgrade_config, version_of
 from megatron_ove.errors import CheckpointError
 
@@ -183,9 +184,10 @@ class CheckpointManager:
         """Fills `state` from a checkpoint; the layout of the run that wrote it does not matter.
 
         Raises:
-            CheckpointError: on all ranks, when a tensor is missing or has another shape.
+            CheckpointError: on all ranks, when a tensor is missing or has another shape, or something would be run.
         """
         try:
+            self._on_writer(lambda: require_data(path))
             return cast(StateDict, self._together(lambda: dist_checkpointing.load(state, str(path))))
         except CheckpointError as error:
             raise CheckpointError(

@@ -170,10 +170,11 @@ def _count_parameters(path: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _stored_sizes(path: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    from megatron_ove.checkpoint.trust import read_metadata
+
+    metadata = read_metadata(path).state_dict_metadata
     return {name: item.size for name, item in metadata.items() if isinstance(item, TensorStorageMetadata)}
 
 

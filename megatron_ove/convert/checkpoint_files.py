@@ -30,6 +30,7 @@ from megatron_ove.checkpoint.manifest import (
     structural_problem,
     write_manifest,
 )
+from megatron_ove.checkpoint.trust import TrustedReader, read_metadata
 from megatron_ove.config.encoder import EncoderConfig, EncoderSection
 from megatron_ove.config.upgrade import CONFIG_VERSION
 from megatron_ove.convert.mapping import check_state, mcore_shapes
@@ -145,7 +146,7 @@ def stored_keys(checkpoint_dir: str | Path) -> frozenset[str]:
         CheckpointError: its index cannot be read.
     """
     try:
-        return frozenset(torch_checkpoint.FileSystemReader(str(checkpoint_dir)).read_metadata().state_dict_metadata)
+        return frozenset(read_metadata(checkpoint_dir).state_dict_metadata)
     except (OSError, CheckpointException, RuntimeError) as error:
         raise CheckpointError(
             f"the index of the checkpoint {checkpoint_dir} cannot be read ({_first_line(error)}); use another one"
@@ -158,7 +159,7 @@ def read_tensors(checkpoint_dir: str | Path, prefix: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the files cannot be read.
     """
-    reader = torch_checkpoint.FileSystemReader(str(checkpoint_dir))
+    reader = TrustedReader(str(checkpoint_dir))
     try:
         entries = reader.read_metadata().state_dict_metadata
         state: dict[str, Any] = {
