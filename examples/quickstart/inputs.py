@@ -19,6 +19,7 @@ from phases import DemoError, run_tool, say
 from sizes import DemoSizes
 
 from megatron_ove.errors import DataError
+from megatron_ove.preprocess.codec.clip_reading import open_container
 from megatron_ove.preprocess.folders import list_inputs
 
 KINDS = ("images", "pages", "clips")
@@ -137,7 +138,7 @@ def _cut_clips(files: Sequence[Path], target: Path) -> None:
 
 
 def _decode(file: Path) -> list[av.VideoFrame]:
-    with av.open(str(file)) as container:
+    with open_container(file) as container:
         stream = container.streams.video[0]
         scale = min(1.0, _LONGEST_SIDE / max(stream.width, stream.height))
         width, height = (max(2, round(side * scale / 2) * 2) for side in (stream.width, stream.height))

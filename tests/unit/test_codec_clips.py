@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av.error
 import numpy as np
 import pytest
 
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.codec.clip_frames import read_clip
+from megatron_ove.preprocess.codec.clip_reading import open_clip
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from tests.support.clips import moving_square, textured_background, write_sound, write_video
 
@@ -174,3 +176,13 @@ def test_settings_round_trip_with_versions() -> None:
 
 def test_background_helper_is_textured() -> None:
     assert textured_background(32, 32).std() > 30
+
+
+@pytest.mark.parametrize("content", ["ffconcat version 1.0\nfile secret.mp4\n", "#EXTM3U\n#EXTINF:1,\nsecret.mp4\n"])
+def test_a_list_that_names_other_files_opens_none(content: str, tmp_path: Path) -> None:
+    write_video(tmp_path / "secret.mp4", moving_square(4)[0])
+    with open_clip(tmp_path / "secret.mp4") as (container, _):
+        assert "mp4" in container.format.name
+    (tmp_path / "list.mp4").write_text(content)
+    with pytest.raises((DataError, av.error.FFmpegError)), open_clip(tmp_path / "list.mp4"):
+        raise AssertionError("it was opened")

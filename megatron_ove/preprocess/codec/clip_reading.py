@@ -31,15 +31,42 @@ _STARTS_ON_NOTHING = frozenset(
 )
 
 
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,live_flv,mxf,gxf,dv,nut,yuv4mpegpipe,ivf,"
+    "rm,wtv,bink,nsv,gif,mjpeg,h261,h263,h264,hevc,vc1,obu,av1,m4v,amv"
+)
+"""Containers and streams. Not among them: lists and playlists, which make FFmpeg open what else they name, whatever the
+file is called."""
+_REFUSED = 22
+
+
+def open_container(file: Path) -> av.container.InputContainer:
+    """Opens a media file by what it is, and nothing that it names.
+
+    Raises:
+        DataError: a format that is not read.
+        av.error.FFmpegError: no media file.
+    """
+    # Absolute: of "concat:a.mp4" FFmpeg would take the beginning for a protocol.
+    try:
+        return av.open(str(file.absolute()), options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
+    except av.error.ArgumentError as error:
+        if error.errno != _REFUSED:
+            raise
+        raise DataError(
+            f"{file} is of a format that is not read, such as a list that names other files; convert it to mp4"
+        ) from error
+
+
 @contextmanager
 def open_clip(file: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Opens a media file and chooses its first video stream.
 
     Raises:
-        DataError: no video stream, or one that no decoder is there for.
+        DataError: no video stream, one that no decoder is there for, or a format that is not read.
         av.error.FFmpegError: no media file.
     """
-    with av.open(str(file)) as container:
+    with open_container(file) as container:
         # A cover picture of a music file is a video stream to FFmpeg, but not a clip.
         streams = [
             stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic
