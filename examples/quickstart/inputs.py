@@ -127,7 +127,7 @@ def _cut_clips(files: Sequence[Path], target: Path) -> None:
     for number, file in enumerate(files):
         try:
             frames = _decode(file)
-        except (av.error.FFmpegError, ValueError, IndexError):
+        except (DataError, av.error.FFmpegError, ValueError, IndexError):
             frames = []
         half = len(frames) // 2
         if half < 1:
