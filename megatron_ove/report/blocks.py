@@ -10,7 +10,7 @@ from typing import assert_never
 
 from megatron_ove import __version__
 from megatron_ove.errors import DataError
-from megatron_ove.report.pictures import data_uri, picture_size
+from megatron_ove.report.pictures import data_uri, is_picture_name, picture_size
 from megatron_ove.report.sections import (
     GalleryBlock,
     Picture,
@@ -21,20 +21,23 @@ from megatron_ove.report.sections import (
     WordColumn,
 )
 
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""All is escaped; should some text get through all the same, a browser neither runs nor fetches anything."""
 
-def draw_page(title: str, parts: Sequence[str], *, head: str = "") -> str:
+
+def draw_page(title: str, parts: Sequence[str]) -> str:
     """Returns a whole page.
 
     Args:
         title: of the window.
         parts: HTML of the body; "" is left out.
-        head: HTML that goes before the title.
     """
     style = resources.files("megatron_ove.report").joinpath("style.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{head}<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         f"{chr(10).join(part for part in parts if part)}\n"
         f"<footer>megatron_ove {escape(__version__)}</footer>\n</body>\n</html>\n"
     )
@@ -86,7 +89,12 @@ def draw_table(header: list[str], rows: list[list[str]], note: str = "") -> str:
 
 
 def _picture(item: Picture, folder: Path) -> str:
-    path = folder / item.file
+    path = (folder / item.file).resolve()
+    if not path.is_relative_to(folder.resolve()) or not is_picture_name(path):
+        raise DataError(
+            f"the report names the picture {item.file}, which is no picture in {folder}; whoever made this run folder "
+            "may want a file of yours in the page, so look into its report/"
+        )
     if not path.is_file():
         raise DataError(
             f"the report names the picture {path}, which does not exist; run the program that made the report again"

@@ -23,6 +23,11 @@ def content_uri(content: bytes, mime_type: str) -> str:
     return f"data:{mime_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
+def is_picture_name(path: Path) -> bool:
+    """Returns whether a file is called like a picture that a page can show."""
+    return path.suffix.lower() in _MIME_TYPES
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """Returns (width, height) in pixels without decoding."""
     with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as picture:

@@ -6,9 +6,9 @@ step appears once, whatever happened to the run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,6 +67,10 @@ class TensorBoardLogger:
         self._writer.close()
 
 
+_WANDB_ID = "wandb_id"
+"""File of the run folder."""
+
+
 class WandbLogger:
     """One Weights & Biases run per run folder; a resumed run continues it."""
 
@@ -82,7 +86,7 @@ class WandbLogger:
             project=config.tracking.wandb_project,
             name=config.name,
             dir=config.run_dir,
-            id=hashlib.sha256(str(Path(config.run_dir).resolve()).encode()).hexdigest()[:16],
+            id=_wandb_id(Path(config.run_dir)),
             resume="allow",
             config=config.model_dump(mode="json"),
         )
@@ -92,6 +96,16 @@ class WandbLogger:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Returns what the run is called there: drawn once and kept in the run folder, since the same path may be another
+    run on another machine or in a container."""
+    path = run_dir / _WANDB_ID
+    if not path.is_file():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{secrets.token_hex(8)}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def build_loggers(config: TrainConfig, *, resume_step: int) -> list[MetricLogger]:

@@ -39,3 +39,8 @@ def test_tests_named_on_the_page_of_bad_input_exist() -> None:
     known = {path.stem for path in files}
     known.update(name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
     assert named and not named - known
+
+
+def test_secrets_stay_out_of_the_image() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {"**/site.env", "**/.env*", "**/*.pem", "**/*.key", "runs", ".git"} <= set(ignored)

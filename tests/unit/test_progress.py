@@ -14,6 +14,7 @@ from rich.console import Console
 from megatron_ove.config.loader import config_from_dict
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
+from megatron_ove.training import loggers
 from megatron_ove.training.loggers import JsonLinesLogger, TensorBoardLogger, build_loggers, truncate_metrics
 from megatron_ove.training.progress import ProgressDisplay, describe_held_out, describe_row
 from megatron_ove.training.stop_signal import StopSignal, clear_stop_file
@@ -156,11 +157,11 @@ def test_tensorboard_gets_every_figure_under_its_step(tmp_path):
 
 
 def test_loggers_follow_the_configuration(tmp_path):
-    loggers = build_loggers(config(tmp_path / "a", tensorboard=False), resume_step=0)
-    assert [type(item).__name__ for item in loggers] == ["JsonLinesLogger"]
-    loggers += build_loggers(config(tmp_path / "b", tensorboard=True), resume_step=0)
-    assert [type(item).__name__ for item in loggers[1:]] == ["JsonLinesLogger", "TensorBoardLogger"]
-    for item in loggers:
+    opened = build_loggers(config(tmp_path / "a", tensorboard=False), resume_step=0)
+    assert [type(item).__name__ for item in opened] == ["JsonLinesLogger"]
+    opened += build_loggers(config(tmp_path / "b", tensorboard=True), resume_step=0)
+    assert [type(item).__name__ for item in opened[1:]] == ["JsonLinesLogger", "TensorBoardLogger"]
+    for item in opened:
         item.close()
 
 
@@ -168,6 +169,13 @@ def test_a_tracker_that_is_not_installed_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"tracking.wandb_project = mine needs the package wandb, which is not inst"):
         build_loggers(config(tmp_path, wandb_project="mine"), resume_step=0)
+
+
+def test_a_tracker_knows_a_run_by_an_id_of_its_own(tmp_path):
+    """Not by its path, which is the same in every container."""
+    first, second = (loggers._wandb_id(tmp_path / name) for name in ("a", "b"))
+    assert first != second and len(first) == 16
+    assert loggers._wandb_id(tmp_path / "a") == first
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -199,6 +199,20 @@ def test_report_errors_are_sentences(tmp_path: Path) -> None:
         write_run_report(folder)
 
 
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname", "notes.txt", "link.jpg"])
+def test_a_page_shows_no_file_from_elsewhere(name: str, tmp_path: Path) -> None:
+    """A run folder of somebody else draws no file of yours into a page that you may send back."""
+    folder = make_run(tmp_path / "run")
+    save_jpeg(np.zeros((8, 8, 3), np.uint8), tmp_path / "secret.png")
+    write_extras(folder, sample_extras(folder))
+    (folder / "report/notes.txt").write_text("mine")
+    (folder / "report/link.jpg").symlink_to(tmp_path / "secret.png")
+    extras = folder / "report/extras.json"
+    extras.write_text(extras.read_text().replace("page.jpg", name))
+    with pytest.raises(DataError, match="which is no picture in"):
+        write_run_report(folder)
+
+
 def test_tile_lays_out_row_by_row() -> None:
     frames = [np.full((2, 3, 3), value, np.uint8) for value in (10, 20, 30)]
     sheet = tile(frames, columns=2, gap=1)
