@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from megatron_ove.errors import DataError
+from megatron_ove.whole_file import write_whole
 
 VOCABULARY_FILE = "vocabulary.json"
 """Name of the file in the folder of a shard set."""
@@ -59,11 +60,7 @@ class Vocabulary:
 
     def save(self, path: str | Path) -> None:
         """Writes the vocabulary; replaces `path` at once."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".tmp")
-        partial.write_bytes(self.encode())
-        partial.replace(target)
+        write_whole(Path(path), self.encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:

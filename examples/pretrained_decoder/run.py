@@ -161,7 +161,12 @@ def train(arm: str, run_dir: Path, arguments: argparse.Namespace) -> None:
     settings |= {"init_from": json.dumps([{"path": str(arguments.encoder.resolve()), "parts": ["encoder"]}])}
     settings["objectives.read.decoder.path" if arm == "frozen" else "objectives.read.tokenizer"] = decoder
     command = [sys.executable, "-m", "megatron_ove", "train", str(HERE / ARMS[arm])]
-    run(*command, *(part for field, value in settings.items() for part in ("--set", f"{field}={value}")))
+    run(*command, *(part for field, value in settings.items() for part in ("--set", setting(field, value))))
+
+
+def setting(field: str, value: object) -> str:
+    """Returns an override; a path may be called anything, also what YAML reads otherwise."""
+    return f"{field}={json.dumps(str(value)) if isinstance(value, Path) else value}"
 
 
 def run(*command: str) -> None:

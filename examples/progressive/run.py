@@ -98,11 +98,16 @@ def train(
     settings |= {} if init_from is None else {"init_from": init_from}
     settings |= {} if lr is None else {"optim.lr": lr}
     command = [sys.executable, "-m", "megatron_ove", "train", str(HERE / config), f"--nproc={NUM_PROCESSES}"]
-    command += [part for field, value in settings.items() for part in ("--set", f"{field}={value}")]
+    command += [part for field, value in settings.items() for part in ("--set", setting(field, value))]
     print("$", " ".join(command), flush=True)
     status = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
     if status:
         sys.exit(status)
+
+
+def setting(field: str, value: object) -> str:
+    """Returns an override; a path may be called anything, also what YAML reads otherwise."""
+    return f"{field}={json.dumps(str(value)) if isinstance(value, Path) else value}"
 
 
 def last_figures(run_dir: Path) -> dict[str, float]:

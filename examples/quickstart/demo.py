@@ -9,6 +9,7 @@ README.md beside this file.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import warnings
@@ -109,8 +110,11 @@ def _overrides(run_dir: Path, num_classes: dict[str, int], sizes: DemoSizes) -> 
     overrides += [f"train.num_steps={sizes.steps}", f"train.log_interval_steps={sizes.log_interval}"]
     overrides += [f"optim.schedule.warmup_steps={min(20, sizes.steps // 2)}"]
     if run_dir != DEFAULT_RUN_DIR.resolve():
-        overrides.append(f"run_dir={run_dir}")
-        overrides += [f"data.sources.{kind}.path={run_dir / 'data' / kind / 'train'}" for kind in KINDS]
+        # A folder may be called anything, also what YAML reads otherwise.
+        overrides.append(f"run_dir={json.dumps(str(run_dir))}")
+        overrides += [
+            f"data.sources.{kind}.path={json.dumps(str(run_dir / 'data' / kind / 'train'))}" for kind in KINDS
+        ]
     return overrides
 
 

@@ -167,16 +167,21 @@ def tool(name: str, *arguments: object) -> None:
 def train(run_dir: Path, sizes: Sizes, seed: int, encoder: Path) -> None:
     """Trains encoder, bridge and decoder together."""
     data = run_dir / "data"
-    settings = [f"seed={seed}", f"run_dir={run_dir}", f"train.num_steps={sizes.steps}"]
+    settings = [f"seed={seed}", setting("run_dir", run_dir), f"train.num_steps={sizes.steps}"]
     settings += [
-        f"data.sources.strips.path={data / 'train'}",
-        f"objectives.{OBJECTIVE}.tokenizer={run_dir / 'tokenizer'}",
+        setting("data.sources.strips.path", data / "train"),
+        setting(f"objectives.{OBJECTIVE}.tokenizer", run_dir / "tokenizer"),
     ]
-    settings += [f"evaluation.sets.{OBJECTIVE}={data / 'unseen_words'}"]
+    settings += [setting(f"evaluation.sets.{OBJECTIVE}", data / "unseen_words")]
     settings += [f"optim.schedule.warmup_steps={min(100, sizes.steps // 3)}"]
     settings += [f"init_from={json.dumps([{'path': str(encoder), 'parts': ['encoder']}])}"]
     command = [sys.executable, "-m", "megatron_ove", "train", str(CONFIG), f"--nproc={NUM_PROCESSES}"]
     run(*command, *(part for setting in settings for part in ("--set", setting)))
+
+
+def setting(field: str, path: Path) -> str:
+    """Returns an override; a path may be called anything, also what YAML reads otherwise."""
+    return f"{field}={json.dumps(str(path))}"
 
 
 def run(*command: str) -> None:

@@ -112,15 +112,20 @@ def make(target: Path, count: int, seed: int, options: Sequence[str]) -> None:
 def train(run_dir: Path, sizes: Sizes, seed: int) -> None:
     """Trains on strips, then goes on with strips and pages: the same run, resumed with other data."""
     data = run_dir / "data"
-    settings = [f"seed={seed}", f"run_dir={run_dir}", f"train.num_steps={sizes.steps}"]
-    settings += [f"evaluation.sets.{OBJECTIVE}={data / 'strips_siblings'}"]
+    settings = [f"seed={seed}", setting("run_dir", run_dir), f"train.num_steps={sizes.steps}"]
+    settings += [setting(f"evaluation.sets.{OBJECTIVE}", data / "strips_siblings")]
     settings += [f"optim.schedule.warmup_steps={min(200, sizes.steps // 3)}"]
     command = [sys.executable, "-m", "megatron_ove", "train", str(CONFIG), f"--nproc={NUM_PROCESSES}"]
     for more in (
-        [f"data.sources.pages.path={data / 'easy'}", f"train.stop_after_steps={sizes.first_steps}"],
-        [f"data.sources.pages.path={data / 'hard'}"],
+        [setting("data.sources.pages.path", data / "easy"), f"train.stop_after_steps={sizes.first_steps}"],
+        [setting("data.sources.pages.path", data / "hard")],
     ):
         run(*command, *(part for setting in (*settings, *more) for part in ("--set", setting)))
+
+
+def setting(field: str, path: Path) -> str:
+    """Returns an override; a path may be called anything, also what YAML reads otherwise."""
+    return f"{field}={json.dumps(str(path))}"
 
 
 def run(*command: str) -> None:

@@ -144,7 +144,12 @@ def train(name: str, run_dir: Path, sizes: Sizes, seed: int) -> None:
     if name == "unit":
         settings["objectives.keep.teacher.path"] = concepts
     command = [sys.executable, "-m", "megatron_ove", "train", str(HERE / f"{name}.yaml"), f"--nproc={NUM_PROCESSES}"]
-    run(*command, *(part for field, value in settings.items() for part in ("--set", f"{field}={value}")))
+    run(*command, *(part for field, value in settings.items() for part in ("--set", setting(field, value))))
+
+
+def setting(field: str, value: object) -> str:
+    """Returns an override; a path may be called anything, also what YAML reads otherwise."""
+    return f"{field}={json.dumps(str(value)) if isinstance(value, Path) else value}"
 
 
 def run(*command: str) -> None:

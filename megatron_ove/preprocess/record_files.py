@@ -17,6 +17,7 @@ from megatron_ove.errors import DataError
 from megatron_ove.preprocess.input_files import InputFile, real_path, state_of
 from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.rejects import RejectsFile, printable, read_rejects
+from megatron_ove.whole_file import write_whole
 
 _STAT_THREADS, _STAT_PART = 32, 256
 
@@ -276,14 +277,6 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that it is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def file_state(path: Path) -> list[int]:

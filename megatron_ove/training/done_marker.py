@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from megatron_ove.checkpoint.manifest import checkpoint_name
+from megatron_ove.whole_file import write_whole
 
 DONE_FILE_NAME = "done"
 
@@ -22,10 +23,8 @@ def mark_done(run_dir: Path, *, step: int, config_text: str) -> None:
         step: steps done.
         config_text: the resolved configuration.
     """
-    path = run_dir / DONE_FILE_NAME
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps({"step": step, "config_sha256": _sha256(config_text)}) + "\n", encoding="utf-8")
-    partial.replace(path)  # atomic: nobody reads half of it
+    content = json.dumps({"step": step, "config_sha256": _sha256(config_text)}) + "\n"
+    write_whole(run_dir / DONE_FILE_NAME, content.encode())
 
 
 def unmark_done(run_dir: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import ConfigError
+from megatron_ove.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,4 @@ def truncate_metrics(path: Path, step: int) -> None:
             dropped += 1
     if dropped:
         logger.info("Dropping %d rows after step %d from %s.", dropped, step, path)
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        rewritten.replace(path)
+        write_whole(path, "".join(line + "\n" for line in kept).encode())

@@ -21,8 +21,8 @@ from head_report import describe_machine
 from torch import Tensor
 from turns import add_schedule_arguments, schedule_of, take_turns
 
-from megatron_ove.preprocess.record_files import write_whole
 from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
+from megatron_ove.whole_file import write_whole
 
 CONTENDERS = ("ours", "eager", "sdpa")
 LOOKED_INTO = ("ours", "sdpa")

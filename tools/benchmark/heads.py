@@ -20,8 +20,8 @@ from head_rounds import ALLOCATORS, Schedule, measure
 
 from megatron_ove.config.yaml_file import parse_yaml
 from megatron_ove.errors import ConfigError
-from megatron_ove.preprocess.record_files import write_whole
 from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
+from megatron_ove.whole_file import write_whole
 
 _ALL = (*OURS, *OTHERS)
 _COMPARED = ("default", "per_label", "grouped", "shared", "published", "full_softmax")

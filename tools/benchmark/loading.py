@@ -34,11 +34,11 @@ from megatron_ove.data.sample_reader import SampleReader
 from megatron_ove.data.step_loader import StepLoader
 from megatron_ove.data.synthetic import write_synthetic_shard_set
 from megatron_ove.parallel.topology import ParallelTopology, destroy_topology, initialize_topology
-from megatron_ove.preprocess.record_files import write_whole
 from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
 from megatron_ove.shards.files import ShardFiles
 from megatron_ove.shards.format import PICTURE_MEMBER
 from megatron_ove.shards.shard_set import ShardSet
+from megatron_ove.whole_file import write_whole
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,8 +24,8 @@ from text_decoder_contenders import LossContender, LossWork, OurReader, PlainRea
 from torch import Tensor
 from turns import add_schedule_arguments, schedule_of, take_turns
 
-from megatron_ove.preprocess.record_files import write_whole
 from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
+from megatron_ove.whole_file import write_whole
 
 TOLERANCE = 1e-3
 

@@ -27,8 +27,8 @@ from turns import add_schedule_arguments, schedule_of, take_turns
 
 from megatron_ove.config.yaml_file import parse_yaml
 from megatron_ove.errors import ConfigError
-from megatron_ove.preprocess.record_files import write_whole
 from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
+from megatron_ove.whole_file import write_whole
 
 CONTENDERS = ("ours", "published")
 # Largest difference / largest element of the pooled embeddings.

@@ -25,7 +25,6 @@ from megatron_ove.preprocess.record_files import (
     read_records,
     require_same_settings,
     write_records,
-    write_whole,
 )
 from megatron_ove.preprocess.sole_writer import sole_writer
 from megatron_ove.preprocess.tool_arguments import (
@@ -35,6 +34,7 @@ from megatron_ove.preprocess.tool_arguments import (
     run_tool,
     whole_number,
 )
+from megatron_ove.whole_file import write_whole
 
 _BUDGET_SHARE = 8  # the default budget is an eighth of all patches: 2,048 of 16,384 at 224 x 224
 
@@ -113,7 +113,8 @@ def _select(arguments: argparse.Namespace) -> None:
             selected.append({"stored": name, **clip.info})
             if arguments.contact_sheets is not None:
                 sheet = contact_sheet(clip.decoded_frames(), clip.positions, settings.patch_size, frame_width=112)
-                write_whole(arguments.contact_sheets / f"{clip.info['key']}.jpg", encode_jpeg(sheet))
+                # Named after the stored clip, which is a file of ours; a key is what the file says of itself.
+                write_whole(arguments.contact_sheets / f"{Path(name).stem}.jpg", encode_jpeg(sheet))
         num_new, here = len(selected), plan.kept + selected
         if not here:
             raise DataError(

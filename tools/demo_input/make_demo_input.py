@@ -18,8 +18,9 @@ from pathlib import Path
 from megatron_ove.errors import DataError
 from megatron_ove.preprocess.demo_input.writer import DemoSizes, DemoWriter, demo_files, write_truth
 from megatron_ove.preprocess.file_runs import run_over_files
-from megatron_ove.preprocess.record_files import open_rejects, write_whole
+from megatron_ove.preprocess.record_files import open_rejects
 from megatron_ove.preprocess.tool_arguments import add_run_options, report, run_tool, whole_number
+from megatron_ove.whole_file import write_whole
 
 
 def _parser() -> argparse.ArgumentParser:

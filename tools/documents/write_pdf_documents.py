@@ -23,7 +23,7 @@ from megatron_ove.preprocess.documents.writing import picture_settings
 from megatron_ove.preprocess.file_runs import run_over_files
 from megatron_ove.preprocess.folders import list_inputs
 from megatron_ove.preprocess.input_files import InputFile
-from megatron_ove.preprocess.record_files import open_rejects, write_whole
+from megatron_ove.preprocess.record_files import open_rejects
 from megatron_ove.preprocess.shard_output import is_done, names_digest, output_of, rejects_of, shard_output
 from megatron_ove.preprocess.tool_arguments import (
     Task,
@@ -37,6 +37,7 @@ from megatron_ove.preprocess.tool_arguments import (
     whole_number,
 )
 from megatron_ove.rejects import RejectsFile
+from megatron_ove.whole_file import write_whole
 
 _MAX_SIDE = 10_000
 """Pixels: a page in memory is 300 MB then."""

@@ -18,8 +18,8 @@ from gpu_workloads import SIZES
 
 from megatron_ove.config.parallel import ParallelConfig
 from megatron_ove.parallel.topology import destroy_topology, initialize_topology
-from megatron_ove.preprocess.record_files import write_whole
 from megatron_ove.preprocess.tool_arguments import report, run_tool, whole_number
+from megatron_ove.whole_file import write_whole
 
 _SECTIONS = {
     "speed": measure_speed,

@@ -16,7 +16,8 @@ from megatron_ove.preprocess.clustering.descriptors import build_describer, desc
 from megatron_ove.preprocess.codec.clip_store import load_clip
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import load_picture
-from megatron_ove.preprocess.record_files import current_rows, write_whole
+from megatron_ove.preprocess.record_files import current_rows
+from megatron_ove.whole_file import write_whole
 
 _SAMPLE_ARRAYS = ("keys", "files", "sheets", "states", "link_names")
 _LATER_ARRAYS = ("link_names",)  # which files of earlier versions lack

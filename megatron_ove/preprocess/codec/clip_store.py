@@ -18,7 +18,8 @@ from megatron_ove.preprocess.codec.selection import select_clip
 from megatron_ove.preprocess.codec.settings import CodecSettings
 from megatron_ove.preprocess.input_files import InputFile
 from megatron_ove.preprocess.pictures import decode_picture, encode_jpeg
-from megatron_ove.preprocess.record_files import file_state, write_whole
+from megatron_ove.preprocess.record_files import file_state
+from megatron_ove.whole_file import write_whole
 
 MOSAIC_QUALITY = 95  # patches of side 14 straddle JPEG's 8 x 8 blocks, so less would bleed between neighbours
 FRAME_QUALITY = 90

@@ -16,9 +16,9 @@ from megatron_ove.preprocess.demo_input.clips import draw_scene, write_clip
 from megatron_ove.preprocess.demo_input.images import draw_variant
 from megatron_ove.preprocess.photographs import photograph_names
 from megatron_ove.preprocess.pictures import encode_jpeg
-from megatron_ove.preprocess.record_files import write_whole
 from megatron_ove.preprocess.text_render.page import draw_style, render_page
 from megatron_ove.preprocess.text_render.passages import draw_passage, languages
+from megatron_ove.whole_file import write_whole
 
 SPLITS = ("train", "held_out")
 _PAGE_CHARACTERS = 900  # more than any page holds
