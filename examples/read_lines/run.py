@@ -3,7 +3,7 @@
     python examples/read_lines/run.py --seed 1 --json read_lines.json
     python examples/read_lines/run.py --seed 1 --json control.json --control
 
-Starts from the encoder of examples/read_words (--encoder). Strips of some 8,000 words and 20,000 misspelt ones train
+Starts from the encoder of examples/read_words (--encoder). Strips of some 8,000 words and 23,000 misspelt ones train
 it; 500 other words are held out with all their misspellings, and so are typefaces. With --control every training strip
 gets the word of another one: what is learned then is which words there are. The figures go to the JSON file, the curve
 to the run folder. README.md has the results.

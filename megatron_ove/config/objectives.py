@@ -136,6 +136,12 @@ class PartialFCConfig(ObjectiveConfig):
         return self.level == "sample"
 
     @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        regions = self.regions
+        names_tokens = self.level == "region" and regions.labels == "tokens" and regions.tokenizer_fingerprint is None
+        return (*super().unknown_fields, *(("regions",) if names_tokens else ()))
+
+    @property
     def items_per_sample(self) -> int:
         """Embeddings of a sample that meet the table."""
         return self.regions.per_sample if self.level == "region" else 1

@@ -22,6 +22,8 @@ class RegionConfig(StrictModel):
     """vocabulary.json of the classes; null = the one beside the shard set."""
     tokenizer: str | None = None
     """Folder with tokenizer.json, or the file, of labels: tokens."""
+    tokenizer_fingerprint: str | None = None
+    """Of the tokenizer's meaning; filled in, and compared when a run resumes."""
     per_sample: Annotated[int, Field(gt=0, le=4096)] = 10
     """Regions of a sample in a step, drawn from those with a label."""
     fill: Literal["repeat", "empty"] = "repeat"

@@ -22,6 +22,9 @@ class TokenTableConfig(StrictModel):
     """Channels of a table of fixed random rows instead, the same for every seed: enough to find what is learned, and
     of no use to a language model. With a path, that of its rows, filled in."""
 
+    fingerprint: str | None = None
+    """Of the rows of a path; filled in, and compared when a run resumes."""
+
     def _check_source(self) -> Iterator[str]:
         if self.path is None and self.width is None:
             yield (

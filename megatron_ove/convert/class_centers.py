@@ -69,6 +69,12 @@ def load_class_head(checkpoint_dir: str | Path, objective: str, *, verify: bool 
     facts = read_checkpoint_facts(checkpoint_dir, verify=verify)
     objectives = facts["config"].get("objectives", {})
     key = f"objectives.{objective}.weight"
+    if objective in objectives and is_on_regions(objectives[objective]):
+        raise CheckpointError(
+            f"objective '{objective}' of {checkpoint_dir} learned what stands in boxes, so its class centers say "
+            "nothing of whole samples; name an objective with level: sample, or measure it with evaluation.sets while "
+            "it trains"
+        )
     if objective in objectives:
         tensors = read_tensors(checkpoint_dir, key)
         if key in tensors:
@@ -83,10 +89,20 @@ def load_class_head(checkpoint_dir: str | Path, objective: str, *, verify: bool 
 
 
 def objectives_with_centers(checkpoint_dir: str | Path) -> list[str]:
-    """Returns the objectives of a checkpoint that have class centers in it, in the order of its configuration."""
+    """Returns the objectives of a checkpoint that have class centers of whole samples in it, in the order of its
+    configuration."""
     objectives = read_checkpoint_facts(checkpoint_dir, verify=False)["config"].get("objectives", {})
     keys = stored_keys(checkpoint_dir)
-    return [name for name in objectives if f"objectives.{name}.weight" in keys]
+    return [
+        name
+        for name, section in objectives.items()
+        if f"objectives.{name}.weight" in keys and not is_on_regions(section)
+    ]
+
+
+def is_on_regions(section: Mapping[str, Any]) -> bool:
+    """Whether a stored section's classes are those of boxes."""
+    return section.get("level", "sample") == "region"
 
 
 def _read_mean(checkpoint_dir: str | Path, objective: str, section: Mapping[str, Any]) -> Tensor | None:

@@ -22,6 +22,7 @@ from megatron_ove.convert.model_card import describe_reader
 from megatron_ove.errors import CheckpointError, ConfigError
 from megatron_ove.kinds import kinds_of
 from megatron_ove.model.parameter_names import canonical_name
+from megatron_ove.model.pooling import heads_of_width
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def export_reader(
         "bridge": {
             "kind": section.bridge.kind,
             "num_queries": section.bridge.num_queries,
-            "num_heads": max(1, encoder.hidden_size // 64),
+            "num_heads": heads_of_width(encoder.hidden_size),
         },
         "template": dict(template),
         "end_token_id": end_token,

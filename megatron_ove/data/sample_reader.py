@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +18,8 @@ from megatron_ove.shards.documents import Document
 from megatron_ove.shards.opening import bad_label, label_sentence
 from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.shards.token_cache import SourceTexts
+
+logger = logging.getLogger(__name__)
 
 _READING_THREADS = 8
 """For texts of a microbatch, which are small: what takes time is the way to the disk."""
@@ -77,6 +80,21 @@ class SampleReader:
         shards = self._sources[source].shards
         with ThreadPoolExecutor(_READING_THREADS) as pool:
             return list(pool.map(shards.read_document, rows.tolist()))
+
+    def readable_documents(self, source: str, rows: Tensor) -> list[Document | None]:
+        """As `documents`, with None for one that cannot be read, after a warning that says why: whoever learns from it
+        leaves it out."""
+        shards = self._sources[source].shards
+
+        def read(row: int) -> Document | None:
+            try:
+                return shards.read_document(row)
+            except DataError as error:
+                logger.warning("data.sources.%s: %s; it teaches nothing", source, error)
+                return None
+
+        with ThreadPoolExecutor(_READING_THREADS) as pool:
+            return list(pool.map(read, rows.tolist()))
 
     def texts(self, source: str, fingerprint: str) -> SourceTexts:
         """Returns the texts of a source as token ids of the tokenizer with this fingerprint."""

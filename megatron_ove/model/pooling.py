@@ -15,6 +15,11 @@ from megatron_ove.model.attention import SegmentRun, split_runs
 from megatron_ove.model.linear import linear
 
 
+def heads_of_width(width: int) -> int:
+    """Returns attention heads for a module that is told its width only: of about 64 channels each, whatever divides."""
+    return next(count for count in range(max(1, width // 64), 0, -1) if width % count == 0)
+
+
 class AttentionPoolingHead(nn.Module):
     """Multi-head attention with one learned query per segment, then x + MLP(RMSNorm(x)).
 

@@ -40,7 +40,7 @@ def chance_loss(config: PartialFCConfig, num_samples: float) -> float:
     active = float(classes)
     if config.sampling_correction == "none":
         most_slots = max(len(slots) for slots in config.slots_of_sets)
-        labels = math.ceil(num_samples * most_slots)
+        labels = math.ceil(num_samples * config.items_per_sample * most_slots)
         probability = config.inclusion_probability
         active = expect_active_rows(classes, classes, probability=probability, num_sets=1, num_labels=labels)
     target = float(margin_softmax_of(config).target_logits(torch.zeros((), dtype=torch.float64)))

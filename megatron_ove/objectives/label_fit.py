@@ -214,6 +214,14 @@ def stored_differences(name: str, there: Mapping[str, Any], here: Mapping[str, A
     if there.get("num_classes") != here.get("num_classes"):
         yield f"objectives.{name}.num_classes is {there.get('num_classes')} there and {here.get('num_classes')} here"
         return
+    level, now = (section.get("level", "sample") for section in (there, here))
+    if level != now:
+        yield f"objectives.{name}.level is {level} there and {now} here"
+    elif now == "region":
+        for field in ("labels", "pooling", "tokenizer_fingerprint"):
+            before, now = (section["regions"].get(field) for section in (there, here))
+            if before != now:
+                yield f"objectives.{name}.regions.{field} is {before} there and {now} here"
     before, now = (section.get("centering", "none") for section in (there, here))
     if before != now and "embeddings" in (before, now):  # such class centers lie around another point
         yield f"objectives.{name}.centering is {before} there and {now} here"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -241,7 +242,7 @@ class PartialFC(Objective):
         topology, centers = self._topology, self.centers
         sample_counts = sample_counts * self._items.per_sample
         embeddings = torch.cat(list(observed))
-        labels = _joined([self._items.labels_of(one) for one in inputs])
+        labels = self._joined([self._items.labels_of(one) for one in inputs], embeddings.device)
         rows = rows_of_classes(labels, centers.num_classes).to(embeddings.device)
         num_own = len(embeddings)
         embeddings = embeddings.float() if self._mean is None else embeddings.float() - self._mean.value
@@ -307,6 +308,14 @@ class PartialFC(Objective):
                 f"a batch has {seeds.shape[0]} items for objective '{self.name}' but {labels.shape[0]} rows of labels"
             )
         return draw_label_slots(labels, seeds, self._config.labels_per_step).int()
+
+    def _joined(self, labels: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Returns labels one after the other, those with fewer columns filled up with -1: as many on all replicas,
+        which tell one another their labels. Collective over them."""
+        width = torch.tensor(max(one.shape[1] for one in labels), device=device)
+        if self._topology.data_size > 1:
+            dist.all_reduce(width, op=dist.ReduceOp.MAX, group=self._topology.data_group)
+        return torch.cat([F.pad(one, (0, int(width) - one.shape[1]), value=-1) for one in labels])
 
     def _labels_of(self, batch: Batch) -> Tensor:
         """Returns [m * q, L] int32, the labels of a microbatch's items."""
@@ -423,12 +432,6 @@ def _own_embeddings(
             embeddings = head._items.embeddings(features, batch, batch.inputs[head.name])
             found[head.name] = embeddings.float()[plan.rows]
     return [found[head.name] for head in heads]
-
-
-def _joined(labels: Sequence[Tensor]) -> Tensor:
-    """Returns labels one after the other; those with fewer columns are filled up with -1."""
-    width = max(one.shape[1] for one in labels)
-    return torch.cat([F.pad(one, (0, width - one.shape[1]), value=-1) for one in labels])
 
 
 def _with_more(terms: LossTerms, embeddings: Tensor, counted: Mapping[str, tuple[float, float]]) -> LossTerms:

@@ -80,7 +80,8 @@ class TextTokenizer:
             raise DataError(f"the normalisation {normalisation!r} is none of {', '.join(get_args(Normalisation))}")
         try:
             content = self.path.read_bytes()
-            self._tokenizer = Tokenizer.from_buffer(content)
+            # Two of them, which are never changed: threads of a run encode at the same time.
+            self._tokenizer, self._knowing = Tokenizer.from_buffer(content), Tokenizer.from_buffer(content)
         except OSError as error:
             raise DataError(
                 f"{self.path} cannot be read ({error.strerror}); give a tokenizer.json or the folder that holds one"
@@ -89,8 +90,11 @@ class TextTokenizer:
             raise DataError(
                 f"{self.path} is no tokenizer that the tokenizers library reads ({error}); convert it to tokenizer.json"
             ) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        for one in (self._tokenizer, self._knowing):
+            one.no_truncation()
+            one.no_padding()
+        self._tokenizer.encode_special_tokens = True  # as text
+        self._knowing.encode_special_tokens = False
         self.normalisation: Normalisation = normalisation
         meaning = json.dumps([_VERSION, normalisation, json.loads(content)], sort_keys=True)
         self.fingerprint = hashlib.sha256(meaning.encode()).hexdigest()[:16]
@@ -104,9 +108,9 @@ class TextTokenizer:
             knows_special: whether the name of a special token in a text is that token, as in a template; else it is
                 text like any other, so that no page can end its own answer.
         """
-        self._tokenizer.encode_special_tokens = not knows_special
+        tokenizer = self._knowing if knows_special else self._tokenizer
         texts = [self.normalise(text) for text in texts]
-        return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
         """Returns token ids of a text, and [n, 2] int64, the characters [start, stop) of it that each stands for.
@@ -114,7 +118,6 @@ class TextTokenizer:
         A character that takes several tokens, as in byte-level vocabularies, belongs to each of them. With a
         normalisation that changes the text they are places in the normalised one.
         """
-        self._tokenizer.encode_special_tokens = True
         found = self._tokenizer.encode(self.normalise(text), add_special_tokens=False)
         return found.ids, np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
 
@@ -324,6 +327,8 @@ def read_cache_info(folder: Path) -> CacheInfo | None:
         found = CacheInfo(**{**data, "tasks": tuple(data["tasks"])})
         if type(found.num_samples) is not int or not all(isinstance(task, str) for task in found.tasks):
             raise ValueError("num_samples or tasks are of another form")
+        if not (folder / f"{_TURN_COUNTS}.npy").is_file():
+            raise ValueError("an earlier version made it, which did not count turns")
         return found
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete its folder and run {MADE_BY} again") from error

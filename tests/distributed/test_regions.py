@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from megatron_ove.data.class_counts import fill_in_class_counts
 from megatron_ove.data.shard_fit import open_shard_sets
 from megatron_ove.errors import ConfigError
+from megatron_ove.objectives.label_fit import stored_differences
+from megatron_ove.vocabulary import Vocabulary
 from tests.distributed.test_toy_kinds import (
     NUM_STEPS,
     OVERLAP,
@@ -116,6 +118,8 @@ def test_held_out_regions_are_measured_alike(sources: dict[str, str], tmp_path: 
     for name, layout in layouts.items():
         data = config_of(sources, tmp_path / name, parallel={"timeout_s": 60, **layout})
         data["evaluation"] = {"sets": {"words": sources["held_out"], "tokens": sources["held_out"]}}
+        # Replicas have regions with different numbers of tokens, and tell one another all of them.
+        data["objectives"]["tokens"] |= {"class_group": "stage"}
         run_distributed(walk, 1 if name == "one" else 2, {name: data})
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         found[name] = [
@@ -206,6 +210,21 @@ def test_mistakes_are_sentences(sources: dict[str, str], tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="regions has no effect with level: sample"):
         check(data)
     data = config_of(sources, tmp_path / "run")
+    data["objectives"]["words"]["regions"]["unit"] = "lines"
+    with pytest.raises(ConfigError, match=r"has such a box \(they have words\); use another unit"):
+        open_shard_sets(check(data))
+    data = config_of(sources, tmp_path / "run")
+    Vocabulary(("nothing", "of", "this", "here"), (1,) * 4).save(tmp_path / "vocabulary.json")
+    data["objectives"]["words"]["regions"]["vocabulary"] = str(tmp_path / "vocabulary.json")
+    with pytest.raises(ConfigError, match="does a box of words hold anything that is a class"):
+        open_shard_sets(check(data))
+    data = config_of(sources, tmp_path / "run")
+    here = config_of(sources, tmp_path / "run")["objectives"]
+    for field, value in (("level", "sample"), ("pooling", "mean"), ("labels", "tokens")):
+        there = {**here["words"], "regions": dict(here["words"]["regions"])}
+        (there if field == "level" else there["regions"])[field] = value
+        (clause,) = stored_differences("words", there, here["words"])
+        assert f"{field} is {value} there" in clause
     data["objectives"]["words"]["regions"] = {"labels": "tokens"}
     with pytest.raises(ConfigError, match=r"regions\.labels: tokens does not say of which tokenizer"):
         check(data)

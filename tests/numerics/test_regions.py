@@ -143,7 +143,7 @@ def read(document: Document, count: int, **section: Any) -> tuple[Any, RegionIte
     windows = Windows(np.zeros_like(size), np.array([[20, 40]] * (count - 1)), size, np.zeros(count - 1, np.int32))
     folder = Path(section["vocabulary"]).parent if "vocabulary" in section else Path()
     reader = SimpleNamespace(
-        documents=lambda name, rows: [document] * len(rows),
+        readable_documents=lambda name, rows: [document] * len(rows),
         windows=lambda name, rows, seeds: windows,
         shards=lambda name: SimpleNamespace(directory=folder),
     )

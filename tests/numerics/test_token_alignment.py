@@ -101,6 +101,13 @@ def test_a_token_is_shown_by_its_characters(tokenizer: TextTokenizer) -> None:
     )  # the a of reading and of alpha
 
 
+def test_a_token_without_all_its_characters_is_left_out(tokenizer: TextTokenizer) -> None:
+    document = Document(TEXT, characters=GLYPHS)
+    known = Boxes(GLYPHS.page[1:], GLYPHS.corners[1:], GLYPHS.spans[1:])  # the r of reading has no box
+    whole, rest = (place_tokens(document, boxes, tokenizer, "token") for boxes in (GLYPHS, known))
+    assert [token.ids for token in rest] == [token.ids for token in whole][1:]
+
+
 def test_without_character_boxes_words_are_divided(tokenizer: TextTokenizer) -> None:
     document = Document("ab c", words=Boxes.of([[0, 10, 0, 30, 8, 0, 2], [1, 5, 0, 9, 8, 3, 4]]))
     boxes = character_boxes(document)
@@ -133,7 +140,9 @@ def microbatch(made: TokenAlignment, document: Document) -> tuple[Batch, VisionF
     pack = PatchPack(torch.zeros(17, 3), bounds, grids, torch.arange(3, dtype=torch.int32))
     size = np.array([[14, 70]] * 2)
     windows = Windows(np.zeros_like(size), np.array([[8, 70]] * 2), size, np.zeros(2, np.int32))
-    reader: Any = SimpleNamespace(documents=lambda name, rows: [document] * len(rows), windows=lambda *_: windows)
+    reader: Any = SimpleNamespace(
+        readable_documents=lambda name, rows: [document] * len(rows), windows=lambda *_: windows
+    )
     batch = Batch({"main": pack}, samples, {"align": made.collate(samples, pack, reader)})
     tokens = torch.randn(17, 1, WIDTH, generator=torch.Generator().manual_seed(3))
     return batch, VisionFeatures(tokens.requires_grad_(), bounds, grids, pack.sample)

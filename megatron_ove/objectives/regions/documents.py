@@ -19,16 +19,13 @@ def documents_of(
     samples: Samples, sources: Sequence[str], first_segment: Sequence[int], reader: SampleReader
 ) -> Iterator[tuple[int, Document, Windows, int]]:
     """Yields (place in the microbatch, document, windows of pages, number of its first page among them) of every sample
-    that could be read, in microbatch order within each source.
+    that could be read, in microbatch order within each source; of others a warning is written.
 
     Args:
         samples: of the microbatch.
         sources: whose samples are documents.
         first_segment: of each sample the first segment, and the end.
         reader: reads them.
-
-    Raises:
-        DataError: one cannot be read; names the sample.
     """
     for name in sources:
         if name not in samples.source_names:
@@ -42,5 +39,6 @@ def documents_of(
         assert windows is not None, "documents are pictures"
         pages = [first_segment[place + 1] - first_segment[place] for place in places]
         firsts = np.cumsum([0, *pages]).tolist()
-        for place, document, first in zip(places, reader.documents(name, rows), firsts, strict=False):
-            yield place, document, windows, first
+        for place, document, first in zip(places, reader.readable_documents(name, rows), firsts, strict=False):
+            if document is not None:
+                yield place, document, windows, first

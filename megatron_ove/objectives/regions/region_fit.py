@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ove.config.objectives import PartialFCConfig
+from megatron_ove.config.regions import RegionConfig
 from megatron_ove.config.train import TrainConfig
 from megatron_ove.errors import DataError
-from megatron_ove.objectives.regions.region_labels import vocabulary_of
+from megatron_ove.objectives.regions.region_labels import LabelBoxes, labels_of_section, vocabulary_of
+from megatron_ove.shards.documents import BOX_UNITS
 from megatron_ove.shards.format import DatasetInfo
 from megatron_ove.shards.shard_set import ShardSet
 from megatron_ove.shards.token_cache import TextTokenizer
 from megatron_ove.vocabulary import VOCABULARY_FILE, Vocabulary, describe_difference
 
+_PROBED = 32
+"""Documents of a set that are looked into at a start."""
 _COUNTED_ROWS = 1 << 20
 """Samples, from the first on, whose boxes are counted."""
 
@@ -25,10 +29,17 @@ def region_class_count(section: PartialFCConfig, infos: Sequence[DatasetInfo]) -
     Raises:
         DataError: neither says it, or a file cannot be read.
     """
+    if section.regions.labels == "tokens":
+        tokenizer, given = TextTokenizer(section.regions.tokenizer or ""), section.regions.tokenizer_fingerprint
+        if given not in (None, tokenizer.fingerprint):
+            raise DataError(
+                f"{tokenizer.path} is another tokenizer than regions.tokenizer_fingerprint = {given} says; put the "
+                "right one there, or begin a new run"
+            )
+        regions = section.regions.model_copy(update={"tokenizer_fingerprint": tokenizer.fingerprint})
+        return {"num_classes": section.num_classes or tokenizer.vocab_size, "regions": regions.model_dump()}
     if section.num_classes is not None:
         return {}
-    if section.regions.labels == "tokens":
-        return {"num_classes": TextTokenizer(section.regions.tokenizer or "").vocab_size}
     if section.regions.vocabulary is not None:
         return {"num_classes": len(Vocabulary.load(section.regions.vocabulary))}
     most = max(info.num_classes for info in infos)
@@ -56,6 +67,9 @@ def region_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet])
             f"objectives.{name}.num_classes = {section.num_classes} is smaller than the {count} classes that its "
             f"regions can have, so some would have no class center; set it to {count}"
         )
+    find_labels = labels_of_section(section.regions, directories[0])
+    for source, shards in sets.items():
+        problems += _nothing_to_name(name, source, shards, section.regions, find_labels)
     if section.regions.labels == "vocabulary" and section.regions.vocabulary is None:
         for other in directories[1:]:
             problems += _word_difference(f"objectives.{name} reads", directories[0], other)
@@ -63,7 +77,7 @@ def region_mismatches(run: TrainConfig, name: str, sets: Mapping[str, ShardSet])
 
 
 def region_doubts(section: PartialFCConfig, sets: Mapping[str, ShardSet]) -> list[str]:
-    """Returns a sentence about boxes that a step leaves out and samples that have none."""
+    """Returns a sentence about samples that have no boxes."""
     doubts = []
     for source, shards in sets.items():
         boxes = shards.index.columns.get("boxes")
@@ -108,6 +122,34 @@ def no_boxes(name: str, source: str, shards: ShardSet) -> list[str]:
         return [
             f"objectives.{name} looks at regions of data.sources.{source}, but no sample of {path} has a box; write "
             "the set with boxes of words, lines or characters"
+        ]
+    return []
+
+
+def _nothing_to_name(
+    name: str, source: str, shards: ShardSet, section: RegionConfig, find_labels: LabelBoxes
+) -> list[str]:
+    """Says if no document of some, evenly spaced, has a box of the unit, or none with a label."""
+    rows = sorted({number * len(shards) // _PROBED for number in range(_PROBED)}) if len(shards) else []
+    documents = []
+    for row in rows:
+        try:
+            documents.append(shards.read_document(row))
+        except DataError:
+            continue  # is counted where it is trained on
+    boxes = [document.boxes[section.unit] for document in documents]
+    if documents and not any(len(one) for one in boxes):
+        there = [unit for unit in BOX_UNITS if any(len(document.boxes[unit]) for document in documents)]
+        return [
+            f"objectives.{name}.regions.unit = {section.unit}, but none of {len(documents)} documents of "
+            f"{shards.directory} (data.sources.{source}) has such a box (they have {', '.join(there) or 'none'}); use "
+            "another unit, or write the set with them"
+        ]
+    if documents and not any(any(find_labels(*pair)) for pair in zip(documents, boxes, strict=True)):
+        return [
+            f"objectives.{name}: in none of {len(documents)} documents of {shards.directory} (data.sources.{source}) "
+            f"does a box of {section.unit} hold anything that is a class, so nothing could be learned; use the "
+            "vocabulary that the set was made with"
         ]
     return []
 

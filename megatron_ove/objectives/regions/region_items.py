@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_ove.batch import Batch, PatchPack, Samples
 from megatron_ove.config.regions import RegionConfig
 from megatron_ove.data.windows import Windows, visible_share
+from megatron_ove.model.pooling import heads_of_width
 from megatron_ove.objectives.base import ObjectiveContext
 from megatron_ove.objectives.regions.box_tokens import tokens_in_boxes
 from megatron_ove.objectives.regions.documents import documents_of
@@ -67,7 +68,7 @@ class RegionItems:
         self._pool: RegionPool | None = None
         if section.pooling == "attention":
             width = context.embedding_size
-            self._pool = RegionPool(width, max(1, width // 64), device=self._device, dtype=context.dtype)
+            self._pool = RegionPool(width, heads_of_width(width), device=self._device, dtype=context.dtype)
 
     def modules(self) -> Mapping[str, nn.Module]:
         return {} if self._pool is None else {"region_pool": self._pool}

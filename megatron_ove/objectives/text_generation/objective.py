@@ -22,6 +22,7 @@ from megatron_ove.decoder.bridge import build_bridge
 from megatron_ove.decoder.text_decoder import TextDecoder
 from megatron_ove.decoder.writing import write_greedily
 from megatron_ove.model.initialization import fill_parameters
+from megatron_ove.model.pooling import heads_of_width
 from megatron_ove.objectives.base import Objective, ObjectiveContext
 from megatron_ove.objectives.text_generation.measures import WrittenText, measure_texts
 from megatron_ove.objectives.text_generation.text_layout import (
@@ -68,7 +69,7 @@ class TextGeneration(Objective):
             config.bridge,
             context.embedding_size,
             config.decoder.hidden_size or 0,
-            num_heads=max(1, context.embedding_size // 64),
+            num_heads=heads_of_width(context.embedding_size),
             device=context.topology.device,
             dtype=context.dtype,
         )

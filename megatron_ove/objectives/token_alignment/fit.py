@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ove.config.token_alignment import TokenAlignmentConfig
 from megatron_ove.config.train import TrainConfig
-from megatron_ove.convert.token_table import token_table_shape
+from megatron_ove.convert.token_table import token_table_fingerprint, token_table_shape
 from megatron_ove.errors import CheckpointError, DataError
 from megatron_ove.objectives.regions.region_fit import no_boxes
 from megatron_ove.shards.shard_set import ShardSet
@@ -34,7 +34,13 @@ def table_of(section: TokenAlignmentConfig, infos: Sequence[Any]) -> Mapping[str
             raise DataError(
                 f"table.width = {table.width}, but the rows of {table.path} have {width} channels; leave the width out"
             )
-        table = table.model_copy(update={"width": width})
+        fingerprint = token_table_fingerprint(table.path)
+        if table.fingerprint not in (None, fingerprint):
+            raise DataError(
+                f"the rows of {table.path} are others than the run began with (fingerprint {fingerprint}, not "
+                f"{table.fingerprint}); put the right folder there, or begin a new run"
+            )
+        table = table.model_copy(update={"width": width, "fingerprint": fingerprint})
     return {"table": table.model_dump(), "tokenizer_fingerprint": tokenizer.fingerprint}
 
 
@@ -67,9 +73,10 @@ def stored_differences(name: str, there: Mapping[str, Any], here: Mapping[str, A
     for field in ("tokenizer_fingerprint", "upsample"):
         if there.get(field) != here.get(field):
             yield f"objectives.{name}.{field} is {there.get(field)} there and {here.get(field)} here"
-    before, now = there["table"].get("width"), here["table"].get("width")
-    if before != now:
-        yield f"objectives.{name}.table.width is {before} there and {now} here"
+    for field in ("width", "fingerprint"):
+        before, now = there["table"].get(field), here["table"].get(field)
+        if before != now:
+            yield f"objectives.{name}.table.{field} is {before} there and {now} here"
 
 
 def describe(section: Mapping[str, Any]) -> str:

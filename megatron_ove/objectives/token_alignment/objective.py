@@ -121,7 +121,9 @@ class TokenAlignment(Objective):
 
     def rows_of(self, inputs: AlignmentInputs) -> Tensor:
         """Returns [N, D] fp32, the table's row of each token; of several ids their mean."""
-        return mean_of_cells(self._table.float(), inputs.row_ids, inputs.row_tokens, inputs.num_tokens)
+        rows = self._table[inputs.row_ids].float()
+        each = torch.arange(len(rows), device=rows.device)
+        return mean_of_cells(rows, each, inputs.row_tokens, inputs.num_tokens)
 
     def observe_held_out(self, features: VisionFeatures, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns the metrics of training, and of how many tokens the likeliest cell of all maps shows them; beside it
@@ -192,7 +194,7 @@ def _pointing(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Returns (tokens whose likeliest cell shows the token, tokens), and the mean share of cells that do.
 
-    A query is looked for on the map where it stands first; a cell that shows an equal token of the sample is right.
+    A query is looked for on all pages of its sample that show a drawn token; a cell that shows an equal one is right.
     """
     hits = cells.new_zeros(())
     shares = cells.new_zeros(())

@@ -45,7 +45,7 @@ def character_boxes(document: Document) -> Boxes:
 
 
 def place_tokens(document: Document, boxes: Boxes, tokenizer: TextTokenizer, unit: str) -> list[PlacedToken]:
-    """Returns the tokens of a text that have a box, in order.
+    """Returns the tokens of a text of which every character but spaces has a box, in order.
 
     Args:
         document: read as it is stored.
@@ -64,9 +64,18 @@ def place_tokens(document: Document, boxes: Boxes, tokenizer: TextTokenizer, uni
     for token, (start, stop) in zip(found, offsets.tolist(), strict=True):
         first, last = np.searchsorted(stops, start, side="right"), np.searchsorted(starts, stop, side="left")
         own = [int(i) for i in order[first:last] if boxes.spans[i, 1] > start]
-        if own:
+        is_whole = _is_covered(document.text, start, stop, boxes.spans[own]) if own else False
+        if is_whole:  # half of a token reads as another one
             placed.append(PlacedToken((token,), tuple(own)))
     return placed
+
+
+def _is_covered(text: str, start: int, stop: int, spans: np.ndarray) -> bool:
+    """Whether every character of text[start:stop] but spaces lies in one of the spans."""
+    is_there = np.array([character.isspace() for character in text[start:stop]], dtype=bool)
+    for first, last in spans.tolist():
+        is_there[max(0, first - start) : max(0, last - start)] = True
+    return bool(is_there.all())
 
 
 def identities(tokens: Sequence[PlacedToken]) -> np.ndarray:
