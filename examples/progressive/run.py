@@ -5,7 +5,7 @@
 
 Trains the encoder of the quick start on the demo's shard sets: 240 steps at a quarter of the patches, then 100 at full
 size from there; and, as control, 160 steps at full size from nothing, which see as many patches. Both are measured at
-full size on what was held out. README.md has the results.
+full size on what was held out.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class TrustedReader(FileSystemReader):
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         """Returns the index; see `read_metadata` of this module."""
         del args, options
-        metadata = read_metadata(self.path)
+        metadata = read_metadata(str(self.path))
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         assert metadata.storage_meta is not None
