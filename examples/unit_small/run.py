@@ -12,6 +12,7 @@ mean of several seeds with 95 % intervals. README.md has the results.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +113,9 @@ def write_pictures(folder: Path, count: int, seed: int, *, kind: str) -> None:
     from megatron_ove.shards.writer import ShardWriter
 
     shape = {"kind": "image", "num_classes": NUM_CONCEPTS, "label_width": 1} if kind == "image" else {"kind": kind}
-    with ShardWriter(folder, **shape) as writer:
-        for number in show_progress(range(count), title=f"composing {folder.name}", total=count):
-            made = compose(seed, number)
+    with ShardWriter(folder, **shape) as writer, ProcessPoolExecutor(NUM_PROCESSES) as pool:
+        composed = pool.map(functools.partial(compose, seed), range(count), chunksize=64)
+        for number, made in enumerate(show_progress(composed, title=f"composing {folder.name}", total=count)):
             jpeg = encode_jpeg(made.pixels, full_chroma=True)
             if kind == "image":
                 writer.add(f"picture{number:06d}", {"jpg": jpeg}, np.array([made.concept]))
