@@ -122,7 +122,8 @@ class PartialFC(Objective):
         of_samples = []
         for batch in batches:
             labels = self._labels_of(batch)  # [m * q, L]
-            of_samples.append(labels.reshape(-1, self._items.per_sample * labels.shape[1]))
+            items = self._items.per_sample
+            of_samples.append(labels.reshape(len(labels) // items, items * labels.shape[1]))
         return find_bad_label(self.name, self.sources, self._config.table_size, batches, of_samples)
 
     def message(self, batches: Sequence[Batch]) -> np.ndarray:

@@ -304,7 +304,7 @@ def test_a_batch_whose_labels_do_not_fit_its_samples_is_refused(topology):
     case = make_case()
     batch = make_batch(case, [0, 1, 2])
     wrong = replace(batch, inputs={NAME: batch.inputs[NAME][:2]})
-    with pytest.raises(ValueError, match="a batch has 3 samples for objective 'tags' but 2 rows of labels"):
+    with pytest.raises(ValueError, match="a batch has 3 items for objective 'tags' but 2 rows of labels"):
         begin(build(case, topology), 0, [wrong])
     with pytest.raises(KeyError, match=NAME):  # nothing was collated
         begin(build(case, topology), 0, [replace(batch, inputs={})])
