@@ -80,6 +80,12 @@ def add_writing(data: dict[str, Any], folder: Path) -> None:
     data["objectives"]["pixels"] = {"kind": "pixel_reconstruction", "source": "pages", "structure_weight": 0.5}
 
 
+def add_alignment(data: dict[str, Any]) -> None:
+    """Adds what looks at the boxes of the same documents."""
+    align = {"kind": "token_alignment", "source": "documents", "table": {"width": 8}, "upsample": 1}
+    data["objectives"]["align"] = {**align, "tokenizer": data["objectives"]["texts"]["tokenizer"]}
+
+
 SETS = {"first": range(7), "second": range(7, 12)}
 
 
@@ -92,6 +98,7 @@ def test_every_kind_walks_through_a_run(encoder: str, sources: dict[str, str], t
     data["objectives"]["clip_classes"] = {**data["objectives"]["classes"], "source": "clips", "num_classes": 7}
     add_documents(data, tmp_path)
     add_writing(data, tmp_path)
+    add_alignment(data)
     kinds = load_kinds(tuple(data["plugins"]))
     assert {one["kind"] for one in data["objectives"].values()} == set(kinds.objectives)
     seen = {one["kind"] for one in data["data"]["sources"].values()}

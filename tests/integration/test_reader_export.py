@@ -157,7 +157,8 @@ def test_evaluate_reads_what_stands_on_pages_and_nothing_else(
 def test_more_tokens_than_learned_positions_is_a_sentence(run: dict[str, Any]) -> None:
     model = load(run["folder"])
     if model.config.text_config.model_type != "opt":
-        pytest.skip("rotary positions do not end")
+        model._check_room(1 << 20, 1)  # rotary positions do not end
+        return
     pages, _ = held_out_documents(run["data"])[0]
     most = model.config.text_config.max_position_embeddings
     with pytest.raises(ValueError, match=f"are more than the {most} positions of the decoder"):

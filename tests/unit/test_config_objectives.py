@@ -29,7 +29,8 @@ def test_a_section_without_its_kind_gets_a_sentence_that_says_what_to_write() ->
         config_from_dict(data, "run.yaml")
     assert str(caught.value).splitlines()[1:] == [
         "  - missing key 'objectives.clusters.kind': it says which kind of section this is; add 'kind: partial_fc' or "
-        "'kind: text_generation' or 'kind: feature_reconstruction' or 'kind: pixel_reconstruction'",
+        "'kind: text_generation' or 'kind: feature_reconstruction' "
+        "or 'kind: token_alignment' or 'kind: pixel_reconstruction'",
         "  - missing key 'data.sources.images.kind': it says which kind of section this is; add 'kind: image' or "
         "'kind: ocr' or 'kind: document' or 'kind: video'",
     ]

@@ -9,11 +9,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ove.config.regions import RegionConfig
+
 FIGURES = ("top1", "neighbours", "recall")
 PRECISION = "precision"
 """A fourth figure, of samples with one label only."""
 SAMPLES, TIME = "samples", "time"
-_ADDED_OPTIONS = {"head": {"centering": "none"}}
+_ADDED_OPTIONS = {
+    "head": {"centering": "none", "level": "sample", "regions": RegionConfig().model_dump(mode="json")},
+}
 """Options that heads of stored runs did not have yet, with the value that says what they did."""
 _LATER_FIELDS = ("initializer_range", "pretrained_samples", "mean_cosine")
 """Fields that records do not have where they hold nothing."""
